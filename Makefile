@@ -1,0 +1,42 @@
+# Everything starts here. `make race` and `make test` set up what is missing, then run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: race test test-slow lint setup clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+race: setup  ## the main job: steps and seconds that batch normalization saves, on real images
+	$(BIN)/batchnorm race
+
+test: setup lint  ## all tests that end within minutes
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## the tests that take long
+	$(BIN)/python -m pytest -m slow
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/ready  ## virtual environment with the pinned dependencies; quick when there is nothing to do
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "batchnorm needs Python 3.10 or later; name one with: make PYTHON=python3.12")'
+	@# Debian ships venv apart from python3.
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  echo "python3-venv is missing; installing it through apt"; \
+	  apt-get update -qq && apt-get install -y -qq python3-venv; } || { \
+	  echo "make setup: this Python has no venv. Install it first: sudo apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) torch setuptools
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
