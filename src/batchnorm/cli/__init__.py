@@ -1,0 +1,25 @@
+"""The command ``batchnorm``: one file per subcommand; here they are only collected."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point of ``batchnorm`` and ``python -m batchnorm``."""
+    try:
+        import typer
+
+        from batchnorm.cli.race import race
+    except ModuleNotFoundError as error:
+        print(f"batchnorm: the command line needs {error.name}: pip install 'batchnorm[race]'", file=sys.stderr)
+        sys.exit(2)
+    app = typer.Typer(
+        help="Batch normalization for PyTorch: train in fewer steps, and see by how much.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+    app.callback()(lambda: None)  # keep the name of the subcommand while there is only one
+    app.command()(race)
+    app()

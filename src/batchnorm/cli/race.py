@@ -1,0 +1,114 @@
+"""``batchnorm race``: how many steps and seconds batch normalization saves, on real data.
+
+Comes from: the options. Goes to: ``racing.runner``; what was asked wrongly ends in one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+
+from batchnorm.racing.errors import RaceError
+from batchnorm.racing.plan import Plan, make_plan, read_plan, task_of
+from batchnorm.racing.runner import default_directory, run_race
+from batchnorm.racing.task import Task, load_task
+
+
+def race(
+    task: Annotated[
+        str | None,
+        typer.Option(help="inception, mlp, or a function of yours: package.module:function.", show_default="inception"),
+    ] = None,
+    contenders: Annotated[
+        str | None,
+        typer.Option(help="Names, separated by commas.", show_default="baseline,bn-x5,accelerated"),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs per contender.", show_default="3; with --quick 1")] = None,
+    steps: Annotated[int | None, typer.Option(help="The baseline's budget.", show_default="the task's")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute: a small budget, one seed.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Hours: all contenders, the baseline to its plateau.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Where results go.", show_default="runs/TASK-TIME")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the race in this directory.")] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Sweep learning rates on held-out training examples instead.")
+    ] = False,
+    rates: Annotated[Path | None, typer.Option(help="Learning rates from a tuning.json that --tune wrote.")] = None,
+    data: Annotated[str | None, typer.Option(help="Directory of the IDX files of Fashion-MNIST or MNIST.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Training processes, one thread each.", show_default="one per core")
+    ] = None,
+) -> None:
+    """Train the contenders under the same rules: steps and seconds until each is as good as the baseline's best."""
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    main = int(os.environ.get("RANK", "0")) == 0
+    console = Console(width=None if sys.stdout.isatty() else 160, quiet=not main)
+    directory: Path | None = None
+    torch.set_num_threads(1)
+    try:
+        if quick and full:
+            raise RaceError("--quick and --full exclude each other.")
+        if workers is not None and workers < 1:
+            raise RaceError(f"--workers must be at least 1 (got {workers}).")
+        if distributed:
+            dist.init_process_group("gloo")
+        asked: dict[str, Any] = {
+            "task": task, "data": data, "contenders": contenders and [name.strip() for name in contenders.split(",")],
+            "seeds": seeds, "steps": steps, "rates": rates,
+            "mode": "quick" if quick else "full" if full else None, "tune": tune or None,
+        }  # fmt: skip
+        asked = {option: value for option, value in asked.items() if value is not None}
+        subject, plan = _resumed(resume, out, asked) if resume else _new(asked)
+        directory = _same_on_all_ranks(resume or out or default_directory(plan.task))
+        processes = 0 if distributed else workers or os.cpu_count() or 1
+        command = shlex.join(["batchnorm", *sys.argv[1:]])
+        run_race(subject, plan, directory, console, resume=bool(resume), workers=processes, command=command)
+    except RaceError as error:
+        if main:
+            print(f"race: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if main and directory is not None:
+            print(
+                f"\nStopped. Go on with: batchnorm race --resume {shlex.quote(str(directory))}",
+                file=sys.stderr,
+            )
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _new(asked: dict[str, Any]) -> tuple[Task, Plan]:
+    """A race from the options, where given, and the defaults."""
+    spec, data, tune = asked.pop("task", "inception"), asked.pop("data", None), asked.pop("tune", False)
+    subject = load_task(spec, data)
+    subject = subject.for_tuning() if tune else subject
+    return subject, make_plan(subject, spec=spec, data=data, tune=tune, **asked)
+
+
+def _resumed(directory: Path, out: Path | None, asked: dict[str, Any]) -> tuple[Task, Plan]:
+    """The race in the directory; an option that says something else than it did then is refused."""
+    if out is not None and out != directory:
+        raise RaceError(f"--resume {directory} goes on in its own directory; leave --out away.")
+    plan = read_plan(directory)
+    stored = plan.options()
+    different = [f"{name} was {stored[name]}, is {value}" for name, value in asked.items() if stored[name] != value]
+    if different:
+        raise RaceError(f"{directory} holds a race of another configuration: {'; '.join(different)}.")
+    return task_of(plan), plan
+
+
+def _same_on_all_ranks(directory: Path) -> Path:
+    """The default directory holds the time: rank 0's is taken."""
+    box = [directory]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]

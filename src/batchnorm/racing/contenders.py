@@ -1,0 +1,66 @@
+"""The contenders: what each changes against ``baseline``, and nothing more. A new contender is one row.
+
+Goes to: ``trainer.py``, which trains them, and to the printed rules. Data only: no loops here.
+Source of bn, bn-x5, bn-x30 and bn-x5-sigmoid: Ioffe & Szegedy 2015, Section 4.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to train the task's network.
+
+    Args:
+        name: as on the command line.
+        network: keywords for the task's model function, on top of its defaults.
+        learning_rate: initial learning rate, times the baseline's.
+        tuned: its learning rate is its own, chosen by ``--tune``; ``learning_rate`` holds until then.
+        weight_decay: L2 penalty, times the task's.
+        schedule: name of a row of ``trainer.SCHEDULES``.
+        decay_speed: how many times faster than the baseline's the learning rate decays (exponential schedule).
+        budget: steps, as a share of the baseline's.
+        average: decay per step of an exponential average of the weights, which is what is evaluated; 0: none.
+        recalibrate: training examples for the population statistics, re-estimated before each evaluation; 0: none.
+    """
+
+    name: str
+    network: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1.0
+    tuned: bool = False
+    weight_decay: float = 1.0
+    schedule: str = "exponential"
+    decay_speed: float = 1.0
+    budget: float = 1.0
+    average: float = 0.0
+    recalibrate: int = 0
+
+
+PAPER: dict[str, Any] = {
+    "weight_decay": 1 / 5,
+    "decay_speed": 6.0,
+}  # Section 4.2.1: what BN-x5 and BN-x30 change besides
+FAST: dict[str, Any] = {"tuned": True, "schedule": "linear", "budget": 0.15, "average": 0.98}
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("baseline", tuned=True),
+        Contender("bn", {"batch_norm": True}),
+        Contender("bn-x5", {"batch_norm": True, "dropout": False}, learning_rate=5, **PAPER),
+        Contender("bn-x30", {"batch_norm": True, "dropout": False}, learning_rate=30, **PAPER),
+        Contender("sigmoid", {"activation": "sigmoid"}),
+        Contender(
+            "bn-x5-sigmoid",
+            {"batch_norm": True, "dropout": False, "activation": "sigmoid"},
+            learning_rate=5,
+            **PAPER,
+        ),
+        Contender("accelerated", {"batch_norm": True, "dropout": False}, learning_rate=5, recalibrate=2_000, **FAST),
+        Contender("accelerated-without-bn", {"dropout": False}, **FAST),
+    )
+}
+DEFAULT = ("baseline", "bn-x5", "accelerated")

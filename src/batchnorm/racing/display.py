@@ -1,0 +1,99 @@
+"""Live progress of a race: a row per run on a terminal, a line per evaluation otherwise.
+
+Comes from: the events of ``pool.py``. Goes to: the terminal, or a log.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from batchnorm.racing import trainer
+from batchnorm.racing.trainer import Event, Run
+
+SECONDS_BETWEEN_LINES = 5
+
+
+class Display:
+    """Shows where each run stands and how long the race will take; a context manager."""
+
+    def __init__(self, runs: Sequence[Run], done: Sequence[Run], console: Console) -> None:
+        self.console, self.runs, self.started = console, list(runs), time.monotonic()
+        self.steps = {run.name: run.steps if run in done else 0 for run in runs}
+        self.already = sum(self.steps.values())
+        self.scores: dict[str, str] = {}
+        self.losses: dict[str, float] = {}
+        self.rows: dict[str, TaskID] = {}
+        self.printed = 0.0
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.total = self.progress.add_task("[bold]all runs", total=self._total, completed=self.already, detail="")
+
+    @property
+    def _total(self) -> int:
+        return sum(run.steps for run in self.runs)
+
+    def __enter__(self) -> Display:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def update(self, run: Run, event: Event) -> None:
+        """Take in one event."""
+        name = run.name
+        if isinstance(event, trainer.Resumed):
+            self.already += event.step
+        if isinstance(event, trainer.Diverged):
+            self.console.print(f"{label(run)}: diverged at step {event.step:,}", highlight=False)
+        self.steps[name] = run.steps if isinstance(event, trainer.Diverged) else event.step
+        if isinstance(event, trainer.Progress | trainer.Evaluation):
+            self.losses[name] = event.loss
+        if isinstance(event, trainer.Evaluation):
+            self.scores[name] = f"{event.score:.2%}"
+        detail = f"loss {self.losses.get(name, float('nan')):.3f}  accuracy {self.scores.get(name, '-')}"
+        if self.console.is_terminal:
+            self._update_rows(run, detail)
+        elif isinstance(event, trainer.Evaluation):
+            self._print_line(run, detail)
+
+    def _print_line(self, run: Run, detail: str) -> None:
+        """A log wants a line now and then, and one where a run ends."""
+        now, ended = time.monotonic(), self.steps[run.name] >= run.steps
+        if now - self.printed < SECONDS_BETWEEN_LINES and not ended:
+            return
+        self.printed, done = now, sum(self.steps.values())
+        rate = (done - self.already) / (now - self.started)
+        left = f"  left {timedelta(seconds=round((self._total - done) / rate))}" if rate else ""
+        line = f"[{done / self._total:4.0%}] {label(run)}  step {self.steps[run.name]:,}/{run.steps:,}  {detail}{left}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _update_rows(self, run: Run, detail: str) -> None:
+        if run.name not in self.rows:
+            self.rows[run.name] = self.progress.add_task(label(run), total=run.steps, detail=detail)
+        self.progress.update(self.rows[run.name], completed=self.steps[run.name], detail=detail)
+        self.progress.update(self.total, completed=sum(self.steps.values()))
+        if self.steps[run.name] >= run.steps:
+            self.progress.remove_task(self.rows.pop(run.name))
+            self.console.print(f"{label(run)}: {self.steps[run.name]:,} steps, {detail}", highlight=False)
+
+
+def label(run: Run) -> str:
+    """A run's name on the screen."""
+    return f"{run.contender.name} (seed {run.seed}, rate {run.learning_rate:g})"

@@ -1,0 +1,189 @@
+"""What a race will do, decided before it starts: contenders, seeds, budgets, learning rates.
+
+Comes from: the command line's options, ``contenders.py`` and ``tuned.json``. Goes to: ``runner.py``; it is stored in
+the output directory, so that ``--resume`` continues the same race or refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+from batchnorm.racing import zoo
+from batchnorm.racing.contenders import CONTENDERS, DEFAULT, Contender
+from batchnorm.racing.errors import RaceError
+from batchnorm.racing.task import Task, keywords_of, load_task
+from batchnorm.racing.trainer import Run
+
+Mode = Literal["quick", "default", "full"]
+SEEDS: dict[str, int] = {"quick": 1, "default": 3, "full": 3}
+RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the rate in use: what --tune tries
+
+CONFIG = "config.json"
+TUNED_FILE = Path(__file__).with_name("tuned.json")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole race as plain values; equal plans give equal accuracies."""
+
+    task: str
+    data: str | None
+    mode: Mode
+    tune: bool
+    rates: str | None
+    seeds: int
+    steps: int
+    interval: int
+    batch_size: int
+    examples: int
+    learning_rates: dict[str, float]
+    tuned: tuple[str, ...]
+    contenders: tuple[Contender, ...]
+
+    def runs(self) -> list[Run]:
+        """Every run, longest first, which packs best on several cores."""
+        runs = [
+            Run(contender, seed, rate, self.steps, self.interval)
+            for contender in self.contenders
+            for seed in range(self.seeds)
+            for rate in self.rates_of(contender)
+        ]
+        return sorted(runs, key=lambda run: -run.steps)
+
+    def rates_of(self, contender: Contender) -> list[float]:
+        rate = self.learning_rates[contender.name]
+        return [float(f"{rate * factor:.3g}") for factor in RATE_GRID] if self.tune else [rate]
+
+    def options(self) -> dict[str, Any]:
+        """The plan as the command line's options would say it."""
+        names = [contender.name for contender in self.contenders]
+        same = ("task", "data", "mode", "tune", "rates", "seeds", "steps")
+        return {name: getattr(self, name) for name in same} | {"contenders": names}
+
+
+def make_plan(
+    task: Task,
+    *,
+    spec: str,
+    data: str | None = None,
+    contenders: Sequence[str] | None = None,
+    mode: Mode = "default",
+    seeds: int | None = None,
+    steps: int | None = None,
+    tune: bool = False,
+    rates: str | os.PathLike[str] | None = None,
+) -> Plan:
+    """Decide everything; raises ``RaceError`` where it cannot be done as asked."""
+    chosen = _choose(task, contenders, mode, tune)
+    for name, value in (("seeds", seeds), ("steps", steps)):
+        if value is not None and value < 1:
+            raise RaceError(f"--{name} must be at least 1 (got {value}).")
+    budget = (
+        steps
+        or {
+            "quick": task.quick_steps or max(1, task.steps // 8),
+            "default": task.steps,
+            "full": task.full_steps or task.steps,
+        }[mode]
+    )
+    built_in = task.model in (zoo.inception, zoo.mlp)
+    file = Path(rates) if rates is not None else TUNED_FILE if built_in else None
+    tuned = read_tuned(task.name, mode, file) if file else {}
+    baseline = tuned.get("baseline", task.learning_rate)
+    learning_rates = {
+        c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{baseline * c.learning_rate:.3g}")
+        for c in chosen
+    }
+    return Plan(
+        task=spec,
+        data=data,
+        mode=mode,
+        tune=tune,
+        rates=None if rates is None else str(rates),
+        seeds=seeds or (1 if tune else SEEDS[mode]),
+        steps=budget,
+        interval=task.interval(budget),
+        batch_size=task.batch_size,
+        examples=len(task.train),
+        learning_rates=learning_rates,
+        tuned=tuple(c.name for c in chosen if c.tuned and c.name in tuned),
+        contenders=tuple(chosen),
+    )
+
+
+def task_of(plan: Plan) -> Task:
+    """The plan's task, as every process of the race loads it."""
+    task = load_task(plan.task, plan.data)
+    return task.for_tuning() if plan.tune else task
+
+
+def read_plan(directory: Path) -> Plan:
+    """The plan of the race that was started in this directory."""
+    try:
+        stored = json.loads((directory / CONFIG).read_text())
+        names = [row["name"] for row in stored["contenders"]]
+        now = tuple(CONTENDERS[name] for name in names)
+        plan = Plan(**{**stored, "tuned": tuple(stored["tuned"]), "contenders": now})
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RaceError(f"{directory} holds no race of this version to resume (no readable {CONFIG}).") from None
+    changed = [
+        row["name"] for row, contender in zip(stored["contenders"], now, strict=True) if row != asdict(contender)
+    ]
+    if changed:
+        raise RaceError(f"{directory} holds a race of another version: {', '.join(changed)} meant something else.")
+    return plan
+
+
+def check_task(plan: Plan, task: Task) -> None:
+    """A plan is for one task: its data and batch size."""
+    for name, now in (("examples", len(task.train)), ("batch_size", task.batch_size)):
+        if getattr(plan, name) != now:
+            raise RaceError(
+                f"the task has changed since the race was started: {name} was {getattr(plan, name)}, is {now}."
+            )
+
+
+def _choose(task: Task, names: Sequence[str] | None, mode: Mode, tune: bool) -> list[Contender]:
+    taken = keywords_of(task.model)
+    if names is None:
+        names = tuple(CONTENDERS) if mode == "full" else DEFAULT
+        if taken is not None:  # a model function without an activation= has no sigmoid variants
+            names = [name for name in names if taken.issuperset(CONTENDERS[name].network)]
+    for name in names:
+        if name not in CONTENDERS:
+            raise RaceError(f"unknown contender {name!r}. Known: {', '.join(CONTENDERS)}.")
+        missing = set(CONTENDERS[name].network) - taken if taken is not None else set()
+        if missing:
+            raise RaceError(
+                f"contender {name!r} changes {', '.join(sorted(missing))}, which the model function of task "
+                f"{task.name!r} does not take (it takes {', '.join(sorted(taken or ())) or 'nothing'})."
+            )
+    if len(set(names)) < len(names):
+        raise RaceError(f"a contender is named twice: {', '.join(names)}.")
+    if "baseline" not in names and not tune:
+        raise RaceError(f"the baseline sets the target, so it must run: --contenders baseline,{','.join(names)}.")
+    if not names:
+        raise RaceError(f"no contenders. Known: {', '.join(CONTENDERS)}.")
+    return [CONTENDERS[name] for name in names]
+
+
+def read_tuned(task: str, mode: Mode, file: Path) -> dict[str, float]:
+    """The learning rate of each tuned contender: the one with the best held-out score in the stored sweep.
+
+    A budget that was not swept takes the rates of the default one.
+    """
+    try:
+        sweeps = json.loads(file.read_text()).get(task, {})
+        sweep = (sweeps.get(mode) or sweeps.get("default") or {"scores": {}})["scores"]
+        best = {name: max(scores, key=lambda rate: mean(scores[rate])) for name, scores in sweep.items()}
+        return {name: float(rate) for name, rate in best.items()}
+    except OSError as error:
+        raise RaceError(f"the learning rates in {file} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RaceError(f"{file} is not a tuning.json written by `batchnorm race --tune`.") from None

@@ -1,0 +1,169 @@
+"""What a race leaves behind: the paper's table, ``results.json``, ``curves.csv``; plots are in ``plots.py``.
+
+Comes from: ``score.py``. Goes to: the terminal and the output directory.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from batchnorm.racing.contenders import Contender
+from batchnorm.racing.plan import Plan
+from batchnorm.racing.score import Record
+
+
+def rules(plan: Plan) -> str:
+    """The rules in short, printed under every result; docs/race.md has them in full."""
+    seeds = f"means over {plan.seeds} seeds, with 95% intervals" if plan.seeds > 1 else "ONE seed: no interval"
+    untuned = [c.name for c in plan.contenders if c.tuned and c.name not in plan.tuned]
+    return (
+        f"Rules: same network, initial weights, data order and batch size ({plan.batch_size}) for all; evaluated on the "
+        f"test examples every {plan.interval:,} steps. Target: the mean over seeds of the best accuracy that the "
+        "baseline reaches; a contender is scored by its first evaluation at or above it, the baseline by the first at "
+        "its own best. Seconds are training alone: steps x median step time, taken alone and interleaved, plus one "
+        f"re-estimation of statistics where a contender has one. {seeds[0].upper()}{seeds[1:]}."
+        + (f" NOT TUNED for this task: the learning rate of {', '.join(untuned)}; see --tune." if untuned else "")
+    )
+
+
+def changes(contender: Contender) -> str:
+    """What a contender changes against the baseline, in words."""
+    words = {"batch_norm": "BN", "dropout": "dropout", "activation": "activation"}
+    parts = [
+        f"no {words[key]}" if value is False else words[key] if value is True else f"{key}={value}"
+        for key, value in contender.network.items()
+    ]
+    if contender.tuned:
+        parts.append("own tuned learning rate")
+    elif contender.learning_rate != 1:
+        parts.append(f"learning rate x{contender.learning_rate:g}")
+    if contender.weight_decay != 1:
+        parts.append(f"weight decay x{contender.weight_decay:g}")
+    if contender.schedule != "exponential":
+        parts.append(f"{contender.schedule} schedule")
+    elif contender.decay_speed != 1:
+        parts.append(f"decay {contender.decay_speed:g} times faster")
+    if contender.budget != 1:
+        parts.append(f"at most {contender.budget:.0%} of the steps")
+    if contender.average:
+        parts.append(f"averaged weights (decay {contender.average:g})")
+    if contender.recalibrate:
+        parts.append(f"statistics re-estimated on {contender.recalibrate:,} training examples")
+    return "nothing" if contender.name == "baseline" else ", ".join(parts)
+
+
+def table(results: Mapping[str, Any], plan: Plan) -> Table:
+    """The paper's table, with the time beside the steps."""
+    target = results["target"]
+    title = "no target: the baseline diverged" if target is None else f"target: {target:.2%} (the baseline's best)"
+    view = Table(title=f"{plan.task}: steps and seconds to the same accuracy; {title}", title_justify="left")
+    for heading in (
+        "contender",
+        "learning rate",
+        "steps to target",
+        "of baseline",
+        "seconds",
+        "of baseline",
+        "best accuracy",
+        "outcome",
+    ):
+        view.add_column(heading, justify="left" if heading in ("contender", "outcome") else "right")
+    for row in results["contenders"]:
+        view.add_row(
+            row["name"],
+            f"{row['learning_rate']:g}",
+            _with_interval(row["steps_to_target"], row["steps_interval"], "{:,.0f}"),
+            _or_dash(row["steps_fraction"], "{:.1%}"),
+            _or_dash(row["seconds_to_target"], "{:,.1f}"),
+            _or_dash(row["seconds_fraction"], "{:.1%}"),
+            _with_interval(row["best_accuracy"], row["best_accuracy_interval"], "{:.2%}"),
+            row["status"],
+        )
+    return view
+
+
+def markdown(results: Mapping[str, Any], plan: Plan) -> str:
+    """The same table for a README, with what each contender changes."""
+    view = table(results, plan)
+    cells = [[str(cell) for cell in column.cells] for column in view.columns]
+    lines = [
+        "| " + " | ".join(str(column.header) for column in view.columns) + " |",
+        "|" + "|".join("---" if column.justify == "left" else "---:" for column in view.columns) + "|",
+        *("| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)),
+    ]
+    listed = [f"- `{contender.name}` changes: {changes(contender)}" for contender in plan.contenders]
+    return "\n".join([str(view.title), "", *lines, "", *listed, "", rules(plan), ""])
+
+
+def curves_csv(records: Mapping[str, Sequence[Record]]) -> str:
+    """One line per evaluation of every run."""
+    out = io.StringIO()
+    writer: Any = None
+    for name, runs in records.items():
+        for run in runs:
+            for point in run["curve"]:
+                line = {
+                    "contender": name,
+                    "seed": run["seed"],
+                    "learning_rate": run["learning_rate"],
+                    **point,
+                }
+                writer = writer or csv.DictWriter(out, line, lineterminator="\n")
+                if not out.tell():
+                    writer.writeheader()
+                writer.writerow(line)
+    return out.getvalue()
+
+
+def environment() -> dict[str, Any]:
+    """Where the numbers come from."""
+    return {
+        "batchnorm": version("batchnorm"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads_per_run": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _with_interval(value: float | None, interval: Sequence[float] | None, form: str) -> str:
+    if value is None or interval is None:
+        return _or_dash(value, form)
+    half = form.format((interval[1] - interval[0]) / 2).removesuffix("%")
+    return f"{form.format(value)} ± {half}"

@@ -1,0 +1,160 @@
+"""Task: what the contenders of a race have in common: network, data, loss, metric, batch size and budget.
+
+Comes from: ``zoo.py``, or a user's function named on the command line. Goes to: ``trainer.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from batchnorm.racing.errors import RaceError
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    """Share of examples whose largest output is their class: output (N, classes), target (N,) -> scalar."""
+    return (output.argmax(1) == target).float().mean()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what, and for how long; what a contender changes is its own affair.
+
+    Args:
+        name: for tables and plots.
+        model: ``model(*, batch_norm=False, ...)`` returns a new network. A contender passes what it changes:
+            ``batch_norm=True`` for normalization before each nonlinearity, ``dropout=False``, ``activation="sigmoid"``.
+            Only the keywords of the contenders that run are needed. Random weights must come from torch's generator.
+        train: training examples; ``train[indices]`` with a tensor of indices gives ``(inputs, targets)``, as a
+            ``torch.utils.data.TensorDataset`` does.
+        test: examples that only score, in the same form.
+        loss: ``loss(output, target)``, the scalar that is minimized.
+        metric: ``metric(output, target)``, the mean over the examples of a score, higher is better.
+        batch_size: examples per step, over all processes.
+        steps: the baseline's budget.
+        full_steps: the baseline's budget under ``--full``: up to its plateau. Default: ``steps``.
+        quick_steps: the baseline's budget under ``--quick``. Default: an eighth of ``steps``.
+        evaluations: how often the baseline is evaluated within its budget; the interval that follows holds for all.
+        learning_rate: the baseline's initial rate, where none has been tuned for this task.
+        weight_decay: the baseline's L2 penalty on weights (not on biases, gamma and beta).
+        held_out: training examples that ``--tune`` sets apart to choose learning rates on. Default: one twelfth.
+
+    Example:
+        >>> def make(*, batch_norm=False, dropout=True):
+        ...     norm = [nn.BatchNorm1d(8)] if batch_norm else []
+        ...     return nn.Sequential(nn.Linear(4, 8, bias=not batch_norm), *norm, nn.ReLU(), nn.Linear(8, 2))
+        >>> x, y = torch.randn(120, 4), torch.randint(2, (120,))
+        >>> task = Task("toy", make, TensorDataset(x[:100], y[:100]), TensorDataset(x[100:], y[100:]), steps=50)
+        >>> task.interval(50)
+        1
+    """
+
+    name: str
+    model: Callable[..., nn.Module]
+    train: Any
+    test: Any
+    loss: Callable[[Any, Any], Tensor] = field(default=nn.functional.cross_entropy)
+    metric: Callable[[Any, Any], Tensor] = field(default=accuracy)
+    batch_size: int = 32
+    steps: int = 2000
+    full_steps: int | None = None
+    quick_steps: int | None = None
+    evaluations: int = 50
+    learning_rate: float = 0.01
+    weight_decay: float = 5e-4
+    held_out: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "steps",
+            "full_steps",
+            "quick_steps",
+            "evaluations",
+            "learning_rate",
+            "held_out",
+        ):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and value > 0):
+                raise RaceError(f"Task {self.name!r}: {name} must be a positive number (got {value!r}).")
+        if not callable(self.model):
+            raise RaceError(
+                f"Task {self.name!r}: model must be a function that returns a network (got {self.model!r})."
+            )
+        for name in ("train", "test"):
+            _check_examples(f"Task {self.name!r}: {name}", getattr(self, name))
+        if len(self.train) < self.batch_size:
+            raise RaceError(
+                f"Task {self.name!r}: {len(self.train)} training examples are less than one batch ({self.batch_size})."
+            )
+
+    def interval(self, steps: int) -> int:
+        """Steps between evaluations when the baseline's budget is ``steps``."""
+        return max(1, steps // self.evaluations)
+
+    def for_tuning(self) -> Task:
+        """The same task scored on training examples that are held out; the test examples are not looked at."""
+        held_out = self.held_out or max(1, len(self.train) // 12)
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
+        test, train = (TensorDataset(*self.train[part]) for part in (order[:held_out], order[held_out:]))
+        return replace(self, train=train, test=test)
+
+
+def _check_examples(what: str, examples: object) -> None:
+    if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
+        raise RaceError(f"{what} must be a torch.utils.data.TensorDataset or the like (got {type(examples).__name__}).")
+    if len(examples) == 0:
+        raise RaceError(f"{what} is empty.")
+    try:
+        _inputs, _targets = examples[torch.arange(min(2, len(examples)))]
+    except Exception as error:
+        raise RaceError(
+            f"{what}[tensor of indices] must give (inputs, targets), as torch.utils.data.TensorDataset does "
+            f"({type(error).__name__}: {error})."
+        ) from None
+
+
+def load_task(spec: str, data: str | None = None) -> Task:
+    """A built-in task by name, or a user's as ``package.module:function``; the function returns a ``Task``."""
+    from batchnorm.racing.zoo import TASKS
+
+    if spec in TASKS:
+        return TASKS[spec](data)
+    module_name, colon, function_name = spec.partition(":")
+    if not (colon and module_name and function_name):
+        raise RaceError(
+            f"unknown task {spec!r}. Known: {', '.join(TASKS)}; or a function of yours: package.module:function."
+        )
+    if data is not None:
+        raise RaceError(f"--data is for the built-in tasks; {spec} brings its own data.")
+    if os.getcwd() not in sys.path:  # as `python -m` does: a user's module lies where the user stands
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise RaceError(
+            f"task {spec}: cannot import {module_name} from {os.getcwd()} or the environment ({error})."
+        ) from None
+    except AttributeError:
+        raise RaceError(f"task {spec}: {module_name} has no {function_name}.") from None
+    task = function() if callable(function) else function
+    if not isinstance(task, Task):
+        raise RaceError(f"task {spec}: the function must return a batchnorm.Task (got {type(task).__name__}).")
+    return task
+
+
+def keywords_of(model: Callable[..., nn.Module]) -> set[str] | None:
+    """The keywords that a model function takes; None if it takes any."""
+    parameters = inspect.signature(model).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}

@@ -1,0 +1,50 @@
+"""Seconds per step: contenders take turns, alone on the machine, so that all meet the same noise.
+
+Comes from: the runs of a plan. Goes to: ``score.py``, which multiplies by steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import quantiles
+
+from batchnorm.racing.task import Task
+from batchnorm.racing.trainer import Run, Trainer
+
+WARM_UP = 10
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one training step (median and quartiles), and of preparing the network for inference once."""
+
+    median: float
+    quartiles: tuple[float, float]
+    preparation: float
+    steps: int
+
+
+def time_steps(task: Task, runs: Sequence[Run], *, rounds: int, steps: int) -> dict[str, StepTime]:
+    """Time ``rounds`` turns of ``steps`` steps per contender, interleaved; one run per contender is given."""
+    trainers = {run.contender.name: Trainer(task, run) for run in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for trainer in trainers.values():
+        for _ in range(WARM_UP):
+            trainer.step()
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            for _ in range(steps):
+                started = time.perf_counter()
+                trainer.step()
+                seconds[name].append(time.perf_counter() - started)
+    return {name: _summary(seconds[name], trainer) for name, trainer in trainers.items()}
+
+
+def _summary(seconds: list[float], trainer: Trainer) -> StepTime:
+    started = time.perf_counter()
+    trainer.prepare(trainer.model)
+    preparation = time.perf_counter() - started
+    low, median, high = quantiles(seconds, n=4)
+    return StepTime(median, (low, high), preparation, len(seconds))

@@ -1,0 +1,144 @@
+"""The networks that the built-in tasks train, with and without batch normalization, and the tasks themselves.
+
+Comes from: images of ``data.py``. Goes to: ``task.load_task``.
+Networks take the keywords that contenders change: ``batch_norm``, ``activation``, ``dropout``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from batchnorm.nn import BatchNorm1d, BatchNorm2d
+from batchnorm.racing.data import load_images
+from batchnorm.racing.task import Task
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
+
+
+class Module(nn.Module):
+    """An Inception module: 1x1, 3x3, double 3x3 (in place of 5x5) and pooling branches, concatenated.
+
+    (N, in_channels, H, W) -> (N, 4 * width, H, W); ``conv(in, out, kernel)`` makes convolution + nonlinearity.
+    """
+
+    def __init__(self, conv: Callable[[int, int, int], nn.Module], in_channels: int, width: int) -> None:
+        super().__init__()
+        self.one = conv(in_channels, width, 1)
+        self.three = nn.Sequential(conv(in_channels, width, 1), conv(width, width, 3))
+        self.double_three = nn.Sequential(conv(in_channels, width, 1), conv(width, width, 3), conv(width, width, 3))
+        self.pool = nn.Sequential(nn.AvgPool2d(3, stride=1, padding=1), conv(in_channels, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(x), self.three(x), self.double_three(x), self.pool(x)], dim=1)
+
+
+def inception(*, batch_norm: bool = False, activation: str = "relu", dropout: bool = True) -> nn.Sequential:
+    """The paper's kind of network at 28 x 28: (N, 1, 28, 28) -> (N, 10).
+
+    17 convolutions deep, no fully connected layer but the softmax's, dropout before it. Where ``batch_norm`` is
+    set, BN stands between each convolution and its nonlinearity, and the convolution has no bias (Section 3.2).
+    """
+
+    def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
+        convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=not batch_norm)
+        norm = [BatchNorm2d(out_channels)] if batch_norm else []
+        return nn.Sequential(convolution, *norm, ACTIVATIONS[activation]())
+
+    width, generator = 16, _generator()
+    network = nn.Sequential(
+        conv(1, width, 3, stride=2),
+        conv(width, 2 * width, 3, stride=2),
+        Module(conv, 2 * width, width),
+        *(Module(conv, 4 * width, width) for _ in range(4)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.1 if dropout else 0.0),
+        nn.Linear(4 * width, 10),
+    )
+    # He et al. 2015: the network without BN needs an initialization that keeps the scale through its depth.
+    _initialize(network, lambda weight: nn.init.kaiming_normal_(weight, generator=generator))
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def mlp(*, batch_norm: bool = False, activation: str = "sigmoid", dropout: bool = False) -> nn.Sequential:
+    """The network of the paper's Section 4.1: (N, 784) -> (N, 10), 3 hidden layers of 100 sigmoid units.
+
+    "Weights initialized to small random Gaussian values". It has no dropout; the keyword is there for the contenders.
+    """
+
+    def layer(in_features: int, out_features: int) -> list[nn.Module]:
+        norm = [BatchNorm1d(out_features)] if batch_norm else []
+        return [nn.Linear(in_features, out_features, bias=not batch_norm), *norm, ACTIVATIONS[activation]()]
+
+    generator = _generator()
+    network = nn.Sequential(*layer(784, 100), *layer(100, 100), *layer(100, 100), nn.Linear(100, 10))
+    _initialize(network, lambda weight: nn.init.normal_(weight, std=0.05, generator=generator))
+    return network
+
+
+def _generator() -> torch.Generator:
+    """Random numbers for the weights alone, so that variants of a network start from the same weights.
+
+    Torch's own would not do: a layer without a bias draws fewer numbers when it is made than one with a bias.
+    """
+    return torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+
+
+def _initialize(network: nn.Module, fill: Callable[[Tensor], Tensor]) -> None:
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            fill(layer.weight.data)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def inception_task(data: str | None = None) -> Task:
+    """Fashion-MNIST (or MNIST) at 28 x 28, standardized with the training images' mean and deviation."""
+    images = load_images(data)
+    mean, std = _moments(images.train_images)
+
+    def examples(images_NHW: Tensor, labels_N: Tensor) -> TensorDataset:
+        return TensorDataset(images_NHW[:, None].float().sub_(mean).div_(std), labels_N.long())
+
+    return Task(
+        "inception",
+        inception,
+        train=examples(images.train_images, images.train_labels),
+        test=examples(images.test_images, images.test_labels),
+        batch_size=32,
+        steps=12_000,
+        full_steps=60_000,
+        quick_steps=1_500,
+        held_out=5_000,
+    )
+
+
+def mlp_task(data: str | None = None) -> Task:
+    """Section 4.1: binary images (a pixel is on where it is above the middle), batches of 60, 50,000 steps."""
+    images = load_images(data)
+
+    def examples(images_NHW: Tensor, labels_N: Tensor) -> TensorDataset:
+        return TensorDataset((images_NHW > 127).flatten(1).float(), labels_N.long())
+
+    return Task(
+        "mlp",
+        mlp,
+        train=examples(images.train_images, images.train_labels),
+        test=examples(images.test_images, images.test_labels),
+        batch_size=60,
+        steps=50_000,
+        quick_steps=5_000,
+        held_out=5_000,
+    )
+
+
+def _moments(images_NHW: Tensor) -> tuple[float, float]:
+    values = images_NHW.double()
+    return values.mean().item(), values.std(correction=0).item()
+
+
+TASKS: dict[str, Callable[[str | None], Task]] = {"inception": inception_task, "mlp": mlp_task}
