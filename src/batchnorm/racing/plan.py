@@ -22,6 +22,7 @@ from batchnorm.racing.trainer import Run
 
 Mode = Literal["quick", "default", "full"]
 SEEDS: dict[str, int] = {"quick": 1, "default": 3, "full": 3}
+EVALUATIONS: dict[str, int] = {"quick": 15, "default": 50, "full": 80}  # within the baseline's budget
 RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the rate in use: what --tune tries
 
 CONFIG = "config.json"
@@ -108,7 +109,7 @@ def make_plan(
         rates=None if rates is None else str(rates),
         seeds=seeds or (1 if tune else SEEDS[mode]),
         steps=budget,
-        interval=task.interval(budget),
+        interval=max(1, budget // EVALUATIONS[mode]),
         batch_size=task.batch_size,
         examples=len(task.train),
         learning_rates=learning_rates,
@@ -166,10 +167,10 @@ def _choose(task: Task, names: Sequence[str] | None, mode: Mode, tune: bool) -> 
             )
     if len(set(names)) < len(names):
         raise RaceError(f"a contender is named twice: {', '.join(names)}.")
-    if "baseline" not in names and not tune:
-        raise RaceError(f"the baseline sets the target, so it must run: --contenders baseline,{','.join(names)}.")
     if not names:
         raise RaceError(f"no contenders. Known: {', '.join(CONTENDERS)}.")
+    if "baseline" not in names and not tune:
+        raise RaceError(f"the baseline sets the target, so it must run: --contenders baseline,{','.join(names)}.")
     return [CONTENDERS[name] for name in names]
 
 

@@ -28,8 +28,8 @@ def rules(plan: Plan) -> str:
     seeds = f"means over {plan.seeds} seeds, with 95% intervals" if plan.seeds > 1 else "ONE seed: no interval"
     untuned = [c.name for c in plan.contenders if c.tuned and c.name not in plan.tuned]
     return (
-        f"Rules: same network, initial weights, data order and batch size ({plan.batch_size}) for all; evaluated on the "
-        f"test examples every {plan.interval:,} steps. Target: the mean over seeds of the best accuracy that the "
+        f"Rules: same network, initial weights, data order and batch size ({plan.batch_size}) for all; evaluated on "
+        f"the test examples every {plan.interval:,} steps. Target: the mean over seeds of the best accuracy that the "
         "baseline reaches; a contender is scored by its first evaluation at or above it, the baseline by the first at "
         "its own best. Seconds are training alone: steps x median step time, taken alone and interleaved, plus one "
         f"re-estimation of statistics where a contender has one. {seeds[0].upper()}{seeds[1:]}."

@@ -43,7 +43,6 @@ class Task:
         steps: the baseline's budget.
         full_steps: the baseline's budget under ``--full``: up to its plateau. Default: ``steps``.
         quick_steps: the baseline's budget under ``--quick``. Default: an eighth of ``steps``.
-        evaluations: how often the baseline is evaluated within its budget; the interval that follows holds for all.
         learning_rate: the baseline's initial rate, where none has been tuned for this task.
         weight_decay: the baseline's L2 penalty on weights (not on biases, gamma and beta).
         held_out: training examples that ``--tune`` sets apart to choose learning rates on. Default: one twelfth.
@@ -54,8 +53,8 @@ class Task:
         ...     return nn.Sequential(nn.Linear(4, 8, bias=not batch_norm), *norm, nn.ReLU(), nn.Linear(8, 2))
         >>> x, y = torch.randn(120, 4), torch.randint(2, (120,))
         >>> task = Task("toy", make, TensorDataset(x[:100], y[:100]), TensorDataset(x[100:], y[100:]), steps=50)
-        >>> task.interval(50)
-        1
+        >>> len(task.for_tuning().train), len(task.for_tuning().test)
+        (92, 8)
     """
 
     name: str
@@ -68,7 +67,6 @@ class Task:
     steps: int = 2000
     full_steps: int | None = None
     quick_steps: int | None = None
-    evaluations: int = 50
     learning_rate: float = 0.01
     weight_decay: float = 5e-4
     held_out: int | None = None
@@ -79,7 +77,6 @@ class Task:
             "steps",
             "full_steps",
             "quick_steps",
-            "evaluations",
             "learning_rate",
             "held_out",
         ):
@@ -97,10 +94,6 @@ class Task:
                 f"Task {self.name!r}: {len(self.train)} training examples are less than one batch ({self.batch_size})."
             )
 
-    def interval(self, steps: int) -> int:
-        """Steps between evaluations when the baseline's budget is ``steps``."""
-        return max(1, steps // self.evaluations)
-
     def for_tuning(self) -> Task:
         """The same task scored on training examples that are held out; the test examples are not looked at."""
         held_out = self.held_out or max(1, len(self.train) // 12)
@@ -115,7 +108,7 @@ def _check_examples(what: str, examples: object) -> None:
     if len(examples) == 0:
         raise RaceError(f"{what} is empty.")
     try:
-        _inputs, _targets = examples[torch.arange(min(2, len(examples)))]
+        _inputs, _targets = examples[torch.arange(min(3, len(examples)))]
     except Exception as error:
         raise RaceError(
             f"{what}[tensor of indices] must give (inputs, targets), as torch.utils.data.TensorDataset does "

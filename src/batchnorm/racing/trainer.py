@@ -118,7 +118,7 @@ class Trainer:
             groups,
             lr=run.learning_rate,
             momentum=MOMENTUM,
-            fused=all(p.is_floating_point() for p in self.model.parameters()),
+            fused=True,
         )
         self.average = (
             AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(contender.average))

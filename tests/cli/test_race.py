@@ -1,0 +1,230 @@
+"""batchnorm race, as a user runs it: results, bad input, and being stopped in every way."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchnorm import cli
+
+TESTS = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "batchnorm", "race"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+
+
+def start(*options: str, command: list[str] = COMMAND) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*command, *options],
+        env=ENVIRONMENT,
+        cwd=TESTS,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, out + err
+    return out, err
+
+
+def numbers(directory: Path) -> list[list[str]]:
+    """Step, epochs, loss and score of every evaluation: what must not depend on having been stopped."""
+    rows = csv.DictReader((directory / "curves.csv").open())
+    return sorted([row[key] for key in ("contender", "seed", "step", "epochs", "loss", "score")] for row in rows)
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A race that was never stopped."""
+    directory = tmp_path_factory.mktemp("race") / "whole"
+    finish(start("--task", "racing.toy:task", "--seeds", "2", "--out", str(directory)))
+    return directory
+
+
+def test_results_hold_what_the_docs_say(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    assert 0.5 < results["target"] <= 1
+    assert results["command"].startswith("batchnorm race --task racing.toy:task")
+    assert results["environment"]["torch"]
+    assert [row["name"] for row in results["contenders"]] == ["baseline", "bn-x5", "accelerated"]
+    for row in results["contenders"]:
+        for key in ("learning_rate", "steps_to_target", "seconds_to_target", "steps_fraction", "seconds_fraction",
+                    "best_accuracy", "status"):  # fmt: skip
+            assert key in row
+        assert [run["seed"] for run in row["runs"]] == [0, 1]
+    baseline = results["contenders"][0]
+    assert baseline["steps_fraction"] == 1
+    assert results["target"] == pytest.approx(sum(run["best_accuracy"] for run in baseline["runs"]) / 2)
+
+
+def test_curves_and_plots_are_written(whole: Path) -> None:
+    assert len(numbers(whole)) == 2 * (50 + 50 + 8)  # seeds x evaluations of the three contenders
+    for name in ("accuracy-steps.png", "accuracy-seconds.png"):
+        assert (whole / name).read_bytes().startswith(b"\x89PNG")
+    assert "| accelerated |" in (whole / "results.md").read_text()
+
+
+def test_same_race_again_gives_the_same_accuracies(whole: Path, tmp_path: Path) -> None:
+    out, _ = finish(start("--task", "racing.toy:task", "--seeds", "2", "--workers", "1", "--out", str(tmp_path / "o")))
+    assert numbers(tmp_path / "o") == numbers(whole)
+    assert "target" in out
+    assert "\x1b[" not in out  # readable when piped
+
+
+def test_killed_race_resumes_to_the_same_numbers(tmp_path: Path) -> None:
+    """SIGKILL to the whole group in the middle, twice."""
+    options = ("--task", "racing.toy:slow", "--contenders", "baseline,accelerated", "--seeds", "1")
+    finish(start(*options, "--out", str(tmp_path / "whole")))
+    directory = tmp_path / "killed"
+    process = start(*options, "--out", str(directory))
+    for _ in range(2):
+        wait_for(lambda: list((directory / "runs").glob("baseline*.pt")), process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (directory / "results.json").exists()
+        process = start("--resume", str(directory))
+    finish(process)
+    assert numbers(directory) == numbers(tmp_path / "whole")
+    results = [json.loads((d / "results.json").read_text()) for d in (directory, tmp_path / "whole")]
+    for a, b in zip(*(r["contenders"] for r in results), strict=True):
+        assert (a["steps_to_target"], a["best_accuracy"]) == (b["steps_to_target"], b["best_accuracy"])
+
+
+def test_workers_end_when_the_parent_alone_is_killed(tmp_path: Path) -> None:
+    """No orphan goes on writing into a race that somebody resumes."""
+    process = start("--task", "racing.toy:slow", "--out", str(tmp_path / "o"))
+    wait_for(lambda: list((tmp_path / "o" / "runs").glob("*.pt")), process)
+    process.kill()
+    process.wait()
+    until = time.monotonic() + 30
+    while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
+        assert time.monotonic() < until, "a training process outlived its parent"
+        time.sleep(0.1)
+
+
+def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
+    directory = tmp_path / "stopped"
+    process = start("--task", "racing.toy:slow", "--out", str(directory))
+    wait_for(lambda: list((directory / "runs").glob("*.pt")), process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = finish(process, 130)
+    assert f"batchnorm race --resume {directory}" in err
+    assert "Traceback" not in err
+
+
+def test_diverging_contender_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
+    out, _ = finish(start("--task", "racing.toy:explodes", "--seeds", "1", "--out", str(tmp_path / "o")))
+    rows = {row["name"]: row for row in json.loads((tmp_path / "o" / "results.json").read_text())["contenders"]}
+    assert rows["bn-x5"]["status"].startswith("diverged at step ")
+    assert rows["bn-x5"]["steps_to_target"] is None
+    assert rows["baseline"]["status"] == "reached the target"
+    assert "diverged at step" in out
+
+
+def test_torchrun_trains_data_parallel_and_rank_0_alone_writes(tmp_path: Path) -> None:
+    """Two ranks, the same global batch; without BN the gradient is that of one process, so the accuracies are close."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "batchnorm", "race"]
+    out, _ = finish(
+        start("--task", "racing.toy:task", "--seeds", "1", "--out", str(tmp_path / "two"), command=torchrun)
+    )
+    assert out.count("Written:") == 1
+    results = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert results["environment"]["processes"] == 2
+    finish(start("--task", "racing.toy:task", "--seeds", "1", "--out", str(tmp_path / "one")))
+    one = json.loads((tmp_path / "one" / "results.json").read_text())
+    for a, b in zip(one["contenders"], results["contenders"], strict=True):
+        assert a["best_accuracy"] == pytest.approx(b["best_accuracy"], abs=0.05)
+
+
+def test_tuning_writes_rates_that_a_race_reads(tmp_path: Path) -> None:
+    options = ("--task", "racing.toy:task", "--contenders", "baseline,accelerated", "--steps", "60")
+    out, _ = finish(start(*options, "--tune", "--out", str(tmp_path / "tune")))
+    scores = json.loads((tmp_path / "tune" / "tuning.json").read_text())["toy"]["default"]["scores"]
+    assert all(len(rates) == 5 for rates in scores.values())
+    assert "chosen" in out
+    finish(start(*options, "--rates", str(tmp_path / "tune" / "tuning.json"), "--out", str(tmp_path / "race")))
+    for row in json.loads((tmp_path / "race" / "results.json").read_text())["contenders"]:
+        rates = scores[row["name"]]
+        assert rates[f"{row['learning_rate']:g}"] == max(rates.values())
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *options: str) -> str:
+    """Run in this process; one line on stderr and exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["batchnorm", "race", *options])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "resnet"], "race: unknown task 'resnet'. Known: inception, mlp"),
+        (["--task", "racing.toy:returns_a_model"], "must return a batchnorm.Task (got Sequential)"),
+        (["--task", "racing.toy:wrong_shapes"], "does not run as contender 'baseline': RuntimeError: mat1 and mat2"),
+        (
+            ["--task", "racing.toy:task", "--contenders", "baseline,bn-x50"],
+            "unknown contender 'bn-x50'. Known: baseline",
+        ),
+        (["--task", "racing.toy:task", "--seeds", "0"], "--seeds must be at least 1 (got 0)"),
+        (["--task", "racing.toy:task", "--steps", "-3"], "--steps must be at least 1 (got -3)"),
+        (["--task", "racing.toy:task", "--workers", "0"], "--workers must be at least 1 (got 0)"),
+        (["--task", "racing.toy:task", "--out", "/proc/none/race"], "--out /proc/none/race cannot be written"),
+        (["--task", "racing.toy:task", "--quick", "--full"], "--quick and --full exclude each other"),
+        (["--resume", "/nowhere"], "/nowhere holds no race"),
+        (["--data", "/nowhere"], "no train-images-idx3-ubyte.gz in /nowhere"),
+        (["--task", "racing.toy:task", "--data", "/nowhere"], "--data is for the built-in tasks"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    options: list[str], message: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    err = refused(capsys, monkeypatch, *options)
+    assert message in err
+    assert err.startswith("race: ")
+    assert err.count("\n") == 1
+    assert not list(tmp_path.glob("runs/*/runs/*"))  # refused before any long work
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--seeds", "5"], "seeds was 2, is 5"),
+        (["--task", "mlp"], "task was racing.toy:task, is mlp"),
+        (["--full"], "mode was default, is full"),
+        (["--contenders", "baseline"], "contenders was ['baseline', 'bn-x5', 'accelerated'], is ['baseline']"),
+    ],
+)
+def test_resume_of_another_configuration_is_refused(
+    option: list[str], message: str, whole: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    err = refused(capsys, monkeypatch, "--resume", str(whole), *option)
+    assert "holds a race of another configuration" in err
+    assert message in err
+
+
+def test_resume_of_a_finished_race_reports_the_same_again(whole: Path) -> None:
+    before = json.loads((whole / "results.json").read_text())
+    finish(start("--resume", str(whole)))
+    after = json.loads((whole / "results.json").read_text())
+    assert after["contenders"] == before["contenders"]

@@ -1,0 +1,144 @@
+"""racing/plan.py and racing/task.py: everything is decided, or refused, before any long work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from racing import toy
+from torch.utils.data import TensorDataset
+
+import batchnorm as bn
+from batchnorm.racing.contenders import CONTENDERS, DEFAULT
+from batchnorm.racing.errors import RaceError
+from batchnorm.racing.plan import TUNED_FILE, make_plan, read_plan, read_tuned
+from batchnorm.racing.task import load_task
+
+
+def plan(task: bn.Task | None = None, **options: Any) -> Any:
+    return make_plan(task or toy.task(), spec="racing.toy:task", **options)
+
+
+def test_default_runs_three_contenders_from_three_seeds() -> None:
+    made = plan()
+    assert [c.name for c in made.contenders] == list(DEFAULT) == ["baseline", "bn-x5", "accelerated"]
+    assert made.seeds == 3
+    assert len(made.runs()) == 9
+    assert made.steps == 200
+
+
+def test_full_runs_all_eight_and_quick_one_seed() -> None:
+    assert [c.name for c in plan(mode="full").contenders] == list(CONTENDERS)
+    assert len(CONTENDERS) == 8
+    assert plan(mode="quick").seeds == 1
+
+
+def test_paper_rates_are_multiples_of_the_baselines() -> None:
+    rates = plan(contenders=["baseline", "bn", "bn-x5", "bn-x30"]).learning_rates
+    assert rates["bn"] == rates["baseline"]
+    assert rates["bn-x5"] == pytest.approx(5 * rates["baseline"])
+    assert rates["bn-x30"] == pytest.approx(30 * rates["baseline"])
+
+
+def test_every_budget_is_whole_intervals() -> None:
+    for run in plan(mode="full", steps=1000).runs():
+        assert run.steps % run.interval == 0
+        assert run.steps > 0
+
+
+def test_full_leaves_out_what_the_model_cannot_be_asked_for_but_a_named_one_is_refused() -> None:
+    assert "sigmoid" not in [c.name for c in plan(toy.plain(), mode="full").contenders]
+    with pytest.raises(RaceError, match=r"'sigmoid' changes activation.*takes batch_norm, dropout"):
+        plan(toy.plain(), contenders=["baseline", "sigmoid"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contenders": ["baseline", "bn-x50"]}, r"unknown contender 'bn-x50'. Known: baseline, bn, bn-x5"),
+        ({"contenders": ["bn"]}, "the baseline sets the target, so it must run: --contenders baseline,bn"),
+        ({"contenders": ["baseline", "baseline"]}, "named twice"),
+        ({"contenders": []}, "no contenders"),
+        ({"seeds": 0}, r"--seeds must be at least 1 \(got 0\)"),
+        ({"steps": -5}, r"--steps must be at least 1 \(got -5\)"),
+        ({"rates": "no-such-file.json"}, r"no-such-file.json cannot be read"),
+    ],
+)
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RaceError, match=message):
+        plan(**options)
+
+
+def test_tuned_rate_is_the_one_with_the_best_mean_score(tmp_path: Path) -> None:
+    file = tmp_path / "tuning.json"
+    scores = {"baseline": {"0.1": [0.8, 0.9], "0.2": [0.95, 0.7]}, "accelerated": {"0.5": [0.7]}}
+    file.write_text(json.dumps({"toy": {"default": {"scores": scores}}}))
+    assert read_tuned("toy", "default", file) == {"baseline": 0.1, "accelerated": 0.5}
+    assert read_tuned("toy", "full", file)["baseline"] == 0.1  # not swept: the default budget's
+    assert read_tuned("other", "default", file) == {}
+    assert plan(rates=file).learning_rates == {"baseline": 0.1, "bn-x5": 0.5, "accelerated": 0.5}
+    file.write_text("[]")
+    with pytest.raises(RaceError, match="is not a tuning.json"):
+        plan(rates=file)
+
+
+def test_stored_rates_hold_a_sweep_of_at_least_five_for_each_tuned_contender() -> None:
+    stored = json.loads(TUNED_FILE.read_text())["inception"]
+    for mode in ("default", "full"):
+        assert stored[mode]["command"].startswith("batchnorm race")
+        for name in ("baseline", "accelerated", "accelerated-without-bn"):
+            assert len(stored[mode]["scores"][name]) >= 5
+
+
+def test_stored_plan_is_read_back_and_a_strange_one_refused(tmp_path: Path) -> None:
+    from batchnorm.racing import runner
+
+    made = plan()
+    runner._prepare(tmp_path / "out", made)
+    assert read_plan(tmp_path / "out") == made
+    with pytest.raises(RaceError, match="holds no race"):
+        read_plan(tmp_path)
+    with pytest.raises(RaceError, match="already holds a race"):
+        runner._prepare(tmp_path / "out", made)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resnet", r"unknown task 'resnet'. Known: inception, mlp; or a function of yours"),
+        ("racing.toy:nothing", "racing.toy has no nothing"),
+        ("racing.nowhere:task", "cannot import racing.nowhere"),
+        ("racing.toy:returns_a_model", r"must return a batchnorm.Task \(got Sequential\)"),
+        ("racing.toy:negative", r"steps must be a positive number \(got -1\)"),
+    ],
+)
+def test_wrong_task(spec: str, message: str) -> None:
+    with pytest.raises(RaceError, match=message):
+        load_task(spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": torch.randn(5, 8)}, r"train\[tensor of indices\] must give \(inputs, targets\)"),
+        ({"test": 7}, "test must be a torch.utils.data.TensorDataset or the like"),
+        ({"test": TensorDataset(torch.zeros(0, 8), torch.zeros(0))}, "test is empty"),
+        ({"batch_size": 0}, "batch_size must be a positive number"),
+        ({"batch_size": 2000}, r"1000 training examples are less than one batch \(2000\)"),
+        ({"model": "resnet"}, "model must be a function that returns a network"),
+    ],
+)
+def test_wrong_fields_of_a_task(changes: dict[str, Any], message: str) -> None:
+    fields = {"name": "t", "model": toy.model, "train": toy.examples(1000, 0), "test": toy.examples(10, 1)} | changes
+    with pytest.raises(RaceError, match=message):
+        bn.Task(**fields)
+
+
+def test_tuning_never_sees_the_test_examples() -> None:
+    task = toy.task()
+    held = task.for_tuning()
+    rows = {tuple(row.tolist()) for row in task.train.tensors[0]}
+    assert {tuple(row.tolist()) for row in held.test.tensors[0]} <= rows
+    assert len(held.train) + len(held.test) == 1000
+    assert not {tuple(r.tolist()) for r in held.test.tensors[0]} & {tuple(r.tolist()) for r in held.train.tensors[0]}

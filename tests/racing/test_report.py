@@ -1,0 +1,57 @@
+"""racing/report.py and racing/display.py: what a person reads."""
+
+import io
+
+from racing import toy
+from rich.console import Console
+
+from batchnorm.racing import report
+from batchnorm.racing.contenders import CONTENDERS
+from batchnorm.racing.display import Display
+from batchnorm.racing.plan import make_plan
+from batchnorm.racing.plots import STYLES
+from batchnorm.racing.trainer import Diverged, Evaluation, Progress, Resumed
+
+
+def test_each_contender_says_what_it_changes() -> None:
+    assert report.changes(CONTENDERS["baseline"]) == "nothing"
+    assert report.changes(CONTENDERS["bn"]) == "BN"
+    x5 = report.changes(CONTENDERS["bn-x5"])
+    assert x5 == "BN, no dropout, learning rate x5, weight decay x0.2, decay 6 times faster"
+    assert "activation=sigmoid" in report.changes(CONTENDERS["sigmoid"])
+    assert "statistics re-estimated on 2,000 training examples" in report.changes(CONTENDERS["accelerated"])
+
+
+def test_accelerated_without_bn_differs_from_accelerated_by_bn_alone() -> None:
+    """What is BN itself worth? Same schedule, averaging and budget; its rate is its own."""
+    with_bn, without = CONTENDERS["accelerated"], CONTENDERS["accelerated-without-bn"]
+    assert with_bn.network == without.network | {"batch_norm": True}
+    for field in ("weight_decay", "schedule", "budget", "average", "tuned"):
+        assert getattr(with_bn, field) == getattr(without, field)
+
+
+def test_one_seed_says_that_it_is_one_and_an_untuned_rate_that_it_is_untuned() -> None:
+    rules = report.rules(make_plan(toy.task(), spec="racing.toy:task", seeds=1))
+    assert "ONE seed" in rules
+    assert "NOT TUNED for this task: the learning rate of baseline, accelerated" in rules
+    assert "Means over 3 seeds" in report.rules(make_plan(toy.task(), spec="racing.toy:task"))
+
+
+def test_every_contender_has_its_own_color() -> None:
+    assert STYLES.keys() == CONTENDERS.keys()
+    assert len(set(STYLES.values())) == len(STYLES)
+
+
+def test_progress_is_readable_when_piped() -> None:
+    runs = make_plan(toy.task(), spec="racing.toy:task", seeds=1).runs()
+    out = io.StringIO()
+    with Display(runs, [], Console(file=out, width=200)) as display:
+        display.update(runs[0], Resumed(100, ()))
+        display.update(runs[0], Progress(150, 0.6))
+        display.update(runs[0], Evaluation(200, 1.0, 0.5, 0.875, 2.0, 1.0))
+        display.update(runs[1], Diverged(13))
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith(
+        "[ 46%] baseline (seed 0, rate 0.01)  step 200/200  loss 0.500  accuracy 87.50%  left 0:00"
+    )
+    assert lines[1] == "bn-x5 (seed 0, rate 0.05): diverged at step 13"

@@ -1,0 +1,123 @@
+"""racing/trainer.py: the rules that make the race fair, and resuming to the same numbers."""
+
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from racing import toy
+from torch import nn
+
+from batchnorm.racing import zoo
+from batchnorm.racing.contenders import CONTENDERS
+from batchnorm.racing.trainer import FINAL_RATE, SCHEDULES, Diverged, Evaluation, Resumed, Run, Trainer, train
+
+
+def run_of(name: str, steps: int = 60, interval: int = 10, seed: int = 0, **changes: Any) -> Run:
+    return Run(replace(CONTENDERS[name], **changes), seed, 0.1, steps, interval)
+
+
+def evaluations(events: list[Any]) -> list[tuple[float, ...]]:
+    """Step, epochs, loss and score of each evaluation; seconds are left out."""
+    return [astuple(event)[:4] for event in events if isinstance(event, Evaluation)]
+
+
+@pytest.mark.parametrize("model", [zoo.inception, zoo.mlp])
+def test_variants_start_from_the_same_weights(model: Any) -> None:
+    """Same initialization for all contenders: a layer without bias must not shift the random numbers."""
+
+    def weights(**keywords: Any) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        return [layer.weight for layer in model(**keywords).modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+
+    plain, normalized = weights(), weights(batch_norm=True, dropout=False)
+    assert len(plain) > 3
+    assert all(torch.equal(a, b) for a, b in zip(plain, normalized, strict=True))
+
+
+def test_bn_stands_before_each_nonlinearity_and_cancels_biases() -> None:
+    """Section 3.2: z = g(BN(Wu)), the bias is dropped."""
+    layers = [m for m in zoo.inception(batch_norm=True).modules() if not list(m.children())]
+    for before, norm, after in zip(layers, layers[1:], layers[2:], strict=False):
+        if isinstance(norm, nn.BatchNorm2d):
+            assert isinstance(before, nn.Conv2d)
+            assert before.bias is None
+            assert isinstance(after, nn.ReLU)
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in layers)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in layers) == convolutions > 30
+    assert sum(isinstance(m, nn.Linear) for m in layers) == 1  # no fully connected layer but the softmax's
+
+
+def test_every_contender_sees_the_same_batches_and_each_epoch_every_example_once() -> None:
+    trainers = [Trainer(toy.task(), run_of(name)) for name in ("baseline", "accelerated")]
+    orders: list[list[int]] = [[], []]
+    for order, trainer in zip(orders, trainers, strict=True):
+        for _ in range(100):  # two epochs
+            order.extend(trainer._batch().tolist())
+            trainer.step_count += 1
+    assert orders[0] == orders[1]
+    assert sorted(orders[0][:1000]) == sorted(orders[0][1000:]) == list(range(1000))
+    assert orders[0][:1000] != orders[0][1000:]  # a full reshuffle
+
+
+def test_schedules() -> None:
+    exponential, linear = SCHEDULES["exponential"], SCHEDULES["linear"]
+    baseline, x5 = CONTENDERS["baseline"], CONTENDERS["bn-x5"]
+    assert exponential(baseline, 0, 600, 600) == 1
+    assert exponential(baseline, 600, 600, 600) == pytest.approx(FINAL_RATE)
+    assert exponential(x5, 100, 600, 600) == pytest.approx(FINAL_RATE)  # decays 6 times faster
+    rates = [linear(baseline, step, 100, 1000) for step in range(100)]
+    assert max(rates) == 1
+    assert rates.index(1) < 6  # warm-up: 5% of its own budget
+    assert rates[-1] == pytest.approx(1 / 95)
+
+
+def test_averaged_weights_and_their_statistics_are_what_is_scored() -> None:
+    trainer = Trainer(toy.task(), run_of("accelerated"))
+    for _ in range(20):
+        trainer.step()
+    trainer.evaluate()
+    assert trainer.average is not None
+    average, norm = trainer.average.module, trainer.average.module[1]
+    with torch.no_grad():
+        hidden = average[0](trainer.task.train[trainer._epoch(0)[:2000]][0])
+    torch.testing.assert_close(norm.running_mean, hidden.mean(0), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(average[0].weight, trainer.model[0].weight)
+
+
+def test_evaluation_leaves_training_as_it_was() -> None:
+    """However often a contender is evaluated, its weights go the same way."""
+    often, never = (Trainer(toy.task(), run_of("bn")) for _ in range(2))
+    for trainer in (often, never):
+        for step in range(20):
+            trainer.seed_noise()
+            trainer.step()
+            if trainer is often and step % 3 == 0:
+                trainer.evaluate()
+    assert all(torch.equal(a, b) for a, b in zip(often.model.parameters(), never.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["baseline", "bn-x5", "accelerated"])
+def test_a_run_stopped_anywhere_goes_on_to_the_same_numbers(name: str, tmp_path: Path) -> None:
+    whole = evaluations(list(train(toy.task(), run_of(name, budget=1.0))))
+    assert len(whole) == 6
+    events: list[Any] = []
+    tries = 0
+    while len(evaluations(events)) < 6:
+        events, start, tries = [], 0, tries + 1
+        for event in train(toy.task(), run_of(name, budget=1.0), tmp_path / "state.pt"):
+            events.extend(event.curve if isinstance(event, Resumed) else [event])
+            start = event.step if isinstance(event, Resumed) else start
+            if event.step >= start + 13:  # stopped in the middle of an interval, one further each time
+                break
+    assert tries == 6
+    assert evaluations(events) == whole
+
+
+def test_divergence_ends_the_run_and_says_where() -> None:
+    events = list(train(toy.task(), run_of("baseline", steps=200, learning_rate=1.0)))
+    assert not any(isinstance(e, Diverged) for e in events)
+    events = list(train(toy.task(), replace(run_of("baseline", steps=200), learning_rate=1e20)))
+    assert isinstance(events[-1], Diverged)
+    assert 1 <= events[-1].step <= 10

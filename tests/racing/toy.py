@@ -1,0 +1,71 @@
+"""A task of milliseconds for the tests of the race, and tasks that are wrong in one way each."""
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import batchnorm as bn
+
+
+def model(*, batch_norm: bool = False, dropout: bool = True, activation: str = "relu") -> nn.Module:
+    nonlinearity = nn.ReLU if activation == "relu" else nn.Sigmoid
+    norm = [bn.BatchNorm1d(16)] if batch_norm else []
+    return nn.Sequential(
+        nn.Linear(8, 16, bias=not batch_norm),
+        *norm,
+        nonlinearity(),
+        nn.Dropout(0.2 if dropout else 0.0),
+        nn.Linear(16, 4),
+    )
+
+
+def examples(n: int, seed: int) -> TensorDataset:
+    """Four classes: which of four directions a point leans to."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 8, generator=generator)
+    return TensorDataset(x, x[:, :4].argmax(1))
+
+
+def task() -> bn.Task:
+    return bn.Task("toy", model, examples(1000, 0), examples(500, 1), batch_size=20, steps=200)
+
+
+def slow() -> bn.Task:
+    """Long enough to be killed in the middle."""
+    return bn.Task("slow", model, examples(1000, 0), examples(500, 1), batch_size=20, steps=6000)
+
+
+def plain() -> bn.Task:
+    """A model function without ``activation=``."""
+
+    def only(*, batch_norm: bool = False, dropout: bool = True) -> nn.Module:
+        return model(batch_norm=batch_norm, dropout=dropout)
+
+    return bn.Task("plain", only, examples(1000, 0), examples(500, 1), batch_size=20, steps=200)
+
+
+def explodes() -> bn.Task:
+    """The baseline is fine; five times its learning rate is not."""
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        value = nn.functional.cross_entropy(output, target)
+        return value * float("nan") if explodes.normalized and value < 1.3 else value  # type: ignore[attr-defined]
+
+    def watched(*, batch_norm: bool = False, dropout: bool = True) -> nn.Module:
+        explodes.normalized = batch_norm  # type: ignore[attr-defined]
+        return model(batch_norm=batch_norm, dropout=dropout)
+
+    return bn.Task("explodes", watched, examples(1000, 0), examples(500, 1), loss, batch_size=20, steps=200)
+
+
+def returns_a_model() -> nn.Module:
+    return model()
+
+
+def wrong_shapes() -> bn.Task:
+    x = torch.randn(100, 9)
+    return bn.Task("wrong_shapes", model, TensorDataset(x, x[:, 0]), examples(50, 1), steps=10)
+
+
+def negative() -> bn.Task:
+    return bn.Task("negative", model, examples(100, 0), examples(50, 1), steps=-1)

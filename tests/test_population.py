@@ -1,0 +1,182 @@
+"""population.py: the population statistics are those of all values, and nothing else changes."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import batchnorm as bn
+
+LAYERS = [nn.BatchNorm1d, bn.BatchNorm1d]
+
+
+def network(layer: type[nn.Module] = bn.BatchNorm1d) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 6), layer(6, momentum=0.3), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 6), layer(6)
+    ).double()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_statistics_are_the_mean_and_unbiased_variance_of_all_values(layer: type[nn.Module]) -> None:
+    """Algorithm 2; PEERS row 20: batches of different sizes count by their values."""
+    model, x = network(layer), torch.randn(60, 4, dtype=torch.float64) * 3 + 5
+    bn.recalibrate(model, x.split([10, 20, 30]))
+    hidden = model[0](x)
+    torch.testing.assert_close(model[1].running_mean, hidden.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model[1].running_var, hidden.var(0, correction=1), rtol=1e-12, atol=1e-12)
+    assert model[1].num_batches_tracked == 3
+
+
+def test_another_split_of_the_same_data_gives_the_same_statistics() -> None:
+    """For the first layer; a layer above it sees inputs that depend on the batch."""
+    x = torch.randn(64, 4, dtype=torch.float64)
+    first, second = network(), network()
+    second.load_state_dict(first.state_dict())
+    bn.recalibrate(first, x.split(8))
+    bn.recalibrate(second, x.split(27))
+    torch.testing.assert_close(first[1].running_var, second[1].running_var, rtol=1e-12, atol=0)
+
+
+def test_large_mean_does_not_cancel() -> None:
+    """PEERS row 19: E[x^2] - E[x]^2 would leave nothing of this variance."""
+    layer = bn.BatchNorm1d(3).double()
+    x = torch.randn(100, 3, dtype=torch.float64) + 1e8
+    bn.recalibrate(layer, x.split(10))
+    torch.testing.assert_close(layer.running_var, x.var(0, correction=1), rtol=1e-6, atol=0)
+
+
+def test_places_count_as_values_and_convolutions_work() -> None:
+    layer, x = bn.BatchNorm2d(3).double(), torch.randn(10, 3, 5, 4, dtype=torch.float64)
+    report = bn.recalibrate(layer, x.split(4))
+    torch.testing.assert_close(layer.running_var, x.transpose(0, 1).flatten(1).var(1, correction=1))
+    assert report[0].values == 10 * 5 * 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_everything_but_the_statistics_is_as_before(training: bool) -> None:
+    """Modes (mixed ones too), momentum, hooks, weights, random numbers: dropout is off during the pass."""
+    model = network().train(training)
+    model[1].eval()
+    before, modes = state(model), [m.training for m in model.modules()]
+    torch.manual_seed(7)
+    bn.recalibrate(model, torch.randn(30, 4, dtype=torch.float64).split(10))
+    after_pass = torch.rand(1)
+    torch.manual_seed(7)
+    torch.randn(30, 4, dtype=torch.float64)
+    assert torch.equal(after_pass, torch.rand(1))
+    assert [m.training for m in model.modules()] == modes
+    assert (model[1].momentum, model[5].momentum) == (0.3, 0.1)
+    assert not any(m._forward_hooks for m in model.modules())
+    same = [key for key, value in state(model).items() if torch.equal(value, before[key])]
+    assert same == [key for key in before if "running" not in key and "batches" not in key]
+
+
+def test_an_exception_in_the_middle_leaves_the_model_untouched() -> None:
+    """PEERS row 20."""
+
+    def batches() -> Iterator[Tensor]:
+        yield torch.randn(10, 4, dtype=torch.float64)
+        raise OSError("the disk is gone")
+
+    model = network()
+    before = state(model)
+    with pytest.raises(OSError, match="the disk is gone"):
+        bn.recalibrate(model, batches())
+    assert_same(state(model), before)
+    assert model.training
+    assert model[1].momentum == 0.3
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_forward_and_max_batches() -> None:
+    model, x = network(), torch.randn(40, 4, dtype=torch.float64)
+    seen = []
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        seen.append(batch)
+        model(batch["image"])
+
+    bn.recalibrate(model, ({"image": part} for part in x.split(10)), forward=forward, max_batches=2)
+    assert len(seen) == 2
+    torch.testing.assert_close(model[1].running_mean, model[0](x[:20]).mean(0))
+
+
+def test_layer_used_twice_pools_both_uses() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = bn.BatchNorm1d(2).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x) + self.norm(3 * x + 1)
+
+    model, x = Twice(), torch.randn(20, 2, dtype=torch.float64)
+    bn.recalibrate(model, [x])
+    torch.testing.assert_close(model.norm.running_mean, torch.cat([x, 3 * x + 1]).mean(0))
+
+
+def test_layers_without_statistics_or_not_reached_are_left_alone() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = bn.BatchNorm1d(2), bn.BatchNorm1d(2)
+            self.bare = bn.BatchNorm1d(2, track_running_stats=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bare(self.used(x))
+
+    model = Partly()
+    model.unused.running_mean.fill_(4)
+    report = bn.recalibrate(model, [torch.randn(20, 2)])
+    assert [row.layer for row in report] == ["used"]
+    assert model.unused.running_mean.tolist() == [4, 4]
+
+
+def test_report_says_how_far_the_moving_average_was_off() -> None:
+    layer, x = bn.BatchNorm1d(1).double(), torch.randn(4000, 1, dtype=torch.float64) * 2 + 6
+    row = bn.recalibrate(layer, [x])[0]
+    assert row.mean_shift == pytest.approx((x.mean() / x.std()).item())  # the buffers were 0 and 1
+    assert row.variance_ratio == pytest.approx((1 / x.var().item(),) * 2)
+
+
+def test_broken_eval_mode_is_mended() -> None:
+    """PEERS row 1: good in train, bad in eval, since the moving average lags."""
+    model, x = network(), torch.randn(500, 4, dtype=torch.float64) * 10 + 50
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.momentum = 1e-4
+    target = copy.deepcopy(model)
+    for part in x.split(50):
+        model(part)
+    target[3].eval()
+    train_output = target(x)
+    assert (model.eval()(x) - train_output).abs().max() > 1
+    bn.recalibrate(model, [x])
+    torch.testing.assert_close(model(x), train_output, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "message"),
+    [
+        ([], {}, "batches yielded nothing"),
+        ([torch.zeros(4, 4).double()], {"max_batches": 0}, r"max_batches must be at least 1 \(got 0\)"),
+        ([torch.zeros(1, 4).double()], {}, "Expected more than 1 value per channel"),
+    ],
+)
+def test_refused_with_nothing_changed(batches: list[Tensor], options: dict[str, int], message: str) -> None:
+    model = network()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        bn.recalibrate(model, batches, **options)
+    assert_same(state(model), before)
