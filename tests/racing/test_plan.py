@@ -79,7 +79,7 @@ def test_tuned_rate_is_the_one_with_the_best_mean_score(tmp_path: Path) -> None:
     assert read_tuned("other", "default", file) == {}
     assert plan(rates=file).learning_rates == {"baseline": 0.1, "bn-x5": 0.5, "accelerated": 0.5}
     file.write_text("[]")
-    with pytest.raises(RaceError, match="is not a tuning.json"):
+    with pytest.raises(RaceError, match=r"is not a tuning\.json"):
         plan(rates=file)
 
 

@@ -69,7 +69,9 @@ class Display:
             self.scores[name] = f"{event.score:.2%}"
         detail = f"loss {self.losses.get(name, float('nan')):.3f}  accuracy {self.scores.get(name, '-')}"
         if self.console.is_terminal:
-            self._update_rows(run, detail)
+            self._update_rows(
+                run, detail, ended=self.steps[name] >= run.steps and not isinstance(event, trainer.Progress)
+            )
         elif isinstance(event, trainer.Evaluation):
             self._print_line(run, detail)
 
@@ -84,12 +86,12 @@ class Display:
         line = f"[{done / self._total:4.0%}] {label(run)}  step {self.steps[run.name]:,}/{run.steps:,}  {detail}{left}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _update_rows(self, run: Run, detail: str) -> None:
+    def _update_rows(self, run: Run, detail: str, *, ended: bool) -> None:
         if run.name not in self.rows:
             self.rows[run.name] = self.progress.add_task(label(run), total=run.steps, detail=detail)
         self.progress.update(self.rows[run.name], completed=self.steps[run.name], detail=detail)
         self.progress.update(self.total, completed=sum(self.steps.values()))
-        if self.steps[run.name] >= run.steps:
+        if ended:
             self.progress.remove_task(self.rows.pop(run.name))
             self.console.print(f"{label(run)}: {self.steps[run.name]:,} steps, {detail}", highlight=False)
 

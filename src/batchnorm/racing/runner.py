@@ -105,6 +105,7 @@ def run_race(
 
 
 def default_directory(task: str) -> Path:
+    """Where results go unless said otherwise: named after the task and the time."""
     return Path("runs") / f"{task.replace(':', '.')}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
@@ -194,11 +195,15 @@ def _report(
     images = plots.plot(results, records, directory)
     console.print(report.table(results, plan))
     for contender in plan.contenders[1:]:
-        console.print(f"  {contender.name} changes: {report.changes(contender)}", highlight=False, soft_wrap=True)
-    console.print(report.rules(plan), highlight=False, soft_wrap=True)
+        console.print(
+            f"  {contender.name} changes: {report.changes(contender)}",
+            highlight=False,
+            soft_wrap=not console.is_terminal,
+        )
+    console.print(report.rules(plan), highlight=False, soft_wrap=not console.is_terminal)
     console.print(
         f"Written: {directory}/results.json, curves.csv, results.md, {', '.join(p.name for p in images)}",
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
     )
     return results
 
@@ -219,7 +224,7 @@ def _report_tuning(
     console.print(tuning.table(result[task.name][plan.mode]["scores"]))
     console.print(
         f"Written: {file}. Race with these rates: batchnorm race --task {plan.task} --rates {file}",
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
     )
     return result
 

@@ -1,0 +1,176 @@
+"""Batch normalization as a function: checks its arguments once and calls the op.
+
+Shapes: N examples, C channels, S places (none for (N, C)). ``input`` is (N, C, ...); m = N * S, values per channel.
+
+Comes from: user code and the layers of ``batchnorm.nn``. Goes to: ``batchnorm.ops``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor, nn
+
+from batchnorm.ops import fallback
+
+# None, a name, ("leaky_relu", slope), or a torch.nn module of one of these kinds.
+Activation = str | tuple[str, float] | nn.Module | None
+
+_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
+_TORCH_SLOPE = 0.01  # torch's default for leaky_relu
+
+_DTYPES = "weight, bias, running_mean and running_var have input's dtype, or all are float32 beside a 16-bit input"
+# What to do about torch's errors, by the words that they contain.
+_ADVICE = {
+    "Expected more than 1 value per channel": "one value has no variance. Use a larger batch, drop the last "
+    "incomplete one (DataLoader(drop_last=True)), or call .eval()",
+    "eps must be": "eps keeps the division finite where a channel is constant; torch's default is 1e-5",
+    "should contain": "channels are in dimension 1; weight, bias, running_mean and running_var take one value for each "
+    "of them (num_features of a layer)",
+    "must be defined in evaluation mode": "pass both running statistics, or training=True for the batch's own",
+    "mixed dtype": _DTYPES,
+    "expected scalar type": _DTYPES,
+}
+
+
+def parse_activation(activation: Activation) -> tuple[str | None, float]:
+    """The name of an activation and its slope, which only leaky_relu looks at; see ``batch_norm``."""
+    if activation is None:
+        return None, _TORCH_SLOPE
+    if isinstance(activation, nn.Module):
+        if type(activation) not in _MODULES:  # a subclass may compute anything
+            known = ", ".join(kind.__name__ for kind in _MODULES)
+            raise TypeError(
+                f"cannot fuse activation {type(activation).__name__}. Known: {known}. Put others after the layer."
+            )
+        return _MODULES[type(activation)], getattr(activation, "negative_slope", _TORCH_SLOPE)
+    name, slope = (activation, _TORCH_SLOPE) if isinstance(activation, str) else activation
+    if name not in fallback.ACTIVATIONS:
+        raise ValueError(f'unknown activation "{name}". Known: {", ".join(fallback.ACTIVATIONS)}.')
+    if not isinstance(activation, str) and name != "leaky_relu":
+        raise ValueError(f'activation "{name}" has no slope, got {activation!r}: pass "{name}" alone.')
+    return name, slope
+
+
+@overload
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = None,
+    residual: Tensor | None = None,
+    return_statistics: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = None,
+    residual: Tensor | None = None,
+    return_statistics: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: Activation = None,
+    residual: Tensor | None = None,
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Normalize each channel, add a residual, apply an activation (Ioffe & Szegedy 2015, Algorithm 1).
+
+        y = activation(weight * (input - mu) / sqrt(var + eps) + bias + residual)
+
+    In training mu and var are mean and biased variance of each channel over this batch, and the running
+    statistics move towards them, in place: running = (1 - momentum) * running + momentum * batch, with the unbiased
+    variance m / (m - 1) * var. Otherwise mu and var are the running statistics, and nothing is changed.
+    Without the keyword-only arguments this is ``torch.nn.functional.batch_norm``.
+
+    Args:
+        input: (N, C, ...), float16, bfloat16, float32 or float64.
+        running_mean, running_var: (C,), of input's dtype, or float32 beside a 16-bit input. In training, None for
+            both of them keeps none.
+        weight, bias: (C,), gamma and beta of the paper; None stands for 1 and 0. Dtypes as for running_mean.
+        training: normalize with batch statistics instead of the running ones.
+        momentum: share of the batch in the new running statistics.
+        eps: added to the variance; above 0 in training.
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", or the torch.nn
+            module of one of them. ("leaky_relu", 0.2) gives a slope; without one it is 0.01, as in torch.
+        residual: of input's shape; added before the activation, with type promotion as in ``y + residual``.
+        return_statistics: change nothing in place, return ``(y, new_running_mean, new_running_var)`` instead. The
+            new statistics carry no gradient; in evaluation they equal the given ones. Made for ``torch.func``: under
+            ``vmap`` the running statistics need not be batched.
+
+    Returns:
+        y, of input's shape and memory format.
+
+    Raises:
+        ValueError: one value per channel in training, eps too small, an unknown activation, a residual of another
+            shape, return_statistics without running statistics.
+        TypeError: a module that is not one of the activations.
+        RuntimeError: sizes or dtypes of the (C,) tensors do not fit input.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> x, mean, var = torch.randn(8, 3, 4, 4), torch.zeros(3), torch.ones(3)
+        >>> y = bn.batch_norm(x, mean, var, training=True, activation="relu")
+        >>> y, new_mean, new_var = bn.batch_norm(x, mean, var, training=True, return_statistics=True)
+
+    Source: Ioffe & Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167.
+    """
+    name, slope = parse_activation(activation)
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(
+            f"residual must have the shape of input, {tuple(input.shape)}, got {tuple(residual.shape)}: "
+            "expand it, or add it yourself."
+        )
+    if return_statistics:
+        if running_mean is None or running_var is None:
+            raise ValueError(
+                "return_statistics=True needs running_mean and running_var, got None: "
+                "start with torch.zeros(C) and torch.ones(C)."
+            )
+        # The new tensors are batched wherever input is: what vmap asks of tensors that are updated in place.
+        running_mean = running_mean.detach() + input.new_zeros(running_mean.shape, dtype=running_mean.dtype)
+        running_var = running_var.detach() + input.new_zeros(running_var.shape, dtype=running_var.dtype)
+    try:
+        y = fallback.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, name, slope, residual
+        )
+    except (RuntimeError, ValueError) as error:
+        advice = next((advice for words, advice in _ADVICE.items() if words in str(error)), None)
+        if advice is None:
+            raise
+        raise type(error)(f"{error}: got input {tuple(input.shape)} of {input.dtype}; {advice}.") from error
+    return y if not return_statistics else (y, running_mean, running_var)  # type: ignore[return-value]

@@ -1,0 +1,184 @@
+"""BatchNorm1d, BatchNorm2d, BatchNorm3d: torch's layers, with an activation and a residual.
+
+Shapes: N examples, C channels (``num_features``), then the places: none, (L), (H, W) or (D, H, W).
+
+Comes from: user code, in place of ``torch.nn.BatchNorm*``. Goes to: ``functional.batch_norm``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.functional import Activation, batch_norm, parse_activation
+
+_LAYOUTS = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
+
+
+class _RefuseLossyConversion:
+    """The attribute ``qconfig``: missing, until set, but an error on a layer with an activation.
+
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` takes any subclass and drops what it adds without a word. Of
+    the attributes that it reads, this one is not torch's own. Having no ``__set__``, it makes way for a value.
+    """
+
+    def __get__(self, layer: _FusedBatchNorm | None, owner: type) -> Any:
+        if layer is None:
+            return self
+        if layer.activation is None:
+            raise AttributeError("qconfig")  # goes on to Module.__getattr__, which words it
+        raise TypeError(
+            f"SyncBatchNorm.convert_sync_batchnorm and quantization drop the activation of {owner.__name__}"
+            f"(activation={layer.activation!r}): build the layer without it, with a module for it behind."
+        )
+
+
+class _FusedBatchNorm(_BatchNorm):
+    """What the three layers share; they differ in the number of dimensions alone."""
+
+    activation: str | tuple[str, float] | None = None
+    qconfig = _RefuseLossyConversion()
+    _dims: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: Activation = None,
+    ) -> None:
+        no_bias = {} if bias else {"bias": False}  # torch 2.10 does not know the argument
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **no_bias)
+        name, slope = parse_activation(activation)
+        self.activation = (name, slope) if name == "leaky_relu" else name
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(BN(input) + residual): batch statistics in train, running ones in eval (where tracked)."""
+        return _forward(self, input, residual)
+
+    def extra_repr(self) -> str:
+        """torch's, with the activation appended where there is one."""
+        activation = "" if self.activation is None else f", activation={self.activation!r}"
+        return super().extra_repr() + activation
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self._dims:
+            layouts = " or ".join(_LAYOUTS[dim] for dim in self._dims)
+            fitting = [kind for kind in (BatchNorm1d, BatchNorm2d, BatchNorm3d) if input.dim() in kind._dims]
+            advice = f"use {fitting[0].__name__}" if fitting else f"reshape it to {layouts}"
+            raise ValueError(
+                f"expected {' or '.join(f'{dim}D' for dim in self._dims)} input (got {input.dim()}D input): "
+                f"{type(self).__name__} takes {layouts}, got {tuple(input.shape)}; {advice}."
+            )
+
+
+@torch.fx.wrap  # one node in a traced graph: what hangs on shapes or on train and eval is decided when it runs
+def _forward(layer: _FusedBatchNorm, input: Tensor, residual: Tensor | None) -> Tensor:
+    layer._check_input_dim(input)
+    updates = layer.training and layer.track_running_stats
+    tracked = updates or not layer.training
+    mean, var = (layer.running_mean, layer.running_var) if tracked else (None, None)
+    training = layer.training or (mean is None and var is None)
+    count = layer.num_batches_tracked if updates else None
+    if count is not None:
+        count.add_(1)
+    if layer.momentum is None and count is not None and mean is not None and var is not None:
+        # The average over all batches. count stays a tensor: as a number it would wait for the device and break
+        # graphs. momentum=1.0 gives the batch alone, or, for an empty batch, the running statistics as they are.
+        y, batch_mean, batch_var = batch_norm(
+            input, mean, var, layer.weight, layer.bias, True, 1.0, layer.eps,
+            activation=layer.activation, residual=residual, return_statistics=True,
+        )  # fmt: skip
+        mean.add_((batch_mean - mean) / count)
+        var.add_((batch_var - var) / count)
+        return y
+    momentum = 0.0 if layer.momentum is None else layer.momentum
+    return batch_norm(
+        input, mean, var, layer.weight, layer.bias, training, momentum, layer.eps,
+        activation=layer.activation, residual=residual,
+    )  # fmt: skip
+
+
+class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
+    """Batch normalization of (N, C) or (N, C, L): ``torch.nn.BatchNorm1d`` with an activation and a residual.
+
+        y = activation(weight * (x - mu) / sqrt(var + eps) + bias + residual)
+
+    ``layer(x)`` or ``layer(x, residual)``, with a residual of x's shape. In train mu and var are mean and biased
+    variance of each channel over the batch, and the running statistics move towards them by ``momentum`` (the
+    running variance towards the unbiased one). In eval mu and var are the running statistics, or the batch's with
+    ``track_running_stats=False``.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: share of a batch in the running statistics; None: their plain average over all batches.
+        affine: learn weight (gamma) and bias (beta), each (C,).
+        track_running_stats: keep running_mean, running_var, each (C,), and num_batches_tracked.
+        device, dtype: of parameters and buffers. Input has this dtype, or is float16 or bfloat16 beside float32.
+        bias: False leaves the bias out.
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", or the ``torch.nn``
+            module of one of them; ("leaky_relu", slope) for another slope than 0.01. Not in the state_dict, which is
+            torch's.
+
+    Raises:
+        ValueError: another number of dimensions, or one value per channel in train; an unknown activation.
+        TypeError: a module that is not one of the activations; also from torch's ``convert_sync_batchnorm`` on a
+            layer with an activation, which it would drop (as ``torch.nn.utils.fuse_conv_bn_eval`` does, silently).
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> layer = bn.BatchNorm1d(100, activation="relu")
+        >>> layer(torch.randn(20, 100)).shape
+        torch.Size([20, 100])
+
+    Source: Ioffe & Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167.
+    """
+
+    _dims = (2, 3)
+
+
+class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
+    """Batch normalization of (N, C, H, W): ``torch.nn.BatchNorm2d`` with an activation and a residual.
+
+        y = activation(weight * (x - mu) / sqrt(var + eps) + bias + residual)
+
+    One mean, variance, weight and bias per channel, for all examples and places. The rest is as in ``BatchNorm1d``.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> layer = bn.BatchNorm2d(100, activation=torch.nn.LeakyReLU(0.1))
+        >>> x = torch.randn(20, 100, 35, 45)
+        >>> layer(x, residual=x).shape
+        torch.Size([20, 100, 35, 45])
+        >>> layer.activation
+        ('leaky_relu', 0.1)
+    """
+
+    _dims = (4,)
+
+
+class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
+    """Batch normalization of (N, C, D, H, W): ``torch.nn.BatchNorm3d`` with an activation and a residual.
+
+        y = activation(weight * (x - mu) / sqrt(var + eps) + bias + residual)
+
+    One mean, variance, weight and bias per channel, for all examples and places. The rest is as in ``BatchNorm1d``.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> layer = bn.BatchNorm3d(100, activation="silu")
+        >>> layer(torch.randn(2, 100, 5, 4, 4)).shape
+        torch.Size([2, 100, 5, 4, 4])
+    """
+
+    _dims = (5,)
