@@ -50,6 +50,8 @@ def changes(contender: Contender) -> str:
         parts.append(f"learning rate x{contender.learning_rate:g}")
     if contender.weight_decay != 1:
         parts.append(f"weight decay x{contender.weight_decay:g}")
+    if contender.nesterov:
+        parts.append("Nesterov momentum")
     if contender.schedule != "exponential":
         parts.append(f"{contender.schedule} schedule")
     elif contender.decay_speed != 1:

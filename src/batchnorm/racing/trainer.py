@@ -118,6 +118,7 @@ class Trainer:
             groups,
             lr=run.learning_rate,
             momentum=MOMENTUM,
+            nesterov=contender.nesterov,
             fused=True,
         )
         self.average = (
