@@ -80,9 +80,9 @@ def run_race(
 
     main = not dist.is_initialized() or dist.get_rank() == 0
     check_task(plan, task)
+    _check_contenders(task, plan)
     if main and not resume:
         _prepare(directory, plan)
-    _check_contenders(task, plan)
     runs, records_directory = plan.runs(), directory / "runs"
     done = _agreed([run for run in runs if pool.finished(records_directory, run)] if main else [])
     todo = [run for run in runs if run not in done]
