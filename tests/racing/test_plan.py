@@ -1,6 +1,7 @@
 """racing/plan.py and racing/task.py: everything is decided, or refused, before any long work."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from batchnorm.racing.contenders import CONTENDERS, DEFAULT
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.plan import TUNED_FILE, make_plan, read_plan, read_tuned
 from batchnorm.racing.task import load_task
+
+MODES: tuple[Any, ...] = ("quick", "default", "full")
 
 
 def plan(task: bn.Task | None = None, **options: Any) -> Any:
@@ -142,3 +145,10 @@ def test_tuning_never_sees_the_test_examples() -> None:
     assert {tuple(row.tolist()) for row in held.test.tensors[0]} <= rows
     assert len(held.train) + len(held.test) == 1000
     assert not {tuple(r.tolist()) for r in held.test.tensors[0]} & {tuple(r.tolist()) for r in held.train.tensors[0]}
+
+
+def test_a_baseline_at_its_plateau_leaves_the_accelerated_ones_a_smaller_share() -> None:
+    task = replace(toy.task(), full_steps=8000)
+    share = {mode: plan(task, mode=mode, contenders=["baseline", "accelerated"]).contenders[1].budget for mode in MODES}
+    assert share == {"quick": 0.175, "default": 0.175, "full": 0.0875}
+    assert plan(mode="full").contenders[-1].budget == 0.175  # no budget of its own for --full

@@ -24,6 +24,7 @@ class Contender:
         schedule: name of a row of ``trainer.SCHEDULES``.
         decay_speed: how many times faster than the baseline's the learning rate decays (exponential schedule).
         budget: steps, as a share of the baseline's.
+        plateau_budget: the same under ``--full``, where the baseline runs to its plateau; default: ``budget``.
         average: decay per step of an exponential average of the weights, which is what is evaluated; 0: none.
         recalibrate: training examples for the population statistics, re-estimated before each evaluation; 0: none.
     """
@@ -37,19 +38,21 @@ class Contender:
     schedule: str = "exponential"
     decay_speed: float = 1.0
     budget: float = 1.0
+    plateau_budget: float | None = None
     average: float = 0.0
     recalibrate: int = 0
 
 
 BN: dict[str, Any] = {"batch_norm": True}  # before each nonlinearity
 POPULATION: dict[str, Any] = {"recalibrate": 2_000}  # what BN is evaluated with, Algorithm 2
-PAPER: dict[str, Any] = {"weight_decay": 1 / 5, "decay_speed": 6.0, "budget": 0.5} | POPULATION  # Section 4.2.1
+PAPER: dict[str, Any] = {"weight_decay": 1 / 5, "decay_speed": 6.0, "budget": 0.25} | POPULATION  # Section 4.2.1
 FAST: dict[str, Any] = {
     "tuned": True,
     "schedule": "linear",
     "nesterov": True,
     "weight_decay": 10.0,
-    "budget": 0.2,
+    "budget": 0.175,
+    "plateau_budget": 0.0875,
     "average": 0.98,
 }
 
@@ -60,9 +63,9 @@ CONTENDERS = {
         Contender("bn", BN, **POPULATION),
         Contender("bn-x5", BN | {"dropout": False}, learning_rate=5, **PAPER),
         Contender("bn-x30", BN | {"dropout": False}, learning_rate=30, **PAPER),
-        Contender("sigmoid", {"activation": "sigmoid"}, budget=0.5),
+        Contender("sigmoid", {"activation": "sigmoid"}, budget=0.25),
         Contender("bn-x5-sigmoid", BN | {"dropout": False, "activation": "sigmoid"}, learning_rate=5, **PAPER),
-        Contender("accelerated", BN | {"dropout": False}, learning_rate=5, **FAST, **POPULATION),
+        Contender("accelerated", BN | {"dropout": False}, learning_rate=2, **FAST, **POPULATION),
         Contender("accelerated-without-bn", {"dropout": False}, **FAST),
     )
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from batchnorm.racing.trainer import Run
 
 Mode = Literal["quick", "default", "full"]
 SEEDS: dict[str, int] = {"quick": 1, "default": 3, "full": 3}
-EVALUATIONS: dict[str, int] = {"quick": 15, "default": 50, "full": 80}  # within the baseline's budget
+EVALUATIONS: dict[str, int] = {"quick": 15, "default": 40, "full": 80}  # within the baseline's budget
 RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the rate in use: what --tune tries
 
 CONFIG = "config.json"
@@ -97,6 +97,8 @@ def make_plan(
     file = Path(rates) if rates is not None else TUNED_FILE if built_in else None
     tuned = read_tuned(task.name, mode, file) if file else {}
     baseline = tuned.get("baseline", task.learning_rate)
+    if mode == "full" and task.full_steps is not None:
+        chosen = [replace(c, budget=c.plateau_budget or c.budget) for c in chosen]
     learning_rates = {
         c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{baseline * c.learning_rate:.3g}")
         for c in chosen
@@ -128,8 +130,7 @@ def read_plan(directory: Path) -> Plan:
     """The plan of the race that was started in this directory."""
     try:
         stored = json.loads((directory / CONFIG).read_text())
-        names = [row["name"] for row in stored["contenders"]]
-        now = tuple(CONTENDERS[name] for name in names)
+        now = tuple(replace(CONTENDERS[row["name"]], budget=row["budget"]) for row in stored["contenders"])
         plan = Plan(**{**stored, "tuned": tuple(stored["tuned"]), "contenders": now})
     except (OSError, ValueError, KeyError, TypeError):
         raise RaceError(f"{directory} holds no race of this version to resume (no readable {CONFIG}).") from None

@@ -36,6 +36,8 @@ SCHEDULES: dict[str, Callable[[Contender, int, int, int], float]] = {
     "linear": lambda contender, step, own, baseline: min(
         (step + 1) / (WARM_UP * own), (own - step) / (own - WARM_UP * own)
     ),
+    "cosine": lambda contender, step, own, baseline: (1 + math.cos(math.pi * step / own)) / 2,
+    "constant": lambda contender, step, own, baseline: 1.0,
 }
 
 

@@ -1,0 +1,85 @@
+"""What was tried on the way to the contenders: variants of one, on held-out training images. From the root:
+
+    python benchmarks/race_variants.py [accelerated|baseline] [--seeds 2] [--workers 2]
+
+A variant is one row of VARIANTS. The test images are not looked at. Prints a Markdown table for docs/results.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from statistics import mean
+from typing import Any
+
+import torch
+
+from batchnorm.racing.contenders import CONTENDERS
+from batchnorm.racing.plan import EVALUATIONS
+from batchnorm.racing.task import Task, load_task
+from batchnorm.racing.trainer import Evaluation, Run, train
+
+# What is changed of the contender, and, where given, the learning rate.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "accelerated": [
+        {},
+        {"nesterov": False},
+        {"average": 0.0},
+        {"average": 0.995},
+        {"recalibrate": 0},
+        {"schedule": "cosine"},
+        {"schedule": "constant"},
+        {"schedule": "constant", "average": 0.995},
+        {"weight_decay": 1.0},
+        {"weight_decay": 5.0},
+        {"weight_decay": 20.0},
+        {"network": {"batch_norm": True}},
+    ],
+    "baseline": [
+        {},
+        {"network": {"dropout": False}},
+        {"nesterov": True},
+        {"average": 0.995},
+        {"schedule": "linear"},
+        {"weight_decay": 0.2},
+        {"weight_decay": 5.0},
+    ],
+}
+
+
+def held_out_score(name: str, change: dict[str, Any], rate: float, seed: int, steps: int) -> float:
+    """The best score of one run within its budget."""
+    torch.set_num_threads(1)
+    run = Run(replace(CONTENDERS[name], **change), seed, rate, steps, steps // EVALUATIONS["default"])
+    return max(event.score for event in train(_task(), run) if isinstance(event, Evaluation))
+
+
+def _task() -> Task:
+    return load_task("inception").for_tuning()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("contender", choices=VARIANTS, nargs="?", default="accelerated")
+    parser.add_argument("--rate", type=float, default=0.04)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    steps = _task().steps
+    jobs = [(change, seed) for change in VARIANTS[options.contender] for seed in range(options.seeds)]
+    print(
+        f"| {options.contender} with | best held-out accuracy, mean of {options.seeds} seeds | each seed |\n|---|---:|---|"
+    )
+    with ProcessPoolExecutor(options.workers) as pool:
+        futures = [
+            pool.submit(held_out_score, options.contender, change, options.rate, seed, steps) for change, seed in jobs
+        ]
+        for i in range(0, len(jobs), options.seeds):
+            scores = [future.result() for future in futures[i : i + options.seeds]]
+            words = ", ".join(f"{key} = {value}" for key, value in jobs[i][0].items()) or "nothing changed"
+            print(f"| {words} | {mean(scores):.2%} | {', '.join(f'{score:.2%}' for score in scores)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
