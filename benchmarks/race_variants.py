@@ -68,9 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     steps = _task().steps
     jobs = [(change, seed) for change in VARIANTS[options.contender] for seed in range(options.seeds)]
-    print(
-        f"| {options.contender} with | best held-out accuracy, mean of {options.seeds} seeds | each seed |\n|---|---:|---|"
-    )
+    print(f"| {options.contender} with | best held-out accuracy, mean of {options.seeds} seeds | each seed |")
+    print("|---|---:|---|")
     with ProcessPoolExecutor(options.workers) as pool:
         futures = [
             pool.submit(held_out_score, options.contender, change, options.rate, seed, steps) for change, seed in jobs
