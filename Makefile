@@ -33,7 +33,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	  echo "python3-venv is missing; installing it through apt"; \
 	  apt-get update -qq && apt-get install -y -qq python3-venv; } || { \
 	  echo "make setup: this Python has no venv. Install it first: sudo apt-get install python3-venv" >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@

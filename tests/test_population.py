@@ -82,6 +82,17 @@ def test_everything_but_the_statistics_is_as_before(training: bool) -> None:
     assert same == [key for key in before if "running" not in key and "batches" not in key]
 
 
+def test_nan_statistics_are_mended() -> None:
+    """PEERS row 11: one inf batch must not stay for ever."""
+    for layer in (nn.BatchNorm1d(2), bn.BatchNorm1d(2)):
+        layer.running_mean.fill_(float("nan"))
+        layer.running_var.fill_(float("inf"))
+        x = torch.randn(50, 2)
+        bn.recalibrate(layer, [x])
+        torch.testing.assert_close(layer.running_mean, x.mean(0))
+        torch.testing.assert_close(layer.running_var, x.var(0))
+
+
 def test_an_exception_in_the_middle_leaves_the_model_untouched() -> None:
     """PEERS row 20."""
 

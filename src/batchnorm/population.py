@@ -74,8 +74,8 @@ def recalibrate(
         One row per layer that was reached, in the order of ``model.named_modules()``: see ``Shift``.
 
     Raises:
-        ValueError: ``batches`` yielded nothing, ``max_batches`` is not positive, or a layer saw a single value
-            per channel in all. Nothing has been changed then.
+        ValueError: ``batches`` yielded nothing, ``max_batches`` is not positive, or a batch gave a layer a single
+            value per channel. Nothing has been changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -102,8 +102,10 @@ def recalibrate(
         model.eval()
         for name, layer in layers.items():
             layer.train()
-            # With momentum 1 the layer itself leaves the statistics of its last batch in its buffers.
+            # With momentum 1 the layer itself leaves the statistics of its last batch in its buffers; afresh, since
+            # 0 * NaN is NaN: statistics that are broken are what somebody may want to mend.
             layer.momentum = 1.0
+            layer.reset_running_stats()
             hooks.append(layer.register_forward_hook(_collector(pooled[name])))
         with torch.no_grad():
             for batch in batches:
@@ -113,9 +115,6 @@ def recalibrate(
                     break
         if read == 0:
             raise ValueError("batches yielded nothing: recalibrate needs at least one batch of model inputs.")
-        for name, statistics in pooled.items():
-            if statistics.values == 1:
-                raise ValueError(f"layer {name!r} saw one value per channel in all: its variance is not defined.")
     except BaseException:
         _restore(layers, saved, buffers=True)
         raise
@@ -125,6 +124,7 @@ def recalibrate(
         for module, training in modes.items():
             module.training = training
         _restore(layers, saved, buffers=False)
+    _restore({name: layer for name, layer in layers.items() if not pooled[name].values}, saved, buffers=True)
     return [_write(name, layer, pooled[name], saved[name][1]) for name, layer in layers.items() if pooled[name].values]
 
 

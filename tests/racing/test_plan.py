@@ -13,8 +13,8 @@ from torch.utils.data import TensorDataset
 import batchnorm as bn
 from batchnorm.racing.contenders import CONTENDERS, DEFAULT
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.plan import TUNED_FILE, make_plan, read_plan, read_tuned
-from batchnorm.racing.task import load_task
+from batchnorm.racing.plan import TUNED_FILE, check_same, make_plan, read_plan, read_tuned
+from batchnorm.racing.task import fingerprint, load_task
 
 MODES: tuple[Any, ...] = ("quick", "default", "full")
 
@@ -63,8 +63,13 @@ def test_full_leaves_out_what_the_model_cannot_be_asked_for_but_a_named_one_is_r
         ({"contenders": ["bn"]}, "the baseline sets the target, so it must run: --contenders baseline,bn"),
         ({"contenders": ["baseline", "baseline"]}, "named twice"),
         ({"contenders": []}, "no contenders"),
-        ({"seeds": 0}, r"--seeds must be at least 1 \(got 0\)"),
-        ({"steps": -5}, r"--steps must be at least 1 \(got -5\)"),
+        ({"contenders": "baseline"}, r"must be a list of names \(got 'baseline'\)"),
+        ({"contenders": ["bn-x5"], "tune": True}, "'bn-x5' has no rate of its own"),
+        ({"mode": "fast"}, "unknown mode 'fast'. Known: quick, default, full"),
+        ({"seeds": "3"}, "--seeds must be a whole number"),
+        ({"processes": 3}, "a batch of 20 does not divide among 3 processes"),
+        ({"seeds": 0}, r"--seeds must be a whole number of at least 1 \(got 0\)"),
+        ({"steps": -5}, r"--steps must be a whole number of at least 1 \(got -5\)"),
         ({"rates": "no-such-file.json"}, r"no-such-file.json cannot be read"),
     ],
 )
@@ -81,6 +86,8 @@ def test_tuned_rate_is_the_one_with_the_best_mean_score(tmp_path: Path) -> None:
     assert read_tuned("toy", "full", file)["baseline"] == 0.1  # not swept: the default budget's
     assert read_tuned("other", "default", file) == {}
     assert plan(rates=file).learning_rates == {"baseline": 0.1, "bn-x5": 0.5, "accelerated": 0.5}
+    with pytest.raises(RaceError, match=r"holds no learning rates for task 'plain'"):
+        plan(toy.plain(), rates=file)
     file.write_text("[]")
     with pytest.raises(RaceError, match=r"is not a tuning\.json"):
         plan(rates=file)
@@ -88,32 +95,31 @@ def test_tuned_rate_is_the_one_with_the_best_mean_score(tmp_path: Path) -> None:
 
 def test_stored_rates_hold_a_sweep_of_at_least_five_for_each_tuned_contender() -> None:
     stored = json.loads(TUNED_FILE.read_text())["inception"]
-    for mode in ("default", "full"):
-        assert stored[mode]["command"].startswith("batchnorm race")
-        for name in ("baseline", "accelerated", "accelerated-without-bn"):
-            assert len(stored[mode]["scores"][name]) >= 5
+    for sweep in stored.values():
+        assert sweep["command"].startswith("batchnorm race --tune")
+    for name in ("baseline", "accelerated", "accelerated-without-bn"):
+        assert len(stored["default"]["scores"][name]) >= 5
 
 
 def test_stored_plan_is_read_back_and_a_strange_one_refused(tmp_path: Path) -> None:
     from batchnorm.racing import runner
 
     made = plan()
-    runner._prepare(tmp_path / "out", made)
+    assert runner._prepare(tmp_path / "out", made, resume=False) is None
     assert read_plan(tmp_path / "out") == made
     with pytest.raises(RaceError, match="holds no race"):
         read_plan(tmp_path)
-    with pytest.raises(RaceError, match="already holds a race"):
-        runner._prepare(tmp_path / "out", made)
+    assert "already holds a race" in (runner._prepare(tmp_path / "out", made, resume=False) or "")
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("resnet", r"unknown task 'resnet'. Known: inception, mlp; or a function of yours"),
-        ("racing.toy:nothing", "racing.toy has no nothing"),
-        ("racing.nowhere:task", "cannot import racing.nowhere"),
+        ("racing.toy:nothing", "racing.toy has no function nothing"),
+        ("racing.nowhere:task", "importing racing.nowhere from .* failed: ModuleNotFoundError"),
         ("racing.toy:returns_a_model", r"must return a batchnorm.Task \(got Sequential\)"),
-        ("racing.toy:negative", r"steps must be a positive number \(got -1\)"),
+        ("racing.toy:negative", r"steps must be a positive whole number \(got -1\)"),
     ],
 )
 def test_wrong_task(spec: str, message: str) -> None:
@@ -127,7 +133,10 @@ def test_wrong_task(spec: str, message: str) -> None:
         ({"train": torch.randn(5, 8)}, r"train\[tensor of indices\] must give \(inputs, targets\)"),
         ({"test": 7}, "test must be a torch.utils.data.TensorDataset or the like"),
         ({"test": TensorDataset(torch.zeros(0, 8), torch.zeros(0))}, "test is empty"),
-        ({"batch_size": 0}, "batch_size must be a positive number"),
+        ({"batch_size": 0}, "batch_size must be a positive whole number"),
+        ({"batch_size": 20.5}, r"batch_size must be a positive whole number \(got 20.5\)"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or a positive number"),
+        ({"learning_rate": float("inf")}, "learning_rate must be a positive number"),
         ({"batch_size": 2000}, r"1000 training examples are less than one batch \(2000\)"),
         ({"model": "resnet"}, "model must be a function that returns a network"),
     ],
@@ -150,5 +159,28 @@ def test_tuning_never_sees_the_test_examples() -> None:
 def test_a_baseline_at_its_plateau_leaves_the_accelerated_ones_a_smaller_share() -> None:
     task = replace(toy.task(), full_steps=8000)
     share = {mode: plan(task, mode=mode, contenders=["baseline", "accelerated"]).contenders[1].budget for mode in MODES}
-    assert share == {"quick": 0.175, "default": 0.175, "full": 0.0875}
-    assert plan(mode="full").contenders[-1].budget == 0.175  # no budget of its own for --full
+    assert share == {"quick": 0.18, "default": 0.18, "full": 0.09}
+    assert plan(mode="full").contenders[-1].budget == 0.18  # no budget of its own for --full
+
+
+def test_model_without_batch_norm_cannot_race() -> None:
+    with pytest.raises(RaceError, match="takes no batch_norm= and dropout="):
+        plan(replace(toy.task(), model=lambda: toy.model()))
+
+
+def test_task_is_the_same_each_time_it_is_loaded_even_if_its_data_is_drawn_unseeded() -> None:
+    """Every process of a race calls the function for itself, and so does a resumed race."""
+    tasks = [load_task("racing.toy:unseeded") for _ in range(2)]
+    assert fingerprint(tasks[0]) == fingerprint(tasks[1])
+    assert fingerprint(tasks[0]) != fingerprint(toy.task())
+    assert fingerprint(replace(tasks[0], weight_decay=1.0)) != fingerprint(tasks[0])
+
+
+def test_race_on_another_task_or_torch_is_refused() -> None:
+    check_same(plan(), toy.task(), 1)
+    with pytest.raises(RaceError, match="seed what it draws"):
+        check_same(plan(), replace(toy.task(), test=toy.examples(77, 1)), 1)
+    with pytest.raises(RaceError, match="started with processes = 1, and this is 2"):
+        check_same(plan(), toy.task(), 2)
+    with pytest.raises(RaceError, match=r"started with torch = 1\.0"):
+        check_same(replace(plan(), torch="1.0"), toy.task(), 1)

@@ -55,4 +55,5 @@ def test_progress_is_readable_when_piped() -> None:
     lines = out.getvalue().splitlines()
     assert "baseline (seed 0, rate 0.01)  step 200/200  loss 0.500  accuracy 87.50%  left 0:00" in lines[0]
     assert lines[0].startswith(f"[{200 / sum(run.steps for run in runs):4.0%}]")
-    assert lines[1] == "bn-x5 (seed 0, rate 0.05): diverged at step 13"
+    assert "bn-x5 (seed 0, rate 0.05)" in lines[1]
+    assert "diverged at step 13" in lines[1]

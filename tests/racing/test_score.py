@@ -1,11 +1,12 @@
 """racing/score.py against known answers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from racing import toy
 
-from batchnorm.racing.contenders import CONTENDERS
-from batchnorm.racing.plan import Plan
+from batchnorm.racing.plan import make_plan
 from batchnorm.racing.score import interval, score
 from batchnorm.racing.timing import StepTime
 
@@ -16,11 +17,8 @@ def record(seed: int, *scores: float, status: str = "finished") -> dict[str, Any
 
 
 def scored(baseline: list[dict[str, Any]], bn: list[dict[str, Any]]) -> tuple[Any, Any, Any]:
-    contenders = (CONTENDERS["baseline"], CONTENDERS["bn"])
-    plan = Plan(
-        task="toy", data=None, mode="default", tune=False, rates=None, seeds=len(baseline), steps=30, interval=10,
-        batch_size=4, examples=40, learning_rates={"baseline": 0.1, "bn": 0.1}, tuned=(), contenders=contenders,
-    )  # fmt: skip
+    task = replace(toy.task(), batch_size=4, train=toy.examples(40, 0))
+    plan = make_plan(task, spec="toy", contenders=["baseline", "bn"], seeds=len(baseline), steps=30)
     times = {"baseline": StepTime(0.5, (0.4, 0.6), 0.0, 9), "bn": StepTime(1.0, (0.9, 1.1), 2.0, 9)}
     results = score(plan, {"baseline": baseline, "bn": bn}, times)
     return results["target"], *results["contenders"]

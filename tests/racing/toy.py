@@ -1,5 +1,9 @@
 """A task of milliseconds for the tests of the race, and tasks that are wrong in one way each."""
 
+import multiprocessing
+import os
+import signal
+
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -69,3 +73,44 @@ def wrong_shapes() -> bn.Task:
 
 def negative() -> bn.Task:
     return bn.Task("negative", model, examples(100, 0), examples(50, 1), steps=-1)
+
+
+def unseeded() -> bn.Task:
+    x = torch.randn(200, 8)
+    data = TensorDataset(x, x[:, :4].argmax(1))
+    return bn.Task("unseeded", model, data, data, batch_size=20, steps=50)
+
+
+def raises() -> bn.Task:
+    return {}["data"]  # type: ignore[no-any-return]
+
+
+def no_dropout() -> bn.Task:
+    """Without dropout, and without BN, two ranks compute what one process does."""
+
+    def plain(*, batch_norm: bool = False) -> nn.Module:
+        return model(batch_norm=batch_norm, dropout=False)
+
+    return bn.Task("no_dropout", plain, examples(1000, 0), examples(500, 1), batch_size=20, steps=200)
+
+
+def dies() -> bn.Task:
+    """A training process that is killed, as for want of memory."""
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return nn.functional.cross_entropy(output, target)
+
+    return bn.Task("dies", model, examples(1000, 0), examples(500, 1), loss, batch_size=20, steps=200)
+
+
+def fails() -> bn.Task:
+    """An error of the user's in the middle of training."""
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if multiprocessing.parent_process() is not None:
+            raise ArithmeticError("a mistake of the user's")
+        return nn.functional.cross_entropy(output, target)
+
+    return bn.Task("fails", model, examples(1000, 0), examples(500, 1), loss, batch_size=20, steps=200)

@@ -16,8 +16,9 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from batchnorm.racing.errors import RaceError
-from batchnorm.racing.plan import Plan, make_plan, read_plan, task_of
+from batchnorm.racing.contenders import CONTENDERS
+from batchnorm.racing.errors import RaceError, WorkerError
+from batchnorm.racing.plan import CONFIG, Plan, make_plan, read_plan
 from batchnorm.racing.runner import default_directory, run_race
 from batchnorm.racing.task import Task, load_task
 
@@ -29,26 +30,33 @@ def race(
     ] = None,
     contenders: Annotated[
         str | None,
-        typer.Option(help="Names, separated by commas.", show_default="baseline,bn-x5,accelerated"),
+        typer.Option(help=f"Separated by commas: {', '.join(CONTENDERS)}.", show_default="baseline,bn-x5,accelerated"),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs per contender.", show_default="3; with --quick 1")] = None,
     steps: Annotated[int | None, typer.Option(help="The baseline's budget.", show_default="the task's")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="About a minute: a small budget, one seed.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Hours: all contenders, the baseline to its plateau.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where results go.", show_default="runs/TASK-TIME")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the race in this directory.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the race in this directory; other options are as they were.")
+    ] = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="Sweep learning rates on held-out training examples instead.")
     ] = False,
     rates: Annotated[Path | None, typer.Option(help="Learning rates from a tuning.json that --tune wrote.")] = None,
-    data: Annotated[str | None, typer.Option(help="Directory of the IDX files of Fashion-MNIST or MNIST.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Directory of the IDX files of Fashion-MNIST or MNIST, for inception and mlp.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Training processes, one thread each.", show_default="one per core")
     ] = None,
 ) -> None:
-    """Train the contenders under the same rules: steps and seconds until each is as good as the baseline's best."""
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    main = int(os.environ.get("RANK", "0")) == 0
+    """Train the contenders under the same rules: steps and seconds until each is as good as the baseline's best.
+
+    Under `torchrun --nproc-per-node 2 -m batchnorm race ...` every run is trained data-parallel.
+    """
+    distributed = dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    main = not distributed or int(os.environ["RANK"]) == 0
     console = Console(width=None if sys.stdout.isatty() else 160, quiet=not main)
     directory: Path | None = None
     torch.set_num_threads(1)
@@ -57,41 +65,75 @@ def race(
             raise RaceError("--quick and --full exclude each other.")
         if workers is not None and workers < 1:
             raise RaceError(f"--workers must be at least 1 (got {workers}).")
+        if workers is not None and distributed:
+            raise RaceError("--workers is for one machine without torchrun, which starts the processes itself.")
         if distributed:
             dist.init_process_group("gloo")
         asked: dict[str, Any] = {
-            "task": task, "data": data, "contenders": contenders and [name.strip() for name in contenders.split(",")],
-            "seeds": seeds, "steps": steps, "rates": rates,
-            "mode": "quick" if quick else "full" if full else None, "tune": tune or None,
-        }  # fmt: skip
+            "task": task,
+            "data": data and str(Path(data).absolute()),
+            "contenders": contenders and [name.strip() for name in contenders.split(",")],
+            "seeds": seeds,
+            "steps": steps,
+            "rates": rates and str(rates.absolute()),
+            "mode": "quick" if quick else "full" if full else None,
+            "tune": tune or None,
+        }
         asked = {option: value for option, value in asked.items() if value is not None}
         subject, plan = _resumed(resume, out, asked) if resume else _new(asked)
         directory = _same_on_all_ranks(resume or out or default_directory(plan.task))
-        processes = 0 if distributed else workers or os.cpu_count() or 1
-        command = shlex.join(["batchnorm", *sys.argv[1:]])
-        run_race(subject, plan, directory, console, resume=bool(resume), workers=processes, command=command)
+        processes = 0 if distributed else workers or _cores()
+        run_race(subject, plan, directory, console, resume=bool(resume), workers=processes)
     except RaceError as error:
-        if main:
-            print(f"race: {error}", file=sys.stderr)
+        _say(main, f"race: {error}")
         sys.exit(2)
+    except WorkerError as error:
+        _say(main, f"race: {error}{_how_to_resume(directory)}")
+        sys.exit(1)
     except KeyboardInterrupt:
-        if main and directory is not None:
-            print(
-                f"\nStopped. Go on with: batchnorm race --resume {shlex.quote(str(directory))}",
-                file=sys.stderr,
-            )
+        _say(main, f"\nStopped.{_how_to_resume(directory)}")
         sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
+def _say(main: bool, text: str) -> None:
+    if main:
+        print(text, file=sys.stderr)
+
+
+def _how_to_resume(directory: Path | None) -> str:
+    if directory is None or not (directory / CONFIG).exists():
+        return ""
+    return f" Go on with: batchnorm race --resume {shlex.quote(str(directory))}"
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load(spec: str, data: str | None) -> Task:
+    """The task; under torchrun rank 0 first, so that one process alone fetches what is missing."""
+    if not dist.is_initialized():
+        return load_task(spec, data)
+    task = None
+    for turn in (dist.get_rank() == 0, dist.get_rank() != 0):
+        task = load_task(spec, data) if turn else task
+        dist.barrier()
+    assert task is not None
+    return task
+
+
 def _new(asked: dict[str, Any]) -> tuple[Task, Plan]:
     """A race from the options, where given, and the defaults."""
     spec, data, tune = asked.pop("task", "inception"), asked.pop("data", None), asked.pop("tune", False)
-    subject = load_task(spec, data)
+    subject = _load(spec, data)
     subject = subject.for_tuning() if tune else subject
-    return subject, make_plan(subject, spec=spec, data=data, tune=tune, **asked)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    command = shlex.join(["batchnorm", *sys.argv[1:]])
+    return subject, make_plan(subject, spec=spec, data=data, tune=tune, processes=processes, command=command, **asked)
 
 
 def _resumed(directory: Path, out: Path | None, asked: dict[str, Any]) -> tuple[Task, Plan]:
@@ -103,7 +145,8 @@ def _resumed(directory: Path, out: Path | None, asked: dict[str, Any]) -> tuple[
     different = [f"{name} was {stored[name]}, is {value}" for name, value in asked.items() if stored[name] != value]
     if different:
         raise RaceError(f"{directory} holds a race of another configuration: {'; '.join(different)}.")
-    return task_of(plan), plan
+    subject = _load(plan.task, plan.data)
+    return subject.for_tuning() if plan.tune else subject, plan
 
 
 def _same_on_all_ranks(directory: Path) -> Path:

@@ -51,8 +51,8 @@ FAST: dict[str, Any] = {
     "schedule": "linear",
     "nesterov": True,
     "weight_decay": 10.0,
-    "budget": 0.175,
-    "plateau_budget": 0.0875,
+    "budget": 0.18,
+    "plateau_budget": 0.09,
     "average": 0.98,
 }
 

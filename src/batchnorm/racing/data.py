@@ -86,13 +86,15 @@ def load_images(directory: str | os.PathLike[str] | None = None) -> Images:
 
 def cache_directory() -> Path:
     """Where fetched data stays; ``BATCHNORM_CACHE`` moves it."""
-    import platformdirs
+    import pooch
 
-    return Path(os.environ.get("BATCHNORM_CACHE") or platformdirs.user_cache_dir("batchnorm")) / "fashion-mnist"
+    return Path(os.environ.get("BATCHNORM_CACHE") or pooch.os_cache("batchnorm")) / "fashion-mnist"
 
 
 def _find() -> Path | None:
-    return next((place for place in (DEBIAN_DIRECTORY, cache_directory()) if _path(place, FILES[0])), None)
+    return next(
+        (place for place in (DEBIAN_DIRECTORY, cache_directory()) if all(_path(place, file) for file in FILES)), None
+    )
 
 
 def _path(directory: Path, file: str) -> Path | None:

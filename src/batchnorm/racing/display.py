@@ -32,7 +32,7 @@ class Display:
         self.printed = 0.0
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            *([BarColumn(bar_width=24)] if console.width >= 100 else []),
             MofNCompleteColumn(),
             TextColumn("{task.fields[detail]}"),
             TextColumn("left"),
@@ -60,40 +60,41 @@ class Display:
         name = run.name
         if isinstance(event, trainer.Resumed):
             self.already += event.step
-        if isinstance(event, trainer.Diverged):
-            self.console.print(f"{label(run)}: diverged at step {event.step:,}", highlight=False)
-        self.steps[name] = run.steps if isinstance(event, trainer.Diverged) else event.step
         if isinstance(event, trainer.Progress | trainer.Evaluation):
             self.losses[name] = event.loss
         if isinstance(event, trainer.Evaluation):
             self.scores[name] = f"{event.score:.2%}"
         detail = f"loss {self.losses.get(name, float('nan')):.3f}  accuracy {self.scores.get(name, '-')}"
+        self.steps[name] = event.step
+        if isinstance(event, trainer.Diverged):
+            self.steps[name] = run.steps
+            self.already += run.steps - event.step  # steps that nobody has to wait for
+            detail = f"diverged at step {event.step:,}"
+        ended = self.steps[name] >= run.steps and not isinstance(event, trainer.Progress)
         if self.console.is_terminal:
-            self._update_rows(
-                run, detail, ended=self.steps[name] >= run.steps and not isinstance(event, trainer.Progress)
-            )
-        elif isinstance(event, trainer.Evaluation):
-            self._print_line(run, detail)
+            self._update_rows(run, detail, ended)
+        elif isinstance(event, trainer.Diverged | trainer.Evaluation):
+            self._print_line(run, detail, ended)
 
-    def _print_line(self, run: Run, detail: str) -> None:
+    def _print_line(self, run: Run, detail: str, ended: bool) -> None:
         """A log wants a line now and then, and one where a run ends."""
-        now, ended = time.monotonic(), self.steps[run.name] >= run.steps
+        now = time.monotonic()
         if now - self.printed < SECONDS_BETWEEN_LINES and not ended:
             return
         self.printed, done = now, sum(self.steps.values())
         rate = (done - self.already) / (now - self.started)
-        left = f"  left {timedelta(seconds=round((self._total - done) / rate))}" if rate else ""
+        left = f"  left {timedelta(seconds=round((self._total - done) / rate))}" if rate > 0 else ""
         line = f"[{done / self._total:4.0%}] {label(run)}  step {self.steps[run.name]:,}/{run.steps:,}  {detail}{left}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _update_rows(self, run: Run, detail: str, *, ended: bool) -> None:
+    def _update_rows(self, run: Run, detail: str, ended: bool) -> None:
         if run.name not in self.rows:
             self.rows[run.name] = self.progress.add_task(label(run), total=run.steps, detail=detail)
         self.progress.update(self.rows[run.name], completed=self.steps[run.name], detail=detail)
         self.progress.update(self.total, completed=sum(self.steps.values()))
         if ended:
             self.progress.remove_task(self.rows.pop(run.name))
-            self.console.print(f"{label(run)}: {self.steps[run.name]:,} steps, {detail}", highlight=False)
+            self.console.print(f"{label(run)}: {detail}", highlight=False)
 
 
 def label(run: Run) -> str:

@@ -1,5 +1,9 @@
-"""What goes wrong because of what was asked for. The command line prints it in one line and exits with 2."""
+"""What can go wrong with a race, apart from mistakes of ours."""
 
 
 class RaceError(ValueError):
-    """The race cannot be run as asked: an unknown name, a wrong value, missing data."""
+    """The race cannot be run as asked: an unknown name, a wrong value, missing data. The command exits with 2."""
+
+
+class WorkerError(RuntimeError):
+    """A training process was killed or raised; the race can be resumed. The command exits with 1."""

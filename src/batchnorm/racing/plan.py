@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -17,12 +18,12 @@ from typing import Any, Literal
 from batchnorm.racing import zoo
 from batchnorm.racing.contenders import CONTENDERS, DEFAULT, Contender
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.task import Task, keywords_of, load_task
+from batchnorm.racing.task import Task, fingerprint, keywords_of, load_task
 from batchnorm.racing.trainer import Run
 
 Mode = Literal["quick", "default", "full"]
 SEEDS: dict[str, int] = {"quick": 1, "default": 3, "full": 3}
-EVALUATIONS: dict[str, int] = {"quick": 15, "default": 40, "full": 80}  # within the baseline's budget
+EVALUATIONS: dict[str, int] = {"quick": 15, "default": 50, "full": 80}  # within the baseline's budget
 RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the rate in use: what --tune tries
 
 CONFIG = "config.json"
@@ -43,8 +44,13 @@ class Plan:
     interval: int
     batch_size: int
     examples: int
+    fingerprint: str
+    processes: int
+    torch: str
+    command: str
     learning_rates: dict[str, float]
     tuned: tuple[str, ...]
+    left_out: tuple[str, ...]
     contenders: tuple[Contender, ...]
 
     def runs(self) -> list[Run]:
@@ -79,12 +85,18 @@ def make_plan(
     steps: int | None = None,
     tune: bool = False,
     rates: str | os.PathLike[str] | None = None,
+    processes: int = 1,
+    command: str = "",
 ) -> Plan:
     """Decide everything; raises ``RaceError`` where it cannot be done as asked."""
-    chosen = _choose(task, contenders, mode, tune)
+    if mode not in SEEDS:
+        raise RaceError(f"unknown mode {mode!r}. Known: {', '.join(SEEDS)}.")
+    chosen, left_out = _choose(task, contenders, mode, tune)
     for name, value in (("seeds", seeds), ("steps", steps)):
-        if value is not None and value < 1:
-            raise RaceError(f"--{name} must be at least 1 (got {value}).")
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise RaceError(f"--{name} must be a whole number of at least 1 (got {value!r}).")
+    if task.batch_size % processes:
+        raise RaceError(f"a batch of {task.batch_size} does not divide among {processes} processes.")
     budget = (
         steps
         or {
@@ -96,8 +108,10 @@ def make_plan(
     built_in = task.model in (zoo.inception, zoo.mlp)
     file = Path(rates) if rates is not None else TUNED_FILE if built_in else None
     tuned = read_tuned(task.name, mode, file) if file else {}
+    if rates is not None and not tuned:
+        raise RaceError(f"{rates} holds no learning rates for task {task.name!r} at the {mode} (or default) budget.")
     baseline = tuned.get("baseline", task.learning_rate)
-    if mode == "full" and task.full_steps is not None:
+    if mode == "full" and task.full_steps is not None and steps is None:
         chosen = [replace(c, budget=c.plateau_budget or c.budget) for c in chosen]
     learning_rates = {
         c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{baseline * c.learning_rate:.3g}")
@@ -115,7 +129,12 @@ def make_plan(
         batch_size=task.batch_size,
         examples=len(task.train),
         learning_rates=learning_rates,
+        fingerprint=fingerprint(task),
+        processes=processes,
+        torch=version("torch"),
+        command=command,
         tuned=tuple(c.name for c in chosen if c.tuned and c.name in tuned),
+        left_out=tuple(left_out),
         contenders=tuple(chosen),
     )
 
@@ -131,7 +150,8 @@ def read_plan(directory: Path) -> Plan:
     try:
         stored = json.loads((directory / CONFIG).read_text())
         now = tuple(replace(CONTENDERS[row["name"]], budget=row["budget"]) for row in stored["contenders"])
-        plan = Plan(**{**stored, "tuned": tuple(stored["tuned"]), "contenders": now})
+        lists = {name: tuple(stored[name]) for name in ("tuned", "left_out")}
+        plan = Plan(**{**stored, **lists, "contenders": now})
     except (OSError, ValueError, KeyError, TypeError):
         raise RaceError(f"{directory} holds no race of this version to resume (no readable {CONFIG}).") from None
     changed = [
@@ -142,21 +162,36 @@ def read_plan(directory: Path) -> Plan:
     return plan
 
 
-def check_task(plan: Plan, task: Task) -> None:
-    """A plan is for one task: its data and batch size."""
-    for name, now in (("examples", len(task.train)), ("batch_size", task.batch_size)):
+def check_same(plan: Plan, task: Task, processes: int) -> None:
+    """Refuse to go on with a race on another task, or in a way that gives other numbers."""
+    if plan.fingerprint != fingerprint(task):
+        raise RaceError(
+            f"task {plan.task} is not what it was when the race was planned: other data, batch size or weight decay. "
+            "A task function must give the same data each time it is called: seed what it draws."
+        )
+    for name, now in (("processes", processes), ("torch", version("torch"))):
         if getattr(plan, name) != now:
-            raise RaceError(
-                f"the task has changed since the race was started: {name} was {getattr(plan, name)}, is {now}."
-            )
+            raise RaceError(f"the race was started with {name} = {getattr(plan, name)}, and this is {now}.")
 
 
-def _choose(task: Task, names: Sequence[str] | None, mode: Mode, tune: bool) -> list[Contender]:
+def _choose(task: Task, names: Sequence[str] | None, mode: Mode, tune: bool) -> tuple[list[Contender], list[str]]:
+    """The contenders that run, and the names of those that would by default but cannot with this model."""
     taken = keywords_of(task.model)
+    left_out: list[str] = []
     if names is None:
         names = tuple(CONTENDERS) if mode == "full" else DEFAULT
+        if tune:
+            names = [name for name in names if CONTENDERS[name].tuned]
         if taken is not None:  # a model function without an activation= has no sigmoid variants
-            names = [name for name in names if taken.issuperset(CONTENDERS[name].network)]
+            left_out = [name for name in names if not taken.issuperset(CONTENDERS[name].network)]
+            names = [name for name in names if name not in left_out]
+            if names == ["baseline"]:
+                raise RaceError(
+                    f"the model function of task {task.name!r} takes no batch_norm= and dropout=, which contenders "
+                    "set: there is nothing to race the baseline against."
+                )
+    if isinstance(names, str):
+        raise RaceError(f"contenders must be a list of names (got {names!r}).")
     for name in names:
         if name not in CONTENDERS:
             raise RaceError(f"unknown contender {name!r}. Known: {', '.join(CONTENDERS)}.")
@@ -166,13 +201,15 @@ def _choose(task: Task, names: Sequence[str] | None, mode: Mode, tune: bool) -> 
                 f"contender {name!r} changes {', '.join(sorted(missing))}, which the model function of task "
                 f"{task.name!r} does not take (it takes {', '.join(sorted(taken or ())) or 'nothing'})."
             )
+        if tune and not CONTENDERS[name].tuned:
+            raise RaceError(f"contender {name!r} has no rate of its own: it takes a multiple of the baseline's.")
     if len(set(names)) < len(names):
         raise RaceError(f"a contender is named twice: {', '.join(names)}.")
     if not names:
         raise RaceError(f"no contenders. Known: {', '.join(CONTENDERS)}.")
     if "baseline" not in names and not tune:
         raise RaceError(f"the baseline sets the target, so it must run: --contenders baseline,{','.join(names)}.")
-    return [CONTENDERS[name] for name in names]
+    return [CONTENDERS[name] for name in names], left_out
 
 
 def read_tuned(task: str, mode: Mode, file: Path) -> dict[str, float]:

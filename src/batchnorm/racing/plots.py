@@ -23,7 +23,6 @@ STYLES: dict[str, tuple[str, str]] = {
     "accelerated": ("#c8102e", "-"),
     "accelerated-without-bn": ("#f2a0a8", "-."),
 }
-OTHER = ("#2ca02c", "--")
 
 
 def plot(results: Mapping[str, Any], records: Mapping[str, Sequence[Record]], directory: Path) -> list[Path]:
@@ -48,16 +47,14 @@ def _figure(
     label: str,
     unit: Any,
 ) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot: the user's backend stays as it is
     from matplotlib.ticker import PercentFormatter
 
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
     target, highest = results["target"], 0.0
     for row in results["contenders"]:
-        color, dash = STYLES.get(row["name"], OTHER)
+        color, dash = STYLES[row["name"]]
         curves = [run["curve"] for run in records[row["name"]] if run["curve"]]
         if not curves:
             continue
@@ -79,14 +76,13 @@ def _figure(
         axes.set_ylim(max(0.0, target - 0.12), min(1.0, max(highest, target) + 0.015))
     axes.set_xlim(left=0)
     axes.set_xlabel(label)
-    axes.set_ylabel("accuracy on the test images")
+    axes.set_ylabel("accuracy on the test examples")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
     axes.set_title(_message(results, quantity), loc="left", fontsize=12)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return path
 
 

@@ -12,15 +12,18 @@ import os
 import queue
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from batchnorm.racing.plan import Plan, task_of
+from batchnorm.racing.errors import RaceError, WorkerError
+from batchnorm.racing.plan import Plan, check_same, task_of
 from batchnorm.racing.task import Task
 from batchnorm.racing.trainer import Diverged, Evaluation, Event, Resumed, Run, train
 
@@ -59,55 +62,78 @@ def run_here(task: Task, runs: Sequence[Run], directory: Path, *, write: bool = 
 
 
 def run_in_processes(plan: Plan, runs: Sequence[Run], directory: Path, workers: int) -> Iterator[Tagged]:
-    """The same on ``workers`` processes. A worker that dies or raises ends the race with its traceback."""
+    """The same on ``workers`` processes.
+
+    Raises:
+        WorkerError: one of them was killed or raised; the message says how. The others are ended.
+    """
     context = multiprocessing.get_context("spawn")
-    jobs: Any = context.SimpleQueue()
+    jobs: Any = context.Queue()
     events: Any = context.Queue()
-    for run in runs:
-        jobs.put(run)
-    for _ in range(workers):
-        jobs.put(None)
-    processes = [
-        context.Process(target=_work, args=(plan, jobs, events, directory), daemon=True) for _ in range(workers)
-    ]
+    for job in [*runs, *[None] * workers]:
+        jobs.put(job)
+    processes: list[Any] = []
     try:
-        for process in processes:
-            process.start()
+        with _deaf_to_ctrl_c():  # a worker hears of it from its parent, not while it imports
+            for _ in range(workers):
+                processes.append(context.Process(target=_work, args=(plan, jobs, events, directory), daemon=True))
+                processes[-1].start()
         running = workers
         while running:
             try:
                 message = events.get(timeout=1)
             except queue.Empty:
-                dead = next((p for p in processes if p.exitcode), None)
-                if dead is not None:
-                    raise RuntimeError(
-                        f"a training process ended with exit code {dead.exitcode} (-9: killed, often for memory)."
-                    ) from None
+                _check_alive(processes)
                 continue
             if message is None:
                 running -= 1
             elif isinstance(message, str):
-                raise RuntimeError(f"a training process failed:\n{message}")
+                raise WorkerError(f"a training process failed:\n{message}")
             else:
                 yield message
+                _check_alive(processes, signals_only=True)
     finally:
+        jobs.cancel_join_thread()
         for process in processes:
             process.terminate()
             process.join()
 
 
+def _check_alive(processes: Sequence[Any], *, signals_only: bool = False) -> None:
+    """A process that was killed says nothing; one that raised sends its traceback, which may still be on its way."""
+    for process in processes:
+        if process.exitcode is not None and (process.exitcode < 0 or (process.exitcode > 0 and not signals_only)):
+            raise WorkerError(f"a training process ended with exit code {process.exitcode} (-9: often for memory).")
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started inside inherit that SIGINT is ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _work(plan: Plan, jobs: Any, events: Any, directory: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     try:
         task = task_of(plan)
+        check_same(plan, task, plan.processes)
         while (run := jobs.get()) is not None:
             for event in run_here(task, [run], directory):
                 if parent is not None and not parent.is_alive():
                     os._exit(1)  # the parent was killed; a resumed race must find nobody else writing here
                 events.put(event)
         events.put(None)
+    except RaceError as error:
+        events.put(str(error))
+        sys.exit(1)
     except Exception:
         events.put(traceback.format_exc())
         sys.exit(1)

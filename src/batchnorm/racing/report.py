@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from batchnorm.racing.contenders import Contender
 from batchnorm.racing.plan import Plan
-from batchnorm.racing.score import Record
+from batchnorm.racing.score import REACHED, Record
 
 
 def rules(plan: Plan) -> str:
@@ -28,10 +29,10 @@ def rules(plan: Plan) -> str:
     seeds = f"means over {plan.seeds} seeds, with 95% intervals" if plan.seeds > 1 else "ONE seed: no interval"
     untuned = [c.name for c in plan.contenders if c.tuned and c.name not in plan.tuned]
     return (
-        f"Rules: same network, initial weights, data order and batch size ({plan.batch_size}) for all; evaluated on "
-        f"the test examples every {plan.interval:,} steps. Target: the mean over seeds of the best accuracy that the "
-        "baseline reaches; a contender is scored by its first evaluation at or above it, the baseline by the first at "
-        "its own best. Seconds are training alone: steps x median step time, taken alone and interleaved, plus one "
+        f"Rules: same network, initialization seed, data order and batch size ({plan.batch_size}) for all; evaluated "
+        f"on the test examples every {plan.interval:,} steps. Target: the mean over seeds of the best accuracy that "
+        "the baseline reaches; a contender is scored by its first evaluation at or above it, the baseline by the first "
+        "at its own best. Seconds are training alone: steps x median step time, taken alone and interleaved, plus one "
         f"re-estimation of statistics where a contender has one. {seeds[0].upper()}{seeds[1:]}."
         + (f" NOT TUNED for this task: the learning rate of {', '.join(untuned)}; see --tune." if untuned else "")
     )
@@ -57,7 +58,7 @@ def changes(contender: Contender) -> str:
     elif contender.decay_speed != 1:
         parts.append(f"decay {contender.decay_speed:g} times faster")
     if contender.budget != 1:
-        parts.append(f"at most {contender.budget:.0%} of the steps")
+        parts.append(f"at most {100 * contender.budget:.3g}% of the steps")
     if contender.average:
         parts.append(f"averaged weights (decay {contender.average:g})")
     if contender.recalibrate:
@@ -67,32 +68,56 @@ def changes(contender: Contender) -> str:
 
 def table(results: Mapping[str, Any], plan: Plan) -> Table:
     """The paper's table, with the time beside the steps."""
-    target = results["target"]
-    title = "no target: the baseline diverged" if target is None else f"target: {target:.2%} (the baseline's best)"
-    view = Table(title=f"{plan.task}: steps and seconds to the same accuracy; {title}", title_justify="left")
+    view = Table(title=title(results, plan), title_justify="left")
+    view.add_column("contender", no_wrap=True)
     for heading in (
-        "contender",
         "learning rate",
         "steps to target",
         "of baseline",
+        "epochs",
         "seconds",
         "of baseline",
         "best accuracy",
-        "outcome",
     ):
-        view.add_column(heading, justify="left" if heading in ("contender", "outcome") else "right")
+        view.add_column(heading, justify="right")
     for row in results["contenders"]:
         view.add_row(
             row["name"],
             f"{row['learning_rate']:g}",
             _with_interval(row["steps_to_target"], row["steps_interval"], "{:,.0f}"),
             _or_dash(row["steps_fraction"], "{:.1%}"),
-            _or_dash(row["seconds_to_target"], "{:,.1f}"),
+            _or_dash(row["epochs_to_target"], "{:.1f}"),
+            _or_dash(row["seconds_to_target"], "{:,.2f}" if (row["seconds_to_target"] or 0) < 10 else "{:,.0f}"),
             _or_dash(row["seconds_fraction"], "{:.1%}"),
             _with_interval(row["best_accuracy"], row["best_accuracy_interval"], "{:.2%}"),
-            row["status"],
         )
     return view
+
+
+def title(results: Mapping[str, Any], plan: Plan) -> str:
+    """The question and the target."""
+    target = results["target"]
+    goal = "no target: the baseline diverged" if target is None else f"target: {target:.2%} (the baseline's best)"
+    return f"{plan.task}: steps and seconds to the same accuracy; {goal}"
+
+
+def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
+    """What each contender changes, and how it ended where it did not reach the target."""
+    lines = []
+    for contender, row in zip(plan.contenders, results["contenders"], strict=True):
+        ended = "" if row["status"] == REACHED else f". Outcome: {row['status']}"
+        if ended or contender.name != "baseline":
+            lines.append(f"{contender.name} changes: {changes(contender)}{ended}")
+    if plan.left_out:
+        lines.append(f"left out, since the model function lacks the keywords: {', '.join(plan.left_out)}")
+    return lines
+
+
+def show(results: Mapping[str, Any], plan: Plan, console: Console) -> None:
+    """Print table, notes and rules."""
+    console.print(table(results, plan))
+    for text in (*(f"- {note}" for note in notes(results, plan)), rules(plan)):
+        console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
 
 
 def markdown(results: Mapping[str, Any], plan: Plan) -> str:
@@ -104,8 +129,8 @@ def markdown(results: Mapping[str, Any], plan: Plan) -> str:
         "|" + "|".join("---" if column.justify == "left" else "---:" for column in view.columns) + "|",
         *("| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)),
     ]
-    listed = [f"- `{contender.name}` changes: {changes(contender)}" for contender in plan.contenders]
-    return "\n".join([str(view.title), "", *lines, "", *listed, "", rules(plan), ""])
+    listed = [f"- {note}" for note in notes(results, plan)]
+    return "\n".join([title(results, plan), "", *lines, "", *listed, "", rules(plan), ""])
 
 
 def curves_csv(records: Mapping[str, Sequence[Record]]) -> str:
@@ -144,10 +169,15 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs; None for an installed package."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
+    """The commit of the source tree that runs; None where git does not keep this file."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from batchnorm.racing import pool
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.plan import CONFIG, Mode, Plan, check_task, make_plan
-from batchnorm.racing.task import Task
+from batchnorm.racing.plan import CONFIG, Mode, Plan, check_same, make_plan, read_plan
+from batchnorm.racing.task import Task, one_line
 from batchnorm.racing.trainer import Run, Trainer
 
 if TYPE_CHECKING:
@@ -41,11 +41,12 @@ def race(
     mode: Mode = "default",
     out: str | os.PathLike[str] | None = None,
     rates: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Train the contenders under the same rules: steps and seconds until each is as good as the baseline's best.
 
-    Runs in this process, one contender after the other, on one thread; the command ``batchnorm race`` uses all cores
-    and survives being killed. Rules: docs/race.md.
+    Runs in this process, one contender after the other, on one thread; the command ``batchnorm race`` uses all cores.
+    Rules: docs/race.md.
 
     Args:
         task: network, data, loss, metric, batch size and budget.
@@ -55,53 +56,56 @@ def race(
         mode: ``"quick"``, ``"default"`` or ``"full"``.
         out: directory for results.json, curves.csv and the plots; default: ``runs/<task>-<time>``.
         rates: a ``tuning.json`` written by ``batchnorm race --tune``.
+        resume: go on with the race that was interrupted in ``out``; everything else must be as it was.
 
     Returns:
         What results.json holds: ``{"target": float, "contenders": [...], "environment": {...}, "command": ...}``.
 
     Raises:
         RaceError: (a ValueError) an unknown contender, a wrong value, a directory that cannot be written.
+        ModuleNotFoundError: the packages of ``pip install 'batchnorm[race]'`` are missing.
     """
     from rich.console import Console
 
+    if not isinstance(task, Task):
+        raise RaceError(f"task must be a batchnorm.Task (got {type(task).__name__}).")
     plan = make_plan(
-        task, spec=task.name, contenders=contenders, mode=mode, seeds=seeds, steps=steps, rates=rates
-    )  # fmt: skip
+        task,
+        spec=task.name,
+        contenders=contenders,
+        mode=mode,
+        seeds=seeds,
+        steps=steps,
+        rates=rates,
+        command="bn.race(...)",
+    )
     directory = Path(out) if out is not None else default_directory(task.name)
-    with _one_thread():
-        return run_race(task, plan, directory, Console(), resume=False, workers=0, command="bn.race(...)")
+    if resume and read_plan(directory) != plan:
+        raise RaceError(f"{directory} holds a race of another configuration.")
+    with _one_thread(), torch.random.fork_rng():
+        return run_race(task, plan, directory, Console(), resume=resume, workers=0)
 
 
 def run_race(
-    task: Task, plan: Plan, directory: Path, console: Console, *, resume: bool, workers: int, command: str
+    task: Task, plan: Plan, directory: Path, console: Console, *, resume: bool, workers: int
 ) -> dict[str, Any]:
-    """Carry out a plan; ``workers=0`` trains in this process (as every rank under torchrun does)."""
-    from batchnorm.racing.display import Display
+    """Carry out a plan; ``workers=0`` trains in this process (as every rank under torchrun does).
 
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    check_task(plan, task)
+    Returns the results on rank 0, an empty dict elsewhere.
+    """
+    main, processes = (dist.get_rank() == 0, dist.get_world_size()) if dist.is_initialized() else (True, 1)
+    check_same(plan, task, processes)
     _check_contenders(task, plan)
-    if main and not resume:
-        _prepare(directory, plan)
-    runs, records_directory = plan.runs(), directory / "runs"
-    done = _agreed([run for run in runs if pool.finished(records_directory, run)] if main else [])
-    todo = [run for run in runs if run not in done]
-    if workers and todo:
-        stream = pool.run_in_processes(plan, todo, records_directory, min(workers, len(todo)))
-    else:
-        stream = pool.run_here(task, todo, records_directory, write=main)
-    if main:
-        with Display(runs, done, console) as display:
-            for run, event in stream:
-                display.update(run, event)
-    else:
-        for _ in stream:
-            pass
-    records = _records(plan, records_directory) if main else {}
-    if plan.tune:
-        return _report_tuning(task, plan, records, directory, console, command) if main else {}
-    times = _times(task, plan, directory, console, main)
-    return _report(plan, records, times, directory, console, command) if main else {}
+    refusal = _agreed(_prepare(directory, plan, resume) if main else None)
+    if refusal is not None:
+        raise RaceError(refusal)
+    with _locked(directory, main):
+        _train(task, plan, directory, console, main, workers)
+        records = _records(plan, directory) if main else {}
+        if plan.tune:
+            return _report_tuning(task, plan, records, directory, console) if main else {}
+        times = _times(task, plan, directory, console, main)
+        return _report(plan, records, times, directory, console) if main else {}
 
 
 def default_directory(task: str) -> Path:
@@ -109,34 +113,78 @@ def default_directory(task: str) -> Path:
     return Path("runs") / f"{task.replace(':', '.')}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _prepare(directory: Path, plan: Plan) -> None:
-    if (directory / CONFIG).exists():
-        raise RaceError(f"{directory} already holds a race: go on with --resume {directory}, or choose another --out.")
+def _prepare(directory: Path, plan: Plan, resume: bool) -> str | None:
+    """Make the output directory; what speaks against it."""
     try:
-        (directory / "runs").mkdir(parents=True, exist_ok=True)
-        pool.write_json(directory / CONFIG, asdict(plan))
+        if not resume:
+            if (directory / CONFIG).exists():
+                return f"{directory} already holds a race: go on with --resume {directory}, or choose another --out."
+            (directory / "runs").mkdir(parents=True, exist_ok=True)
+            pool.write_json(directory / CONFIG, asdict(plan))
     except OSError as error:
-        raise RaceError(f"--out {directory} cannot be written: {error.strerror}.") from None
+        return f"--out {directory} cannot be written: {error.strerror}."
+    return None
+
+
+@contextmanager
+def _locked(directory: Path, main: bool) -> Iterator[None]:
+    """One race at a time in a directory; then what a killed one left half-written can go."""
+    if not main:
+        yield
+        return
+    from filelock import FileLock, Timeout  # comes with torch
+
+    lock = FileLock(directory / ".lock", timeout=5)  # the processes of a killed race need a moment to end
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RaceError(f"another race is running in {directory}.") from None
+    try:
+        for part in directory.rglob("*.part*"):
+            part.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
 
 
 def _check_contenders(task: Task, plan: Plan) -> None:
     """One step and one scored batch of each contender, before any long work: mistakes in a task show here."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    if task.batch_size % ranks:
-        raise RaceError(f"a batch of {task.batch_size} does not divide among {ranks} processes.")
     for contender in plan.contenders:
         run = Run(contender, 0, plan.learning_rates[contender.name], plan.steps, plan.interval)
         try:
             trainer = Trainer(task, run)
             trainer.step()
+            trainer.prepare(trainer.model)
             inputs, targets = task.test[torch.arange(min(2, len(task.test)))]
             trainer.model.eval()
             with torch.no_grad():
-                float(task.metric(trainer.model(inputs), targets))
+                score = float(task.metric(trainer.model(inputs), targets))
         except Exception as error:
             raise RaceError(
-                f"task {task.name!r} does not run as contender {contender.name!r}: {type(error).__name__}: {error}"
+                f"task {task.name!r} does not run as contender {contender.name!r}: {one_line(error)}"
             ) from error
+        if not 0 <= score <= 1:
+            raise RaceError(f"task {task.name!r}: metric must be between 0 and 1, higher is better (got {score:g}).")
+
+
+def _train(task: Task, plan: Plan, directory: Path, console: Console, main: bool, workers: int) -> None:
+    """Every run that has left no record yet."""
+    from batchnorm.racing.display import Display
+
+    runs, records = plan.runs(), directory / "runs"
+    done = _agreed([run for run in runs if pool.finished(records, run)] if main else [])
+    todo = [run for run in runs if run not in done]
+    if workers and todo:
+        stream = pool.run_in_processes(plan, todo, records, min(workers, len(todo)))
+    else:
+        stream = pool.run_here(task, todo, records, write=main)
+    if not main:
+        for _ in stream:
+            pass
+        return
+    with Display(runs, done, console) as display:
+        for run, event in stream:
+            display.update(run, event)
 
 
 def _agreed(value: T) -> T:
@@ -151,27 +199,29 @@ def _agreed(value: T) -> T:
 def _records(plan: Plan, directory: Path) -> dict[str, list[dict[str, Any]]]:
     records: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in plan.contenders}
     for run in sorted(plan.runs(), key=lambda run: run.seed):
-        record = pool.finished(directory, run)
+        record = pool.finished(directory / "runs", run)
         assert record is not None, f"{run.name} has left no record"
         records[run.contender.name].append(record)
     return records
 
 
 def _times(task: Task, plan: Plan, directory: Path, console: Console, main: bool) -> dict[str, Any]:
-    """Step times, measured when nothing else runs; kept, so that a race resumed after its end reports the same."""
-    from batchnorm.racing.timing import StepTime, time_steps
+    """Step times, measured when nothing else runs, and where; kept, so that a finished race reports the same again."""
+    from batchnorm.racing import report
+    from batchnorm.racing.timing import time_steps
 
     file = directory / "times.json"
     known = _agreed(json.loads(file.read_text()) if main and file.exists() else None)
     if known is None:
         if main:
             console.print("Timing steps, alone and interleaved ...", highlight=False)
-        first = [replace(run, seed=0) for run in plan.runs() if run.seed == 0]
+        first = [run for run in plan.runs() if run.seed == 0]
         rounds, steps = TIMING[plan.mode]
-        known = {name: asdict(t) for name, t in time_steps(task, first, rounds=rounds, steps=steps).items()}
+        times = {name: asdict(time) for name, time in time_steps(task, first, rounds=rounds, steps=steps).items()}
+        known = {"times": times, "environment": report.environment()}
         if main:
             pool.write_json(file, known)
-    return {name: StepTime(**{**t, "quartiles": tuple(t["quartiles"])}) for name, t in known.items()}
+    return known
 
 
 def _report(
@@ -180,31 +230,22 @@ def _report(
     times: dict[str, Any],
     directory: Path,
     console: Console,
-    command: str,
 ) -> dict[str, Any]:
     from batchnorm.racing import plots, report
     from batchnorm.racing.score import score
+    from batchnorm.racing.timing import StepTime
 
-    results = score(plan, records, times)
-    results |= {"environment": report.environment(), "command": command, "plan": asdict(plan)}
+    results = score(plan, records, {name: StepTime(**time) for name, time in times["times"].items()})
+    results |= {"environment": times["environment"], "command": plan.command, "plan": asdict(plan)}
     for row, contender in zip(results["contenders"], plan.contenders, strict=True):
         row["changes"] = report.changes(contender)
     pool.write_json(directory / "results.json", results)
     (directory / "curves.csv").write_text(report.curves_csv(records))
     (directory / "results.md").write_text(report.markdown(results, plan))
     images = plots.plot(results, records, directory)
-    console.print(report.table(results, plan))
-    for contender in plan.contenders[1:]:
-        console.print(
-            f"  {contender.name} changes: {report.changes(contender)}",
-            highlight=False,
-            soft_wrap=not console.is_terminal,
-        )
-    console.print(report.rules(plan), highlight=False, soft_wrap=not console.is_terminal)
-    console.print(
-        f"Written: {directory}/results.json, curves.csv, results.md, {', '.join(p.name for p in images)}",
-        soft_wrap=not console.is_terminal,
-    )
+    report.show(results, plan, console)
+    files = ["results.json", "curves.csv", "results.md", *(image.name for image in images)]
+    console.print(f"Written: {directory}/{', '.join(files)}", highlight=False, soft_wrap=not console.is_terminal)
     return results
 
 
@@ -214,18 +255,15 @@ def _report_tuning(
     records: Mapping[str, Sequence[Mapping[str, Any]]],
     directory: Path,
     console: Console,
-    command: str,
 ) -> dict[str, Any]:
     from batchnorm.racing import tuning
 
-    result = tuning.sweep(plan, records, task.name, command)
+    result = tuning.sweep(plan, records, task.name)
     file = directory / "tuning.json"
     pool.write_json(file, result)
     console.print(tuning.table(result[task.name][plan.mode]["scores"]))
-    console.print(
-        f"Written: {file}. Race with these rates: batchnorm race --task {plan.task} --rates {file}",
-        soft_wrap=not console.is_terminal,
-    )
+    use = f"batchnorm race --task {plan.task} --rates {file}"
+    console.print(f"Written: {file}. Race with these rates: {use}", highlight=False, soft_wrap=not console.is_terminal)
     return result
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from batchnorm.racing.plan import Plan
 from batchnorm.racing.timing import StepTime
 
+REACHED = "reached the target"
 Record = Mapping[str, Any]  # of one run: seed, learning_rate, status, curve
 
 
@@ -104,4 +105,4 @@ def _status(runs: Sequence[Mapping[str, Any]]) -> str:
         parts.append("target not reached")
     elif missed:
         parts.append(f"target not reached from seed {', '.join(missed)}")
-    return "; ".join(parts) or "reached the target"
+    return "; ".join(parts) or REACHED

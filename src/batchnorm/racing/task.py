@@ -5,9 +5,12 @@ Comes from: ``zoo.py``, or a user's function named on the command line. Goes to:
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import inspect
+import math
 import os
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -38,7 +41,7 @@ class Task:
             ``torch.utils.data.TensorDataset`` does.
         test: examples that only score, in the same form.
         loss: ``loss(output, target)``, the scalar that is minimized.
-        metric: ``metric(output, target)``, the mean over the examples of a score, higher is better.
+        metric: ``metric(output, target)``, the mean over the examples of a score between 0 and 1, higher is better.
         batch_size: examples per step, over all processes.
         steps: the baseline's budget.
         full_steps: the baseline's budget under ``--full``: up to its plateau. Default: ``steps``.
@@ -72,17 +75,15 @@ class Task:
     held_out: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "steps",
-            "full_steps",
-            "quick_steps",
-            "learning_rate",
-            "held_out",
-        ):
+        for name in ("batch_size", "steps", "full_steps", "quick_steps", "held_out"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and value > 0):
-                raise RaceError(f"Task {self.name!r}: {name} must be a positive number (got {value!r}).")
+            if value is not None and not (isinstance(value, int) and value > 0):
+                raise RaceError(f"Task {self.name!r}: {name} must be a positive whole number (got {value!r}).")
+        for name, lowest in (("learning_rate", 1e-30), ("weight_decay", 0.0)):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and lowest <= value < math.inf):
+                kind = "a positive number" if lowest else "0 or a positive number"
+                raise RaceError(f"Task {self.name!r}: {name} must be {kind} (got {value!r}).")
         if not callable(self.model):
             raise RaceError(
                 f"Task {self.name!r}: model must be a function that returns a network (got {self.model!r})."
@@ -97,6 +98,8 @@ class Task:
     def for_tuning(self) -> Task:
         """The same task scored on training examples that are held out; the test examples are not looked at."""
         held_out = self.held_out or max(1, len(self.train) // 12)
+        if len(self.train) - held_out < self.batch_size:
+            raise RaceError(f"Task {self.name!r}: {held_out} held-out examples leave less than one batch to train on.")
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
         test, train = (TensorDataset(*self.train[part]) for part in (order[:held_out], order[held_out:]))
         return replace(self, train=train, test=test)
@@ -129,20 +132,53 @@ def load_task(spec: str, data: str | None = None) -> Task:
         )
     if data is not None:
         raise RaceError(f"--data is for the built-in tasks; {spec} brings its own data.")
-    if os.getcwd() not in sys.path:  # as `python -m` does: a user's module lies where the user stands
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise RaceError(
-            f"task {spec}: cannot import {module_name} from {os.getcwd()} or the environment ({error})."
-        ) from None
-    except AttributeError:
-        raise RaceError(f"task {spec}: {module_name} has no {function_name}.") from None
-    task = function() if callable(function) else function
+    task = _call(spec, _import(spec, module_name, function_name))
     if not isinstance(task, Task):
         raise RaceError(f"task {spec}: the function must return a batchnorm.Task (got {type(task).__name__}).")
     return task
+
+
+def _import(spec: str, module_name: str, function_name: str) -> Callable[[], object]:
+    if os.getcwd() not in sys.path:  # as `python -m` does: a user's module lies where the user stands
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise RaceError(
+            f"task {spec}: importing {module_name} from {os.getcwd()} or the environment failed: {one_line(error)}"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise RaceError(f"task {spec}: {module_name} has no function {function_name}.")
+    return function
+
+
+def _call(spec: str, function: Callable[[], object]) -> object:
+    """Every process of a race calls the function for itself: what it draws must be the same each time."""
+    torch.manual_seed(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    try:
+        return function()
+    except RaceError:
+        raise
+    except Exception as error:
+        raise RaceError(f"task {spec}: the function raised {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def fingerprint(task: Task) -> str:
+    """Tells two tasks apart by what the numbers hang on: sizes, weight decay, and some of the data itself."""
+    digest = hashlib.sha256(repr((len(task.train), len(task.test), task.batch_size, task.weight_decay)).encode())
+    for examples in (task.train, task.test):
+        for part in examples[torch.arange(0, len(examples), max(1, len(examples) // 100))]:
+            digest.update(repr(part.tolist() if isinstance(part, Tensor) else part).encode())
+    return digest.hexdigest()[:16]
 
 
 def keywords_of(model: Callable[..., nn.Module]) -> set[str] | None:

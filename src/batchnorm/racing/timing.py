@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import quantiles
+from statistics import median, quantiles
 
 from batchnorm.racing.task import Task
 from batchnorm.racing.trainer import Run, Trainer
@@ -21,7 +21,7 @@ class StepTime:
     """Seconds of one training step (median and quartiles), and of preparing the network for inference once."""
 
     median: float
-    quartiles: tuple[float, float]
+    quartiles: Sequence[float]
     preparation: float
     steps: int
 
@@ -43,8 +43,10 @@ def time_steps(task: Task, runs: Sequence[Run], *, rounds: int, steps: int) -> d
 
 
 def _summary(seconds: list[float], trainer: Trainer) -> StepTime:
-    started = time.perf_counter()
-    trainer.prepare(trainer.model)
-    preparation = time.perf_counter() - started
-    low, median, high = quantiles(seconds, n=4)
-    return StepTime(median, (low, high), preparation, len(seconds))
+    preparations = []
+    for _ in range(4):
+        started = time.perf_counter()
+        trainer.prepare(trainer.model)
+        preparations.append(time.perf_counter() - started)
+    low, mid, high = quantiles(seconds, n=4)
+    return StepTime(mid, (low, high), median(preparations[1:]), len(seconds))  # the first one warms up

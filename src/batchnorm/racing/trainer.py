@@ -33,8 +33,8 @@ WARM_UP = 0.05  # of the contender's budget, in the linear schedule
 # Learning rate over initial rate, from a step, the contender's budget and the baseline's budget in steps.
 SCHEDULES: dict[str, Callable[[Contender, int, int, int], float]] = {
     "exponential": lambda contender, step, own, baseline: FINAL_RATE ** (contender.decay_speed * step / baseline),
-    "linear": lambda contender, step, own, baseline: min(
-        (step + 1) / (WARM_UP * own), (own - step) / (own - WARM_UP * own)
+    "linear": lambda contender, step, own, baseline: max(
+        0.0, min(1.0, (step + 1) / (WARM_UP * own), (own - step) / (own - WARM_UP * own))
     ),
     "cosine": lambda contender, step, own, baseline: (1 + math.cos(math.pi * step / own)) / 2,
     "constant": lambda contender, step, own, baseline: 1.0,
@@ -160,13 +160,14 @@ class Trainer:
             for indices in torch.arange(len(test)).split(EVALUATION_BATCH):
                 inputs, targets = test[indices]
                 total += float(self.task.metric(network(inputs), targets)) * len(indices)
-        return total / len(test)
+        return round(total / len(test), 6)  # sums of float32 means: equal counts must give equal scores
 
     def prepare(self, network: nn.Module) -> None:
         """Population statistics, where the contender asks for them: what a user would do once, at the end."""
         if self.run.contender.recalibrate:
             examples = self._epoch(0)[: self.run.contender.recalibrate]
-            recalibrate(network, (self.task.train[indices][0] for indices in examples.split(EVALUATION_BATCH)))
+            batches = examples.chunk(math.ceil(len(examples) / EVALUATION_BATCH))  # no small last one
+            recalibrate(network, (self.task.train[indices][0] for indices in batches))
 
     def _batch(self) -> Tensor:
         """Indices of the next batch: the same for every contender with this seed, reshuffled each epoch."""
@@ -176,13 +177,13 @@ class Trainer:
 
     def _epoch(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed((self.run.seed << 32) + epoch)
+            generator = torch.Generator().manual_seed(_seed(self.run.seed, epoch))
             self._order = (epoch, torch.randperm(len(self.task.train), generator=generator))
         return self._order[1]
 
     def seed_noise(self) -> None:
         """Dropout's random numbers depend on seed, rank and step alone, so a resumed run draws the same ones."""
-        torch.manual_seed(((self.run.seed * self.ranks + self.rank) << 32) + self.step_count)
+        torch.manual_seed(_seed(self.run.seed * self.ranks + self.rank, self.step_count))
 
     def state_dict(self) -> dict[str, Any]:
         average = None if self.average is None else self.average.state_dict()
@@ -199,6 +200,11 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+
+def _seed(stream: int, position: int) -> int:
+    """A seed of its own for each pair; torch's generator on the CPU looks at the low 32 bits alone."""
+    return (stream * 1_000_003 + position) % 2**32
 
 
 def train(task: Task, run: Run, checkpoint: Path | None = None) -> Iterator[Event]:
