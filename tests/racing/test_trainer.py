@@ -88,7 +88,7 @@ def test_schedules() -> None:
 
 
 def test_averaged_weights_and_their_statistics_are_what_is_scored() -> None:
-    trainer = Trainer(toy.task(), run_of("accelerated"))
+    trainer = Trainer(toy.task(), run_of("accelerated", average=0.9))
     for _ in range(20):
         trainer.step()
     trainer.evaluate()
@@ -112,15 +112,16 @@ def test_evaluation_leaves_training_as_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(often.model.parameters(), never.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["baseline", "bn-x5", "accelerated"])
-def test_a_run_stopped_anywhere_goes_on_to_the_same_numbers(name: str, tmp_path: Path) -> None:
-    whole = evaluations(list(train(toy.task(), run_of(name, budget=1.0))))
+@pytest.mark.parametrize(("name", "average"), [("baseline", 0.0), ("bn-x5", 0.0), ("accelerated", 0.9)])
+def test_a_run_stopped_anywhere_goes_on_to_the_same_numbers(name: str, average: float, tmp_path: Path) -> None:
+    run = run_of(name, budget=1.0, average=average)
+    whole = evaluations(list(train(toy.task(), run)))
     assert len(whole) == 6
     events: list[Any] = []
     tries = 0
     while len(evaluations(events)) < 6:
         events, start, tries = [], 0, tries + 1
-        for event in train(toy.task(), run_of(name, budget=1.0), tmp_path / "state.pt"):
+        for event in train(toy.task(), run, tmp_path / "state.pt"):
             events.extend(event.curve if isinstance(event, Resumed) else [event])
             start = event.step if isinstance(event, Resumed) else start
             if event.step >= start + 13:  # stopped in the middle of an interval, one further each time

@@ -24,7 +24,7 @@ from batchnorm.racing.trainer import Run
 Mode = Literal["quick", "default", "full"]
 SEEDS: dict[str, int] = {"quick": 1, "default": 3, "full": 3}
 EVALUATIONS: dict[str, int] = {"quick": 15, "default": 50, "full": 80}  # within the baseline's budget
-RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the rate in use: what --tune tries
+RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the task's rate: what --tune tries
 
 CONFIG = "config.json"
 TUNED_FILE = Path(__file__).with_name("tuned.json")
@@ -106,7 +106,7 @@ def make_plan(
         }[mode]
     )
     built_in = task.model in (zoo.inception, zoo.mlp)
-    file = Path(rates) if rates is not None else TUNED_FILE if built_in else None
+    file = Path(rates) if rates is not None else TUNED_FILE if built_in and not tune else None
     tuned = read_tuned(task.name, mode, file) if file else {}
     if rates is not None and not tuned:
         raise RaceError(f"{rates} holds no learning rates for task {task.name!r} at the {mode} (or default) budget.")

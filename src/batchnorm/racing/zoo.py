@@ -111,12 +111,12 @@ def inception_task(data: str | None = None) -> Task:
         inception,
         train=examples(images.train_images, images.train_labels),
         test=examples(images.test_images, images.test_labels),
-        batch_size=64,
+        batch_size=32,
         weight_decay=1e-4,
-        learning_rate=0.05,
-        steps=8_000,
-        full_steps=40_000,
-        quick_steps=1_000,
+        learning_rate=0.04,
+        steps=14_000,
+        full_steps=72_000,
+        quick_steps=1_500,
         held_out=5_000,
     )
 
