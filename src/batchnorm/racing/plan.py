@@ -181,7 +181,7 @@ def _choose(task: Task, names: Sequence[str] | None, mode: Mode, tune: bool) -> 
     if names is None:
         names = tuple(CONTENDERS) if mode == "full" else DEFAULT
         if tune:
-            names = [name for name in names if CONTENDERS[name].tuned]
+            names = tuple(name for name, contender in CONTENDERS.items() if contender.tuned)
         if taken is not None:  # a model function without an activation= has no sigmoid variants
             left_out = [name for name in names if not taken.issuperset(CONTENDERS[name].network)]
             names = [name for name in names if name not in left_out]
