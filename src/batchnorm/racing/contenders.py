@@ -51,7 +51,7 @@ FAST: dict[str, Any] = {
     "schedule": "linear",
     "nesterov": True,
     "weight_decay": 10.0,
-    "budget": 0.18,
+    "budget": 0.3,
     "plateau_budget": 0.09,
 }
 
