@@ -101,6 +101,21 @@ def test_stored_rates_hold_a_sweep_of_at_least_five_for_each_tuned_contender() -
         assert len(stored["default"]["scores"][name]) >= 5
 
 
+def test_a_sweep_starts_from_the_task_or_from_a_shorter_sweep(tmp_path: Path) -> None:
+    file = tmp_path / "tuning.json"
+    file.write_text('{"toy": {"default": {"scores": {"baseline": {"0.1": [0.5], "0.2": [0.9]}}}}}')
+    tried = {
+        mode: [run.learning_rate for run in made.runs()]
+        for mode, made in (
+            ("default", plan(contenders=["baseline"], tune=True)),
+            ("full", plan(contenders=["baseline"], tune=True, mode="full", rates=file)),
+        )
+    }
+    rate = toy.task().learning_rate
+    assert tried["default"] == pytest.approx([rate / 4, rate / 2, rate, rate * 2, rate * 4])
+    assert tried["full"] == pytest.approx([0.1, 0.2, 0.4])
+
+
 def test_stored_plan_is_read_back_and_a_strange_one_refused(tmp_path: Path) -> None:
     from batchnorm.racing import runner
 
@@ -159,8 +174,8 @@ def test_tuning_never_sees_the_test_examples() -> None:
 def test_a_baseline_at_its_plateau_leaves_the_accelerated_ones_a_smaller_share() -> None:
     task = replace(toy.task(), full_steps=8000)
     share = {mode: plan(task, mode=mode, contenders=["baseline", "accelerated"]).contenders[1].budget for mode in MODES}
-    assert share == {"quick": 0.3, "default": 0.3, "full": 0.09}
-    assert plan(mode="full").contenders[-1].budget == 0.3  # no budget of its own for --full
+    assert share == {"quick": 0.18, "default": 0.18, "full": 0.08}
+    assert plan(mode="full").contenders[-1].budget == 0.18  # no budget of its own for --full
 
 
 def test_model_without_batch_norm_cannot_race() -> None:

@@ -18,7 +18,7 @@ def test_each_contender_says_what_it_changes() -> None:
     assert report.changes(CONTENDERS["bn"]) == "BN, statistics re-estimated on 2,000 training examples"
     x5 = report.changes(CONTENDERS["bn-x5"])
     assert x5.startswith(
-        "BN, no dropout, learning rate x5, weight decay x0.2, decay 6 times faster, at most 20% of the steps"
+        "BN, no dropout, learning rate x5, weight decay x0.2, learning rate at zero after 16.7% of the steps"
     )
     assert "activation=sigmoid" in report.changes(CONTENDERS["sigmoid"])
     assert "statistics re-estimated on 2,000 training examples" in report.changes(CONTENDERS["accelerated"])

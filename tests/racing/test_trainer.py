@@ -1,5 +1,6 @@
 """racing/trainer.py: the rules that make the race fair, and resuming to the same numbers."""
 
+import itertools
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from batchnorm.racing import zoo
 from batchnorm.racing.contenders import CONTENDERS
-from batchnorm.racing.trainer import FINAL_RATE, SCHEDULES, Diverged, Evaluation, Resumed, Run, Trainer, train
+from batchnorm.racing.trainer import SCHEDULES, Diverged, Evaluation, Resumed, Run, Trainer, train
 
 
 def run_of(name: str, steps: int = 60, interval: int = 10, seed: int = 0, **changes: Any) -> Run:
@@ -74,17 +75,35 @@ def test_seeds_differ_in_weights_order_and_noise() -> None:
     assert len(set(noise)) == 3
 
 
-def test_schedules() -> None:
-    exponential, linear = SCHEDULES["exponential"], SCHEDULES["linear"]
-    baseline, x5 = CONTENDERS["baseline"], CONTENDERS["bn-x5"]
-    assert exponential(baseline, 0, 600, 600) == 1
-    assert exponential(baseline, 600, 600, 600) == pytest.approx(FINAL_RATE)
-    assert exponential(x5, 100, 600, 600) == pytest.approx(FINAL_RATE)  # decays 6 times faster
-    rates = [linear(baseline, step, 100, 1000) for step in range(100)]
-    assert max(rates) == 1
-    assert rates.index(1) < 6  # warm-up: 5% of its own budget
-    assert rates[-1] == pytest.approx(1 / 95)
-    assert linear(baseline, 120, 100, 1000) == 0  # timed past its budget: never negative
+def rates_of(name: str, count: int) -> list[float]:
+    """The learning rate of the first steps of a run, over the initial one; the baseline has 200."""
+    trainer = Trainer(toy.task(), run_of(name, steps=200))
+    rates = []
+    for _ in range(count):
+        trainer.step()
+        rates.append(trainer.optimizer.param_groups[0]["lr"] / trainer.run.learning_rate)
+    return rates
+
+
+def test_learning_rate_rises_for_5_percent_of_the_budget_and_falls_linearly_to_zero() -> None:
+    rates = rates_of("baseline", 200)
+    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert rates[10:] == pytest.approx([(200 - step) / 190 for step in range(10, 200)])
+
+
+def test_the_papers_contenders_decay_six_times_faster() -> None:
+    rates = rates_of("bn-x5", 45)
+    own = run_of("bn-x5", steps=200).steps
+    assert own == 30  # a sixth, in whole intervals of 10
+    assert rates[own - 1] == pytest.approx(1 / own / 0.95)
+    assert rates[own:] == [0] * (45 - own)  # timed past its budget: never negative
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_goes_on_from_the_warm_up_and_never_rises(name: str) -> None:
+    rates = [SCHEDULES[name](done / 100) for done in range(5, 101)]
+    assert rates[0] == pytest.approx(1, abs=0.2)
+    assert all(0 <= after <= before for before, after in itertools.pairwise(rates))
 
 
 def test_averaged_weights_and_their_statistics_are_what_is_scored() -> None:

@@ -25,6 +25,7 @@ Mode = Literal["quick", "default", "full"]
 SEEDS: dict[str, int] = {"quick": 1, "default": 3, "full": 3}
 EVALUATIONS: dict[str, int] = {"quick": 15, "default": 50, "full": 80}  # within the baseline's budget
 RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the task's rate: what --tune tries
+TUNED_GRID = (1 / 2, 1, 2)  # times a rate that a sweep at another budget has found
 
 CONFIG = "config.json"
 TUNED_FILE = Path(__file__).with_name("tuned.json")
@@ -65,7 +66,8 @@ class Plan:
 
     def rates_of(self, contender: Contender) -> list[float]:
         rate = self.learning_rates[contender.name]
-        return [float(f"{rate * factor:.3g}") for factor in RATE_GRID] if self.tune else [rate]
+        grid = TUNED_GRID if contender.name in self.tuned else RATE_GRID
+        return [float(f"{rate * factor:.3g}") for factor in grid] if self.tune else [rate]
 
     def options(self) -> dict[str, Any]:
         """The plan as the command line's options would say it."""
@@ -106,7 +108,8 @@ def make_plan(
         }[mode]
     )
     built_in = task.model in (zoo.inception, zoo.mlp)
-    file = Path(rates) if rates is not None else TUNED_FILE if built_in and not tune else None
+    stored = TUNED_FILE if built_in and (mode == "full" or not tune) else None  # a long sweep starts from a short one's
+    file = Path(rates) if rates is not None else stored
     tuned = read_tuned(task.name, mode, file) if file else {}
     if rates is not None and not tuned:
         raise RaceError(f"{rates} holds no learning rates for task {task.name!r} at the {mode} (or default) budget.")

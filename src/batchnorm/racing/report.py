@@ -53,12 +53,10 @@ def changes(contender: Contender) -> str:
         parts.append(f"weight decay x{contender.weight_decay:g}")
     if contender.nesterov:
         parts.append("Nesterov momentum")
-    if contender.schedule != "exponential":
+    if contender.schedule != "linear":
         parts.append(f"{contender.schedule} schedule")
-    elif contender.decay_speed != 1:
-        parts.append(f"decay {contender.decay_speed:g} times faster")
     if contender.budget != 1:
-        parts.append(f"at most {100 * contender.budget:.3g}% of the steps")
+        parts.append(f"learning rate at zero after {100 * contender.budget:.3g}% of the steps")
     if contender.average:
         parts.append(f"averaged weights (decay {contender.average:g})")
     if contender.recalibrate:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TIMING = {"quick": (5, 8), "default": (10, 20), "full": (20, 20)}  # rounds and steps per contender and round
+TIMING = {"quick": (5, 8), "default": (10, 10), "full": (20, 20)}  # rounds and steps per contender and round
 
 
 def race(

@@ -25,19 +25,14 @@ from batchnorm.racing.task import Task
 
 EVALUATION_BATCH = 250  # examples; small enough for a core's cache, so faster than large ones on a CPU
 MOMENTUM = 0.9
-FINAL_RATE = (
-    0.03  # of the initial learning rate: where the exponential schedule stands at the end of the baseline's budget
-)
-WARM_UP = 0.05  # of the contender's budget, in the linear schedule
+WARM_UP = 0.05  # of a run's budget: where its learning rate has risen linearly to the initial one
 
-# Learning rate over initial rate, from a step, the contender's budget and the baseline's budget in steps.
-SCHEDULES: dict[str, Callable[[Contender, int, int, int], float]] = {
-    "exponential": lambda contender, step, own, baseline: FINAL_RATE ** (contender.decay_speed * step / baseline),
-    "linear": lambda contender, step, own, baseline: max(
-        0.0, min(1.0, (step + 1) / (WARM_UP * own), (own - step) / (own - WARM_UP * own))
-    ),
-    "cosine": lambda contender, step, own, baseline: (1 + math.cos(math.pi * step / own)) / 2,
-    "constant": lambda contender, step, own, baseline: 1.0,
+# What follows the warm-up: learning rate over initial rate, from the share of the run's budget that is done.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: (1 - done) / (1 - WARM_UP),
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "exponential": lambda done: 0.03**done,
+    "constant": lambda done: 1.0,
 }
 
 
@@ -133,9 +128,12 @@ class Trainer:
 
     def step(self) -> float:
         """One step of SGD on this rank's share of the next batch; the loss over the whole batch."""
-        run, schedule = self.run, SCHEDULES[self.run.contender.schedule]
+        run = self.run
+        done = min(1.0, self.step_count / run.steps)  # timing goes past a short budget
+        warm_up = min(1.0, (self.step_count + 1) / (WARM_UP * run.steps))
+        rate = run.learning_rate * min(warm_up, SCHEDULES[run.contender.schedule](done))
         for group in self.optimizer.param_groups:
-            group["lr"] = run.learning_rate * schedule(run.contender, self.step_count, run.steps, run.baseline_steps)
+            group["lr"] = rate
         inputs, targets = self.task.train[self._batch()[self.rank :: self.ranks]]
         self.network.train()
         self.optimizer.zero_grad()
