@@ -111,12 +111,12 @@ def inception_task(data: str | None = None) -> Task:
         inception,
         train=examples(images.train_images, images.train_labels),
         test=examples(images.test_images, images.test_labels),
-        batch_size=512,
+        batch_size=256,
         weight_decay=1e-4,
         learning_rate=0.1,
-        steps=1_250,
-        full_steps=8_000,
-        quick_steps=150,
+        steps=2_500,
+        full_steps=12_000,
+        quick_steps=400,
         held_out=5_000,
     )
 
