@@ -5,6 +5,7 @@ Comes from: the options. Goes to: ``racing.runner``; what was asked wrongly ends
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -84,6 +85,8 @@ def race(
         directory = _same_on_all_ranks(resume or out or default_directory(plan.task))
         processes = 0 if distributed else workers or _cores()
         run_race(subject, plan, directory, console, resume=bool(resume), workers=processes)
+        if distributed:
+            dist.barrier()  # a rank that leaves first takes connections down that another still uses
     except RaceError as error:
         _say(main, f"race: {error}")
         sys.exit(2)
@@ -95,6 +98,7 @@ def race(
         sys.exit(130)
     finally:
         if dist.is_initialized():
+            gc.collect()  # data-parallel wrappers hold the group, whose threads must end before the interpreter does
             dist.destroy_process_group()
 
 
