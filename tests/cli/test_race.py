@@ -90,7 +90,7 @@ def test_results_hold_what_the_docs_say(whole: Path) -> None:
 
 
 def test_curves_and_plots_are_written(whole: Path) -> None:
-    assert len(numbers(whole)) == 2 * (40 + 7 + 8)  # seeds x evaluations of the three contenders
+    assert len(numbers(whole)) == 2 * (50 + 8 + 9)  # seeds x evaluations of the three contenders
     for name in ("accuracy-steps.png", "accuracy-seconds.png"):
         assert (whole / name).read_bytes().startswith(b"\x89PNG")
     assert "| accelerated |" in (whole / "results.md").read_text()

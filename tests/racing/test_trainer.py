@@ -85,24 +85,24 @@ def rates_of(name: str, count: int) -> list[float]:
     return rates
 
 
-def test_learning_rate_rises_for_20_percent_of_the_budget_and_falls_linearly_to_zero() -> None:
+def test_learning_rate_rises_for_30_percent_of_the_budget_and_falls_linearly_to_zero() -> None:
     rates = rates_of("baseline", 200)
-    assert rates[:40] == pytest.approx([step / 40 for step in range(1, 41)])
-    assert rates[40:] == pytest.approx([(200 - step) / 160 for step in range(40, 200)])
+    assert rates[:60] == pytest.approx([step / 60 for step in range(1, 61)])
+    assert rates[60:] == pytest.approx([(200 - step) / 140 for step in range(60, 200)])
 
 
 def test_the_papers_contenders_decay_six_times_faster() -> None:
     rates = rates_of("bn-x5", 45)
     own = run_of("bn-x5", steps=200).steps
     assert own == 30  # a sixth, in whole intervals of 10
-    assert rates[own - 1] == pytest.approx(1 / own / 0.8)
+    assert rates[own - 1] == pytest.approx(1 / own / 0.7)
     assert rates[own:] == [0] * (45 - own)  # timed past its budget: never negative
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_goes_on_from_the_warm_up_and_never_rises(name: str) -> None:
-    rates = [SCHEDULES[name](done / 100) for done in range(20, 101)]
-    assert 0.4 < rates[0] <= 1
+    rates = [SCHEDULES[name](done / 100) for done in range(30, 101)]
+    assert 0.3 < rates[0] <= 1
     assert all(0 <= after <= before for before, after in itertools.pairwise(rates))
 
 

@@ -48,8 +48,8 @@ FAST: dict[str, Any] = {
     "tuned": True,
     "nesterov": True,
     "weight_decay": 10.0,
-    "budget": 0.2,
-    "plateau_budget": 0.07,
+    "budget": 0.18,
+    "plateau_budget": 0.08,
 }
 
 CONTENDERS = {

@@ -23,7 +23,7 @@ from batchnorm.racing.trainer import Run
 
 Mode = Literal["quick", "default", "full"]
 SEEDS: dict[str, int] = {"quick": 1, "default": 3, "full": 3}
-EVALUATIONS: dict[str, int] = {"quick": 15, "default": 40, "full": 100}  # within the baseline's budget
+EVALUATIONS: dict[str, int] = {"quick": 15, "default": 50, "full": 100}  # within the baseline's budget
 RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the task's rate: what --tune tries
 TUNED_GRID = (1 / 2, 1, 2)  # times a rate that a sweep at another budget has found
 

@@ -25,7 +25,7 @@ from batchnorm.racing.task import Task
 
 EVALUATION_BATCH = 250  # examples; small enough for a core's cache, so faster than large ones on a CPU
 MOMENTUM = 0.9
-WARM_UP = 0.2  # of a run's budget: where its learning rate has risen linearly to the initial one
+WARM_UP = 0.3  # of a run's budget: where its learning rate has risen linearly to the initial one
 
 # What follows the warm-up: learning rate over initial rate, from the share of the run's budget that is done.
 SCHEDULES: dict[str, Callable[[float], float]] = {
