@@ -121,8 +121,8 @@ def inception_task(data: str | None = None) -> Task:
         batch_size=256,
         weight_decay=1e-4,
         learning_rate=0.1,
-        steps=6_000,
-        full_steps=16_000,
+        steps=7_500,
+        full_steps=20_000,
         quick_steps=600,
         held_out=5_000,
     )
