@@ -123,7 +123,7 @@ def inception_task(data: str | None = None) -> Task:
         learning_rate=0.1,
         steps=7_500,
         full_steps=20_000,
-        quick_steps=600,
+        quick_steps=1_200,
         held_out=5_000,
     )
 
