@@ -39,8 +39,8 @@ class Module(nn.Module):
 def inception(*, batch_norm: bool = False, activation: str = "relu", dropout: bool = True) -> nn.Sequential:
     """The paper's kind of network at 28 x 28: (N, 1, 28, 28) -> (N, 10).
 
-    17 convolutions deep, with a pooling that halves the places before the first and the fourth of five modules; no fully
-    connected layer but the softmax's, dropout before it. Where ``batch_norm`` is set, BN stands before each
+    17 convolutions deep, with a pooling that halves the places before the first and the fourth of five modules; no
+    fully connected layer but the softmax's, dropout before it. Where ``batch_norm`` is set, BN stands before each
     nonlinearity, the softmax among them, and what it follows has no bias (Section 3.2).
     """
 
