@@ -85,6 +85,10 @@ def test_tuned_rate_is_the_one_with_the_best_mean_score(tmp_path: Path) -> None:
     assert read_tuned("toy", "default", file) == {"baseline": 0.1, "accelerated": 0.5}
     assert read_tuned("toy", "full", file)["baseline"] == 0.1  # not swept: the default budget's
     assert read_tuned("other", "default", file) == {}
+    tied = {"scores": {"baseline": {"0.1": [0.9], "0.2": [0.9], "0.4": [0.8]}}}
+    file.write_text(json.dumps({"toy": {"default": {"scores": scores}, "full": tied}}))
+    assert read_tuned("toy", "full", file) == {"baseline": 0.2, "accelerated": 0.5}  # of equals, not the edge
+    file.write_text(json.dumps({"toy": {"default": {"scores": scores}}}))
     assert plan(rates=file).learning_rates == {"baseline": 0.1, "bn-x5": 0.5, "accelerated": 0.5}
     with pytest.raises(RaceError, match=r"holds no learning rates for task 'plain'"):
         plan(toy.plain(), rates=file)

@@ -49,7 +49,7 @@ FAST: dict[str, Any] = {
     "nesterov": True,
     "weight_decay": 10.0,
     "budget": 0.18,
-    "plateau_budget": 0.08,
+    "plateau_budget": 0.07,
 }
 
 CONTENDERS = {

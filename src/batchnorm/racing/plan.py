@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -215,16 +215,21 @@ def _choose(task: Task, names: Sequence[str] | None, mode: Mode, tune: bool) -> 
     return [CONTENDERS[name] for name in names], left_out
 
 
+def best_rate(scores: Mapping[str, Sequence[float]]) -> str:
+    """The rate with the best mean score; of equals, the one nearest to the middle of the sweep."""
+    rates = list(scores)
+    return max(rates, key=lambda rate: (mean(scores[rate]), -abs(rates.index(rate) - (len(rates) - 1) / 2)))
+
+
 def read_tuned(task: str, mode: Mode, file: Path) -> dict[str, float]:
     """The learning rate of each tuned contender: the one with the best held-out score in the stored sweep.
 
-    A budget that was not swept takes the rates of the default one.
+    What was not swept at a budget takes the rate of the default one.
     """
     try:
         sweeps = json.loads(file.read_text()).get(task, {})
-        sweep = (sweeps.get(mode) or sweeps.get("default") or {"scores": {}})["scores"]
-        best = {name: max(scores, key=lambda rate: mean(scores[rate])) for name, scores in sweep.items()}
-        return {name: float(rate) for name, rate in best.items()}
+        scores = {name: rates for m in ("default", mode) if m in sweeps for name, rates in sweeps[m]["scores"].items()}
+        return {name: float(best_rate(rates)) for name, rates in scores.items()}
     except OSError as error:
         raise RaceError(f"the learning rates in {file} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from batchnorm.racing.plan import Plan
+from batchnorm.racing.plan import Plan, best_rate
 from batchnorm.racing.score import Record, best
 
 
@@ -36,7 +36,7 @@ def table(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
     for heading in ("contender", "learning rate", "best accuracy", ""):
         view.add_column(heading, justify="right" if heading in ("learning rate", "best accuracy") else "left")
     for name, rates in scores.items():
-        chosen = max(rates, key=lambda rate: mean(rates[rate]))
+        chosen = best_rate(rates)
         edge = chosen in (next(iter(rates)), next(reversed(list(rates))))
         for rate, values in rates.items():
             mark = ("chosen, at the edge: sweep further" if edge else "chosen") if rate == chosen else ""
