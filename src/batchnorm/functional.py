@@ -11,7 +11,7 @@ from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from batchnorm.ops import fallback
+from batchnorm import ops
 
 # None, a name, ("leaky_relu", slope), or a torch.nn module of one of these kinds.
 Activation = str | tuple[str, float] | nn.Module | None
@@ -53,8 +53,8 @@ def parse_activation(activation: Activation) -> tuple[str | None, float]:
             )
         return _MODULES[type(activation)], getattr(activation, "negative_slope", _TORCH_SLOPE)
     name, slope = (activation, _TORCH_SLOPE) if isinstance(activation, str) else activation
-    if name not in fallback.ACTIVATIONS:
-        raise ValueError(f'unknown activation "{name}". Known: {", ".join(fallback.ACTIVATIONS)}.')
+    if name not in ops.fallback.ACTIVATIONS:
+        raise ValueError(f'unknown activation "{name}". Known: {", ".join(ops.fallback.ACTIVATIONS)}.')
     if not isinstance(activation, str) and name != "leaky_relu":
         raise ValueError(f'activation "{name}" has no slope, got {activation!r}: pass "{name}" alone.')
     return name, slope
@@ -165,7 +165,7 @@ def batch_norm(
         running_mean = running_mean.detach() + input.new_zeros(running_mean.shape, dtype=running_mean.dtype)
         running_var = running_var.detach() + input.new_zeros(running_var.shape, dtype=running_var.dtype)
     try:
-        y = fallback.batch_norm(
+        y = ops.batch_norm(
             input, running_mean, running_var, weight, bias, training, momentum, eps, name, slope, residual
         )
     except (RuntimeError, ValueError) as error:

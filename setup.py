@@ -1,0 +1,52 @@
+"""Builds the C++ kernels: one shared object for every Python and every torch from 2.10 on. The rest is pyproject.toml."""
+
+import os
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("src/batchnorm/ops/csrc")
+X86 = platform.machine() in ("x86_64", "AMD64")
+FLAGS = {  # the leaf loops, once per instruction set
+    "leaves_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "leaves_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+}
+FILES = ["ops.cpp", "leaves_generic.cpp", *(FLAGS if X86 else [])]
+
+
+class BuildKernels(build_ext):
+    """Per-file flags; torch's headers; a file name without the Python version, since no Python symbol is used."""
+
+    def build_extension(self, extension: Extension) -> None:
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        extension.include_dirs += include_paths()
+        extension.library_dirs += library_paths()
+        compile_one = self.compiler._compile
+
+        def compile_with_flags(obj, source, suffix, common, extra, macros):  # type: ignore[no-untyped-def]
+            compile_one(obj, source, suffix, common, [*extra, *FLAGS.get(Path(source).name, [])], macros)
+
+        self.compiler._compile = compile_with_flags
+        super().build_extension(extension)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "batchnorm.ops._kernels",
+            [str(SOURCES / file) for file in FILES],
+            depends=[str(path) for path in SOURCES.glob("*.h")],
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],  # the interface of torch 2.10
+            extra_compile_args=["-std=c++20", "-O3", "-fvisibility=hidden", "-g0", "-Wno-psabi"],
+            libraries=["torch_cpu", "torch"],
+            optional=True,  # without a compiler the package runs on torch's kernels, and says so
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)

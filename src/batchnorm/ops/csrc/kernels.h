@@ -1,0 +1,49 @@
+// The leaf loops, seen from outside: what they work on, and how one is chosen for a type and an instruction set.
+//
+// Comes from: leaves.h, compiled once per instruction set. Goes to: passes.h, which splits tensors into blocks.
+#pragma once
+
+#include <cstdint>
+
+constexpr int64_t VECTOR = 64;  // bytes of the widest vector: what per-channel values are padded and aligned to
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+enum class Type { float32, float64, bfloat16, float16 };
+enum class Activation { none, relu, relu6, leaky_relu, silu, hardswish, sigmoid, tanh };
+// What is kept of a layer with a residual for its backward: y where that tells dg/dz, else the residual.
+enum class Kept { nothing, result, residual };
+enum class Pass { statistics, normalize, gradient_sums, input_gradient };
+
+// A piece of a tensor: `rows` rows of `length` values that lie one after the other in memory. Per-channel values are of
+// the type that is computed in. `planes`: a row is one channel's, and per-channel arrays hold a value for each row.
+// Otherwise a row holds several channels, and per-channel arrays hold a value for each place in a row; they are
+// padded to whole vectors and aligned to one. Sums have LANES places for each row of planes, else one for each place.
+struct Block {
+  int64_t rows, length;
+  const void *x, *dy, *kept;  // kept: y or the residual; normalize reads the residual here
+  void *y, *dx, *dresidual;
+  const void *mean, *scale, *shift;  // z = (x - mean) * scale + shift; statistics sums x - mean, for any mean
+  const void *mean_term, *centered_term;  // dx = scale * dz - mean_term - centered_term * (x - mean)
+  double *sum, *product;  // added to: (x - mean) and its square; dz and dz * (x - mean)
+  double slope;
+};
+
+constexpr int64_t LANES = VECTOR / sizeof(double);
+
+using Leaf = void (*)(const Block&);
+
+struct Choice {
+  Pass pass;
+  Type type;
+  Activation activation;
+  Kept kept;
+  bool planes;
+};
+
+namespace generic { Leaf choose(Choice); }
+namespace avx2 { Leaf choose(Choice); }
+namespace avx512 { Leaf choose(Choice); }
+
+enum class InstructionSet { generic, avx2, avx512 };

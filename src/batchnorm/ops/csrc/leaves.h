@@ -1,0 +1,175 @@
+// The leaf loops: one pass over one block of memory, in the vectors of one instruction set. No allocation, no threads.
+//
+// Comes from: vector.h. Goes to: leaves_*.cpp, which compile this file once per instruction set.
+#pragma once
+
+#include "vector.h"
+
+namespace {
+
+// A per-channel value at place i of a row: the same everywhere, or one for each place.
+template <class A, bool planes> struct PerChannel {
+  const A* values;
+  V<A> one;
+  PerChannel(const void* from, int64_t row) : values(static_cast<const A*>(from)), one{} {
+    if constexpr (planes) one = splat(values[row]);
+  }
+  V<A> at(int64_t i) const {
+    if constexpr (planes) return one;
+    else return widen(values + i);
+  }
+};
+
+// Sums: over a row in registers for planes, else over the rows in memory, one for each place.
+template <class A, bool planes> struct Sums {
+  double* to;
+  Sum<A> sum;
+  Sums(double* to, int64_t row) : to(planes ? to + row * LANES : to) {}
+  Sum<A>& at(int64_t i) {
+    if constexpr (planes) return sum;
+    else return *reinterpret_cast<Sum<A>*>(to + i);
+  }
+  ~Sums() {
+    if constexpr (planes) *reinterpret_cast<V<double>*>(to) += folded(sum);
+  }
+};
+
+// Calls body(offset of the vector, its place in the row, a loader, a storer) for every vector of a row. A vector that
+// goes beyond the end of the row has there what the loader's second argument says, by default 0.
+template <class A, class Body> inline void for_each_vector(const Block& block, int64_t row, Body body) {
+  const int64_t begin = row * block.length, whole = block.length / W<A> * W<A>;
+  for (int64_t i = 0; i < whole; i += W<A>)
+    body(begin + i, i, [](auto* from, V<A> = V<A>{}) { return widen(from); }, [](auto* to, V<A> v) { narrow(to, v); });
+  if (const int rest = int(block.length - whole))
+    body(begin + whole, whole, [rest](auto* from, V<A> beyond = V<A>{}) { return widen(from, rest, beyond); },
+         [rest](auto* to, V<A> v) { narrow(to, v, rest); });
+}
+
+template <class T, bool planes> void statistics(const Block& block) {
+  using A = typename Compute<T>::type;
+  const auto x = static_cast<const T*>(block.x);
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const PerChannel<A, planes> mean(block.mean, row);
+    Sums<A, planes> sum(block.sum, row), square(block.product, row);
+    for_each_vector<A>(block, row, [&](int64_t offset, int64_t i, auto load, auto) {
+      add_centered(sum.at(i), square.at(i), load(x + offset, mean.at(i)), mean.at(i));
+    });
+  }
+}
+
+template <class T, bool planes, Activation g, bool residual> void normalize(const Block& block) {
+  using A = typename Compute<T>::type;
+  const auto x = static_cast<const T*>(block.x), other = static_cast<const T*>(block.kept);
+  const auto y = static_cast<T*>(block.y);
+  const A slope = A(block.slope);
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const PerChannel<A, planes> mean(block.mean, row), scale(block.scale, row), shift(block.shift, row);
+    for_each_vector<A>(block, row, [&](int64_t offset, int64_t i, auto load, auto store) {
+      V<A> z = (load(x + offset) - mean.at(i)) * scale.at(i) + shift.at(i);
+      if constexpr (residual) z += load(other + offset);
+      store(y + offset, activate<g, A>(z, slope));
+    });
+  }
+}
+
+// dz = dy * g'(z), with z computed again from x (and the residual), or g'(z) from y.
+template <class T, Activation g, Kept kept, class Load, class A = typename Compute<T>::type>
+inline V<A> pre_activation_gradient(const Block& block, int64_t offset, Load load, V<A> centered, V<A> scale, V<A> shift) {
+  const V<A> dy = load(static_cast<const T*>(block.dy) + offset);
+  const A slope = A(block.slope);
+  if constexpr (g == Activation::none) return dy;
+  else if constexpr (kept == Kept::result)
+    return dy * slope_from_result<g, A>(load(static_cast<const T*>(block.kept) + offset), slope);
+  else {
+    V<A> z = centered * scale + shift;
+    if constexpr (kept == Kept::residual) z += load(static_cast<const T*>(block.kept) + offset);
+    return dy * slope_at<g, A>(z, slope);
+  }
+}
+
+template <class T, bool planes, Activation g, Kept kept> void gradient_sums(const Block& block) {
+  using A = typename Compute<T>::type;
+  const auto x = static_cast<const T*>(block.x);
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const PerChannel<A, planes> mean(block.mean, row), scale(block.scale, row), shift(block.shift, row);
+    Sums<A, planes> sum(block.sum, row), product(block.product, row);
+    for_each_vector<A>(block, row, [&](int64_t offset, int64_t i, auto load, auto) {
+      const V<A> centered = load(x + offset) - mean.at(i);  // beyond the end dy is 0, so dz is
+      const V<A> dz = pre_activation_gradient<T, g, kept>(block, offset, load, centered, scale.at(i), shift.at(i));
+      sum.at(i).add(dz);
+      product.at(i).add_product(dz, centered);
+    });
+  }
+}
+
+template <class T, bool planes, Activation g, Kept kept> void input_gradient(const Block& block) {
+  using A = typename Compute<T>::type;
+  const auto x = static_cast<const T*>(block.x);
+  const auto dx = static_cast<T*>(block.dx), dresidual = static_cast<T*>(block.dresidual);
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const PerChannel<A, planes> mean(block.mean, row), scale(block.scale, row), shift(block.shift, row);
+    const PerChannel<A, planes> mean_term(block.mean_term, row), centered_term(block.centered_term, row);
+    for_each_vector<A>(block, row, [&](int64_t offset, int64_t i, auto load, auto store) {
+      const V<A> centered = load(x + offset) - mean.at(i);
+      const V<A> dz = pre_activation_gradient<T, g, kept>(block, offset, load, centered, scale.at(i), shift.at(i));
+      store(dx + offset, scale.at(i) * dz - mean_term.at(i) - centered_term.at(i) * centered);
+      if constexpr (kept != Kept::nothing) store(dresidual + offset, dz);
+    });
+  }
+}
+
+template <class T, bool planes, Activation g> Leaf choose(Choice choice) {
+  constexpr bool result_tells = g == Activation::relu || g == Activation::relu6 || g == Activation::leaky_relu ||
+                                g == Activation::sigmoid || g == Activation::tanh;
+  constexpr bool needs_residual = g == Activation::silu || g == Activation::hardswish || g == Activation::leaky_relu;
+  switch (choice.pass) {
+    case Pass::statistics: return statistics<T, planes>;
+    case Pass::normalize:
+      return choice.kept == Kept::nothing ? normalize<T, planes, g, false> : normalize<T, planes, g, true>;
+    case Pass::gradient_sums:
+      if (choice.kept == Kept::nothing) return gradient_sums<T, planes, g, Kept::nothing>;
+      if constexpr (result_tells)
+        if (choice.kept == Kept::result) return gradient_sums<T, planes, g, Kept::result>;
+      if constexpr (needs_residual)
+        if (choice.kept == Kept::residual) return gradient_sums<T, planes, g, Kept::residual>;
+      return nullptr;
+    case Pass::input_gradient:
+      if (choice.kept == Kept::nothing) return input_gradient<T, planes, g, Kept::nothing>;
+      if constexpr (result_tells)
+        if (choice.kept == Kept::result) return input_gradient<T, planes, g, Kept::result>;
+      if constexpr (needs_residual)
+        if (choice.kept == Kept::residual) return input_gradient<T, planes, g, Kept::residual>;
+      return nullptr;
+  }
+  return nullptr;
+}
+
+template <class T, bool planes> Leaf choose(Choice choice) {
+  switch (choice.activation) {
+    case Activation::none: return choose<T, planes, Activation::none>(choice);
+    case Activation::relu: return choose<T, planes, Activation::relu>(choice);
+    case Activation::relu6: return choose<T, planes, Activation::relu6>(choice);
+    case Activation::leaky_relu: return choose<T, planes, Activation::leaky_relu>(choice);
+    case Activation::silu: return choose<T, planes, Activation::silu>(choice);
+    case Activation::hardswish: return choose<T, planes, Activation::hardswish>(choice);
+    case Activation::sigmoid: return choose<T, planes, Activation::sigmoid>(choice);
+    case Activation::tanh: return choose<T, planes, Activation::tanh>(choice);
+  }
+  return nullptr;
+}
+
+template <class T> Leaf choose(Choice choice) {
+  return choice.planes ? choose<T, true>(choice) : choose<T, false>(choice);
+}
+
+inline Leaf choose_leaf(Choice choice) {
+  switch (choice.type) {
+    case Type::float32: return choose<float>(choice);
+    case Type::float64: return choose<double>(choice);
+    case Type::bfloat16: return choose<BFloat16>(choice);
+    case Type::float16: return choose<Float16>(choice);
+  }
+  return nullptr;
+}
+
+}  // namespace

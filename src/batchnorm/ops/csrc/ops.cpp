@@ -1,0 +1,436 @@
+// The CPU kernels of the ops in schema.py: cut the tensors into blocks, run the leaf loops over them on torch's threads.
+//
+// Comes from: torch's dispatcher. Goes to: leaves.h, in the widest instruction set of this processor.
+// Two passes over memory in its order: sums, then what the sums are needed for.
+#include <array>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "geometry.h"
+#include "half.h"
+#include "kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+
+// An array for per-channel values: aligned, padded to whole vectors, all 0.
+template <class E> class Array {
+ public:
+  Array() = default;
+  explicit Array(int64_t count) {
+    const size_t bytes = (count * sizeof(E) + VECTOR - 1) / VECTOR * VECTOR;
+    data_.reset(static_cast<E*>(::operator new(bytes, std::align_val_t(VECTOR))));
+    std::memset(static_cast<void*>(data_.get()), 0, bytes);
+  }
+  E* get() const { return data_.get(); }
+  E& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(E* p) const { ::operator delete(p, std::align_val_t(VECTOR)); }
+  };
+  std::unique_ptr<E, Free> data_;
+};
+
+Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::Double: return Type::float64;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: STD_TORCH_CHECK(false, "batchnorm: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
+
+double number_at(const void* data, Type type, int64_t i) {
+  switch (type) {
+    case Type::float32: return static_cast<const float*>(data)[i];
+    case Type::float64: return static_cast<const double*>(data)[i];
+    case Type::bfloat16: return from_bfloat16(static_cast<const uint16_t*>(data)[i]);
+    case Type::float16: return from_half(static_cast<const uint16_t*>(data)[i]);
+  }
+  return 0;
+}
+
+void set_number(void* data, Type type, int64_t i, double value) {
+  switch (type) {
+    case Type::float32: static_cast<float*>(data)[i] = float(value); break;
+    case Type::float64: static_cast<double*>(data)[i] = value; break;
+    case Type::bfloat16: static_cast<uint16_t*>(data)[i] = to_bfloat16(float(value)); break;
+    case Type::float16: static_cast<uint16_t*>(data)[i] = to_half(float(value)); break;
+  }
+}
+
+// (C,) of any float type -> A; `otherwise` where there is no tensor.
+template <class A> Array<A> channels_from(const MaybeTensor& t, int64_t C, A otherwise) {
+  Array<A> values(C);
+  if (!t) {
+    std::fill_n(values.get(), C, otherwise);
+    return values;
+  }
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == C, "batchnorm: expected a tensor of ", C, " channels");
+  const Type type = type_of(*t);
+  const void* data = t->const_data_ptr();
+  const int64_t stride = t->stride(0);
+  for (int64_t c = 0; c < C; ++c) values[c] = A(number_at(data, type, c * stride));
+  return values;
+}
+
+// Channels innermost, with the places densely packed: (N, C), channels_last, channels_last_3d and the like.
+bool is_channels_last(const Tensor& t) {
+  int64_t expected = t.size(1);
+  if (t.size(1) != 1 && t.stride(1) != 1) return false;
+  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+    if (d == 1) continue;
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+Tensor dense(const Tensor& x) {
+  return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x);
+}
+
+// `t` with the strides of `x`.
+Tensor laid_out_as(const Tensor& t, const Tensor& x) {
+  if (same_strides(t, x)) return t;
+  Tensor copy = torch::stable::empty_like(x);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+Geometry geometry_of(const Tensor& x) {
+  int64_t S = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) S *= x.size(d);
+  const bool channels_last = S == 1 || !x.is_contiguous();
+  return cut(x.size(0), x.size(1), S, channels_last, size_of(type_of(x)), torch::stable::get_num_threads());
+}
+
+// ---- passes ---------------------------------------------------------------------------------------------------------
+
+InstructionSet best_instruction_set() {
+#if defined(__x86_64__)
+  const auto has = [](auto... names) { return (names && ...); };
+  if (has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512dq"),
+          __builtin_cpu_supports("avx512vl")))
+    return InstructionSet::avx512;
+  if (has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("f16c")))
+    return InstructionSet::avx2;
+#endif
+  return InstructionSet::generic;
+}
+
+Leaf leaf_for(Choice choice) {
+  static const InstructionSet best = best_instruction_set();
+#if defined(__x86_64__)
+  if (best == InstructionSet::avx512) return avx512::choose(choice);
+  if (best == InstructionSet::avx2) return avx2::choose(choice);
+#endif
+  return generic::choose(choice);
+}
+
+// What the passes of one op have in common: where the data lies, and the values of each channel.
+template <class A> struct Job {
+  Geometry g;
+  int64_t item;  // bytes of a value in memory
+  const char *x = nullptr, *dy = nullptr, *kept = nullptr;
+  char *y = nullptr, *dx = nullptr, *dresidual = nullptr;
+  double slope = 0;
+  Array<A> mean{}, scale{}, shift{}, mean_term{}, centered_term{};
+  Array<double> sum{}, product{};
+};
+
+// The per-channel arrays of a job as rows want them: as they are for planes, else spread over the places of a row.
+template <class A> struct Lanes {
+  std::array<Array<A>, 5> spread;
+  std::array<const A*, 5> values{};
+
+  explicit Lanes(const Job<A>& job) {
+    const std::array all{&job.mean, &job.scale, &job.shift, &job.mean_term, &job.centered_term};
+    for (size_t i = 0; i < all.size(); ++i) {
+      values[i] = all[i]->get();
+      if (!values[i] || job.g.planes || job.g.places() == job.g.C) continue;
+      spread[i] = Array<A>(job.g.places());
+      A* to = spread[i].get();
+      for (int64_t o = 0; o < job.g.outer; ++o)
+        for (int64_t c = 0; c < job.g.C; ++c, to += job.g.inner) std::fill_n(to, job.g.inner, values[i][c]);
+      values[i] = spread[i].get();
+    }
+  }
+  const void* at(int i, int64_t channel) const { return values[i] ? values[i] + channel : nullptr; }
+};
+
+// Channels [begin, end), whose rows are numbered in the order of memory.
+struct Group {
+  int64_t begin, end;
+  int64_t channels() const { return end - begin; }
+  int64_t rows(const Geometry& g) const {
+    return g.planes ? g.N * channels() : (g.N * g.C * g.S + g.places() - 1) / g.places();
+  }
+};
+
+// Runs the leaf over rows [begin, end) of a group. Sums are those of the group, as `Block` has them.
+template <class A>
+void run(Leaf leaf, const Job<A>& job, const Lanes<A>& lanes, Group group, int64_t begin, int64_t end, double* sum, double* product) {
+  const Geometry& g = job.g;
+  const auto call = [&](int64_t rows, int64_t length, int64_t offset, int64_t channel) {
+    const auto at = [&](auto* p) { return p ? p + offset * job.item : nullptr; };
+    const auto sums = [&](double* p) { return p ? p + (channel - group.begin) * LANES : nullptr; };
+    leaf({rows, length, at(job.x), at(job.dy), at(job.kept), at(job.y), at(job.dx), at(job.dresidual),
+          lanes.at(0, channel), lanes.at(1, channel), lanes.at(2, channel), lanes.at(3, channel), lanes.at(4, channel),
+          sums(sum), sums(product), job.slope});
+  };
+  if (g.planes) {
+    for (int64_t row = begin; row < end;) {  // the rows of one example lie together
+      const int64_t example = row / group.channels(), channel = group.begin + row % group.channels();
+      const int64_t rows = std::min(group.end - channel, end - row);
+      call(rows, g.S, (example * g.C + channel) * g.S, channel);
+      row += rows;
+    }
+    return;
+  }
+  const int64_t total = g.N * g.C * g.S, whole = std::min(end, total / g.places());
+  if (whole > begin) call(whole - begin, g.places(), begin * g.places(), group.begin);
+  if (whole < end) call(1, total - whole * g.places(), whole * g.places(), group.begin);
+}
+
+template <class F> void parallel(int64_t tasks, const F& task) {
+  if (tasks == 1) return task(0);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
+  });
+}
+
+// First pass: job.sum and job.product of the group's channels. One part of the rows per thread, added up in order.
+template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group) {
+  const Geometry& g = job.g;
+  const Lanes<A> lanes(job);
+  const int64_t rows = group.rows(g), parts = std::min(g.threads, rows);
+  const int64_t per_channel = g.planes ? LANES : g.inner, width = g.planes ? group.channels() * LANES : g.places();
+  const int64_t padded = (width + LANES - 1) / LANES * LANES;
+  const Array<double> sums(parts * padded), products(parts * padded);
+  parallel(parts, [&](int64_t part) {
+    run(leaf, job, lanes, group, rows * part / parts, rows * (part + 1) / parts, &sums[part * padded], &products[part * padded]);
+  });
+  for (int64_t part = 0; part < parts; ++part) {
+    const double *sum = &sums[part * padded], *product = &products[part * padded];
+    for (int64_t o = 0; o < g.outer; ++o)
+      for (int64_t c = group.begin; c < group.end; ++c)
+        for (int64_t i = 0; i < per_channel; ++i) job.sum[c] += *sum++, job.product[c] += *product++;
+  }
+}
+
+constexpr int64_t PIECE = 1 << 16;  // bytes visited at a time on the way back
+
+// Second pass, from the end to the beginning: what the first one read last is still in cache.
+template <class A> void write_group(Leaf leaf, const Job<A>& job, Group group) {
+  const Lanes<A> lanes(job);
+  const int64_t rows = group.rows(job.g), parts = std::min(job.g.threads, rows);
+  const int64_t step = std::max<int64_t>(1, PIECE / (job.g.length * job.item));
+  parallel(parts, [&](int64_t part) {
+    const int64_t first = rows * part / parts;
+    for (int64_t end = rows * (part + 1) / parts; end > first; end -= step)
+      run(leaf, job, lanes, group, std::max(first, end - step), end, nullptr, nullptr);
+  });
+}
+
+// sums -> finish(first channel, last channel) -> writes, group by group. Either leaf may be null.
+template <class A, class Finish> void run_passes(Leaf sums, Leaf writes, const Job<A>& job, const Finish& finish) {
+  for (int64_t begin = 0; begin < job.g.C; begin += job.g.group) {
+    const Group group{begin, std::min(begin + job.g.group, job.g.C)};
+    if (sums) sum_group(sums, job, group);
+    finish(group.begin, group.end);
+    if (writes) write_group(writes, job, group);
+  }
+}
+
+// ---- ops ------------------------------------------------------------------------------------------------------------
+
+ScalarType statistics_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+Tensor statistics_like(const Tensor& x) { return torch::stable::new_empty(x, {x.size(1)}, ScalarType::Double); }
+Tensor channels_like(const Tensor& x) { return torch::stable::new_empty(x, {x.size(1)}, statistics_type(x)); }
+
+template <class A> A* data_of(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
+const char* read(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+char* write(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
+
+// Where y tells dg/dz, y is kept of a layer with a residual, else the residual. As in schema.py.
+Kept kept_for(Activation activation, double slope) {
+  const bool result = activation == Activation::relu || activation == Activation::relu6 || activation == Activation::sigmoid ||
+                      activation == Activation::tanh || (activation == Activation::leaky_relu && slope >= 0);
+  return result ? Kept::result : Kept::residual;
+}
+
+// Calls body<A>() with the type that x is computed in.
+template <class Body> auto in_compute_type(const Tensor& x, Body body) {
+  return x.scalar_type() == ScalarType::Double ? body.template operator()<double>() : body.template operator()<float>();
+}
+
+// z = (x - mu) * rstd * gamma + beta, as the leaf loops compute it: (x - mean) * scale + shift with mean the part of mu that
+// A holds. The rest of mu goes into the shift: where |mu| is large, rounding it would be an error of many ulp in x - mu.
+template <class A> void set_affine(const Job<A>& job, int64_t c, double mu, double rstd, A gamma, A beta) {
+  job.mean[c] = A(mu);
+  job.scale[c] = A(gamma * rstd);
+  job.shift[c] = A(beta - (mu - job.mean[c]) * job.scale[c]);
+}
+
+// Algorithm 1: y = g((x - mu) / sqrt(var + eps) * gamma + beta + residual), with mu and var of each channel of x.
+std::tuple<Tensor, Tensor, Tensor> forward(
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
+    int64_t activation, double slope) {
+  const Tensor x = dense(input), y = torch::stable::empty_like(x), mu = statistics_like(x), var = statistics_like(x);
+  const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
+  const auto g = Activation(activation);
+  in_compute_type(x, [&]<class A>() {
+    const Type type = type_of(x);
+    Job<A> job{geometry_of(x), size_of(type)};
+    const int64_t C = job.g.C, m = job.g.values();
+    if (C * m == 0) {
+      std::fill_n(data_of<double>(mu), C, NAN), std::fill_n(data_of<double>(var), C, NAN);
+      return;
+    }
+    job.x = read(x), job.y = write(y), job.kept = r ? read(*r) : nullptr, job.slope = slope;
+    const Array<A> gamma = channels_from<A>(weight, C, 1), beta = channels_from<A>(bias, C, 0);
+    job.mean = Array<A>(C), job.scale = Array<A>(C), job.shift = Array<A>(C);
+    job.sum = Array<double>(C), job.product = Array<double>(C);
+    // Sums of x - K, K the channel's first value: E[x^2] - E[x]^2 alone would cancel.
+    for (int64_t c = 0; c < C; ++c) job.mean[c] = A(number_at(job.x, type, c * (job.g.planes || job.g.inner > 1 ? job.g.S : 1)));
+    run_passes<A>(
+        leaf_for({Pass::statistics, type, Activation::none, Kept::nothing, job.g.planes}),
+        leaf_for({Pass::normalize, type, g, r ? Kept::residual : Kept::nothing, job.g.planes}), job,
+        [&](int64_t begin, int64_t end) {
+          for (int64_t c = begin; c < end; ++c) {
+            const double shifted = job.sum[c] / m, spread = job.product[c] / m - shifted * shifted;
+            const double mean = job.mean[c] + shifted, biased = spread < 0 ? 0 : spread;
+            data_of<double>(mu)[c] = mean, data_of<double>(var)[c] = biased;
+            set_affine(job, c, mean, 1 / std::sqrt(biased + eps), gamma[c], beta[c]);
+          }
+        });
+  });
+  return {y, mu, var};
+}
+
+// y = g((x - mu) / sqrt(var + eps) * gamma + beta + residual) with the given mu and var.
+Tensor normalize(
+    const Tensor& input, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
+    const MaybeTensor& residual, double eps, int64_t activation, double slope) {
+  const Tensor x = dense(input), y = torch::stable::empty_like(x);
+  const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
+  in_compute_type(x, [&]<class A>() {
+    const Type type = type_of(x);
+    Job<A> job{geometry_of(x), size_of(type)};
+    const int64_t C = job.g.C;
+    if (C * job.g.values() == 0) return;
+    job.x = read(x), job.y = write(y), job.kept = r ? read(*r) : nullptr, job.slope = slope;
+    const Array<A> gamma = channels_from<A>(weight, C, 1), beta = channels_from<A>(bias, C, 0);
+    const Array<double> mean = channels_from<double>(mu, C, 0), variance = channels_from<double>(var, C, 0);
+    job.mean = Array<A>(C), job.scale = Array<A>(C), job.shift = Array<A>(C);
+    for (int64_t c = 0; c < C; ++c) set_affine(job, c, mean[c], 1 / std::sqrt(variance[c] + eps), gamma[c], beta[c]);
+    run_passes<A>(nullptr, leaf_for({Pass::normalize, type, Activation(activation), r ? Kept::residual : Kept::nothing, job.g.planes}),
+                  job, [](int64_t, int64_t) {});
+  });
+  return y;
+}
+
+// Section 3, for z = xhat * gamma + beta + residual, y = g(z): dx, dgamma, dbeta, dresidual.
+// `kept` is y or the residual (kept_for); with training = false mu and var are constants.
+// dresidual has no elements where there was no residual, or no activation: it is dy then.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& gradient, const Tensor& input, const Tensor& mu, const Tensor& var, const MaybeTensor& weight,
+    const MaybeTensor& bias, const MaybeTensor& kept, double eps, int64_t activation, double slope, bool training) {
+  const Tensor x = dense(input), dy = laid_out_as(gradient, x), dx = torch::stable::empty_like(x);
+  const Tensor dgamma = channels_like(x), dbeta = channels_like(x);
+  const auto g = Activation(activation);
+  const Kept kind = kept && g != Activation::none ? kept_for(g, slope) : Kept::nothing;
+  const MaybeTensor k = kind == Kept::nothing ? std::nullopt : MaybeTensor(laid_out_as(*kept, x));
+  const Tensor dresidual = k ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  in_compute_type(x, [&]<class A>() {
+    const Type type = type_of(x);
+    Job<A> job{geometry_of(x), size_of(type)};
+    const int64_t C = job.g.C, m = job.g.values();
+    if (C * m == 0) {
+      std::fill_n(data_of<A>(dgamma), C, A(0)), std::fill_n(data_of<A>(dbeta), C, A(0));
+      return;
+    }
+    job.x = read(x), job.dy = read(dy), job.dx = write(dx), job.slope = slope;
+    if (k) job.kept = read(*k), job.dresidual = write(dresidual);
+    const Array<A> gamma = channels_from<A>(weight, C, 1), beta = channels_from<A>(bias, C, 0);
+    const Array<double> mean = channels_from<double>(mu, C, 0), rstd = channels_from<double>(var, C, 0);
+    job.mean = Array<A>(C), job.scale = Array<A>(C), job.shift = Array<A>(C);
+    job.mean_term = Array<A>(C), job.centered_term = Array<A>(C);
+    job.sum = Array<double>(C), job.product = Array<double>(C);
+    for (int64_t c = 0; c < C; ++c) {
+      rstd[c] = 1 / std::sqrt(rstd[c] + eps);
+      set_affine(job, c, mean[c], rstd[c], gamma[c], beta[c]);
+    }
+    run_passes<A>(
+        leaf_for({Pass::gradient_sums, type, g, kind, job.g.planes}), leaf_for({Pass::input_gradient, type, g, kind, job.g.planes}), job,
+        [&](int64_t begin, int64_t end) {
+          for (int64_t c = begin; c < end; ++c) {
+            const double rest = mean[c] - job.mean[c];  // the loops subtract what A holds of mu
+            const double product = job.product[c] - rest * job.sum[c];
+            data_of<A>(dbeta)[c] = A(job.sum[c]);
+            data_of<A>(dgamma)[c] = A(product * rstd[c]);
+            if (!training) continue;  // the terms stay 0
+            const double term = job.scale[c] * rstd[c] * rstd[c] * product / m;
+            job.mean_term[c] = A(job.scale[c] * job.sum[c] / m - term * rest);
+            job.centered_term[c] = A(term);
+          }
+        });
+  });
+  return {dx, dgamma, dbeta, dresidual};
+}
+
+// running <- (1 - a) * running + a * batch with the unbiased variance (Algorithm 2, line 10); a = momentum, or 1 / batches
+// for the plain average. `batches` counts this one first.
+void update_running_(
+    const Tensor& running_mean, const Tensor& running_var, const MaybeTensor& batches, const Tensor& mu, const Tensor& var,
+    int64_t values, std::optional<double> momentum) {
+  const int64_t count = batches ? ++*data_of<int64_t>(*batches) : 0;
+  if (values == 0) return;
+  const double a = momentum ? *momentum : 1.0 / double(count), unbiased = double(values) / double(values - 1);
+  const auto blend = [a](const Tensor& running, const Tensor& batch, double factor) {
+    const Type type = type_of(running), from = type_of(batch);
+    const int64_t C = running.size(0), stride = running.stride(0);
+    void* to = running.mutable_data_ptr();
+    const void* data = batch.const_data_ptr();
+    for (int64_t c = 0; c < C; ++c)
+      set_number(to, type, c * stride, (1 - a) * number_at(to, type, c * stride) + a * factor * number_at(data, from, c));
+  };
+  blend(running_mean, mu, 1), blend(running_var, var, unbiased);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, library) {
+  library.impl("forward", TORCH_BOX(&forward));
+  library.impl("normalize", TORCH_BOX(&normalize));
+  library.impl("backward", TORCH_BOX(&backward));
+  library.impl("update_running_", TORCH_BOX(&update_running_));
+}

@@ -1,0 +1,254 @@
+// Vectors of one instruction set: loads, stores, conversions and activations, in the type that is computed in.
+//
+// Comes from: the instruction set that the including file was compiled for. Goes to: leaves.h.
+// T is the type in memory, A = Compute<T> the type of the arithmetic: float for float and the 16-bit types, else double.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "half.h"
+#include "kernels.h"
+
+// Everything in this file has internal linkage: the same names are compiled once per instruction set.
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+
+template <class T> struct Compute { using type = float; };
+template <> struct Compute<double> { using type = double; };
+
+template <class A> struct VectorOf;
+template <> struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(BYTES)));
+  typedef int32_t bits __attribute__((vector_size(BYTES)));
+};
+template <> struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(BYTES)));
+  typedef int64_t bits __attribute__((vector_size(BYTES)));
+};
+template <class A> using V = typename VectorOf<A>::type;
+template <class A> constexpr int W = BYTES / sizeof(A);
+
+template <class A> inline V<A> splat(A value) { return value - V<A>{}; }
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+
+typedef uint16_t Half16 __attribute__((vector_size(BYTES / 2)));
+typedef uint32_t Word32 __attribute__((vector_size(BYTES)));
+
+template <class T> inline V<T> widen(const T* from) {  // float, double
+  V<T> v;
+  std::memcpy(&v, from, BYTES);
+  return v;
+}
+inline V<float> widen(const BFloat16* from) {
+  Half16 bits;
+  std::memcpy(&bits, from, BYTES / 2);
+  const Word32 wide = __builtin_convertvector(bits, Word32) << 16;
+  V<float> v;
+  std::memcpy(&v, &wide, BYTES);
+  return v;
+}
+template <class T> inline void narrow(T* to, V<T> v) { std::memcpy(to, &v, BYTES); }
+inline void narrow(BFloat16* to, V<float> v) {  // round to nearest, ties to even; NaN stays NaN
+  Word32 wide;
+  std::memcpy(&wide, &v, BYTES);
+  const Word32 rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+  const Word32 chosen = v == v ? rounded : (wide >> 16) | 0x40;
+  const Half16 bits = __builtin_convertvector(chosen, Half16);
+  std::memcpy(to, &bits, BYTES / 2);
+}
+
+#if defined(__AVX512F__)
+inline V<float> widen(const Float16* from) {
+  return (V<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline void narrow(Float16* to, V<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+inline V<float> widen(const Float16* from) {
+  return (V<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline void narrow(Float16* to, V<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline V<float> widen(const Float16* from) {
+  V<float> v;
+  for (int i = 0; i < W<float>; ++i) v[i] = from_half(from[i].bits);
+  return v;
+}
+inline void narrow(Float16* to, V<float> v) {
+  for (int i = 0; i < W<float>; ++i) to[i].bits = to_half(v[i]);
+}
+#endif
+
+// The first n of a vector's places; `beyond` has the others.
+template <class A> inline V<A> joined(int n, V<A> first, V<A> beyond) {
+  typename VectorOf<A>::bits place;
+  for (int i = 0; i < W<A>; ++i) place[i] = i;
+  return place < n ? first : beyond;
+}
+template <class T> inline V<typename Compute<T>::type> widen(const T* from, int n, V<typename Compute<T>::type> beyond) {
+  T buffer[W<typename Compute<T>::type>] = {};
+  std::memcpy(buffer, from, n * sizeof(T));
+  return joined<typename Compute<T>::type>(n, widen(buffer), beyond);
+}
+template <class T> inline void narrow(T* to, V<typename Compute<T>::type> v, int n) {
+  T buffer[W<typename Compute<T>::type>];
+  narrow(buffer, v);
+  std::memcpy(to, buffer, n * sizeof(T));
+}
+#if defined(__AVX512F__)
+inline __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
+inline V<float> widen(const float* from, int n, V<float> beyond) {
+  return (V<float>)_mm512_mask_loadu_ps((__m512)beyond, first(n), from);
+}
+inline void narrow(float* to, V<float> v, int n) { _mm512_mask_storeu_ps(to, first(n), (__m512)v); }
+#endif
+
+// ---- sums in double -------------------------------------------------------------------------------------------------
+
+// The sum of A's in double, lane by lane.
+template <class A> struct Sum;
+template <> struct Sum<double> {
+  V<double> lanes{};
+  void add(V<double> v) { lanes += v; }
+  void add_product(V<double> a, V<double> b) { lanes += a * b; }
+};
+template <> struct Sum<float> {
+  V<double> low{}, high{};
+#if defined(__AVX512F__)
+  static V<double> wide_low(V<float> v) { return (V<double>)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)); }
+  static V<double> wide_high(V<float> v) { return (V<double>)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)); }
+#elif defined(__AVX2__)
+  static V<double> wide_low(V<float> v) { return (V<double>)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)); }
+  static V<double> wide_high(V<float> v) { return (V<double>)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)); }
+#else
+  typedef float Part __attribute__((vector_size(BYTES / 2)));
+  static V<double> wide_low(V<float> v) { return __builtin_convertvector(Part{v[0], v[1]}, V<double>); }
+  static V<double> wide_high(V<float> v) { return __builtin_convertvector(Part{v[2], v[3]}, V<double>); }
+#endif
+  void add(V<float> v) { low += wide_low(v), high += wide_high(v); }
+  void add_product(V<float> a, V<float> b) {
+    low += wide_low(a) * wide_low(b);
+    high += wide_high(a) * wide_high(b);
+  }
+};
+// sum += x - mean, square += (x - mean)^2: in double from the start, for a mean that is far from zero.
+inline void add_centered(Sum<double>& sum, Sum<double>& square, V<double> x, V<double> mean) {
+  sum.add(x - mean);
+  square.add_product(x - mean, x - mean);
+}
+inline void add_centered(Sum<float>& sum, Sum<float>& square, V<float> x, V<float> mean) {
+  const V<double> low = Sum<float>::wide_low(x) - Sum<float>::wide_low(mean);
+  const V<double> high = Sum<float>::wide_high(x) - Sum<float>::wide_high(mean);
+  sum.low += low, sum.high += high;
+  square.low += low * low, square.high += high * high;
+}
+inline V<double> folded(const Sum<double>& sum) { return sum.lanes; }
+inline V<double> folded(const Sum<float>& sum) { return sum.low + sum.high; }
+
+// ---- activations ----------------------------------------------------------------------------------------------------
+
+// e^v to about 1 ulp; 0 below the normal numbers, infinity above the range.
+inline V<float> exponential(V<float> v) {
+  typedef VectorOf<float>::bits I;
+  const V<float> high = splat(88.72284f), low = splat(-87.33654f);
+  const V<float> x = v > high ? high : v < low ? low : v;
+  const V<float> shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
+  const V<float> n = (x * 1.44269504f + shifter) - shifter;
+  V<float> r = x - n * 0.693145752f;  // log 2 in two parts, the first exact in n * part
+  r -= n * 1.42860677e-6f;
+  V<float> p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const I exponent = __builtin_convertvector(n, I);
+  const I half = exponent >> 1;  // in two factors: 2^128 is no float
+  const I first = (half + 127) << 23, second = (exponent - half + 127) << 23;
+  V<float> a, b;
+  std::memcpy(&a, &first, BYTES);
+  std::memcpy(&b, &second, BYTES);
+  const V<float> result = p * a * b;
+  const V<float> bounded = v > high ? splat(__builtin_inff()) : v < low ? V<float>{} : result;
+  return v == v ? bounded : v;
+}
+inline V<double> exponential(V<double> v) {
+  for (int i = 0; i < W<double>; ++i) v[i] = __builtin_exp(v[i]);
+  return v;
+}
+inline V<double> hyperbolic_tangent(V<double> v) {
+  for (int i = 0; i < W<double>; ++i) v[i] = __builtin_tanh(v[i]);
+  return v;
+}
+inline V<float> hyperbolic_tangent(V<float> v) {
+  const V<float> size = v < 0 ? -v : v, square = v * v;
+  V<float> p = -5.70498872745e-3f * square + 2.06390887954e-2f;  // small |v|: 1 - 2 / (...) would cancel
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const V<float> small = p * square * v + v;
+  const V<float> large = 1.0f - 2.0f / (exponential(2.0f * size) + 1.0f);
+  const V<float> chosen = size < 0.625f ? small : v < 0 ? -large : large;
+  return v == v ? chosen : v;
+}
+template <class A> inline V<A> logistic(V<A> z) { return A(1) / (A(1) + exponential(-z)); }
+
+// g(z); dg/dz from z, and where g is one to one or flat, from y = g(z). `a` is the slope of leaky_relu.
+// At a kink: the one-sided derivative that torch takes.
+template <Activation g, class A> inline V<A> activate(V<A> z, A a) {
+  const V<A> zero{};
+  if constexpr (g == Activation::relu) return z <= zero ? zero : z;
+  else if constexpr (g == Activation::relu6) return z <= zero ? zero : z > splat(A(6)) ? splat(A(6)) : z;
+  else if constexpr (g == Activation::leaky_relu) return z > zero ? z : z * a;
+  else if constexpr (g == Activation::silu) return z * logistic<A>(z);
+  else if constexpr (g == Activation::hardswish) {
+    const V<A> six = splat(A(6)), t = z + A(3);
+    return z * (t <= zero ? zero : t > six ? six : t) / A(6);
+  }
+  else if constexpr (g == Activation::sigmoid) return logistic<A>(z);
+  else if constexpr (g == Activation::tanh) return hyperbolic_tangent(z);
+  else return z;
+}
+template <Activation g, class A> inline V<A> slope_at(V<A> z, A a) {
+  const V<A> zero{}, one = splat(A(1));
+  if constexpr (g == Activation::relu) return z > zero ? one : zero;
+  else if constexpr (g == Activation::relu6) return (z > zero) & (z < splat(A(6))) ? one : zero;
+  else if constexpr (g == Activation::leaky_relu) return z > zero ? one : splat(a);
+  else if constexpr (g == Activation::silu) {
+    const V<A> s = logistic<A>(z);
+    return s * (A(1) + z * (A(1) - s));
+  }
+  else if constexpr (g == Activation::hardswish)
+    return z <= splat(A(-3)) ? zero : z >= splat(A(3)) ? one : z / A(3) + A(0.5);
+  else if constexpr (g == Activation::sigmoid) {
+    const V<A> s = logistic<A>(z);
+    return s * (A(1) - s);
+  }
+  else if constexpr (g == Activation::tanh) {
+    const V<A> t = hyperbolic_tangent(z);
+    return A(1) - t * t;
+  }
+  else return one;
+}
+template <Activation g, class A> inline V<A> slope_from_result(V<A> y, A a) {
+  if constexpr (g == Activation::sigmoid) return y * (A(1) - y);
+  else if constexpr (g == Activation::tanh) return A(1) - y * y;
+  else return slope_at<g, A>(y, a);  // relu, relu6, leaky_relu with a slope above 0: y and z lie on the same side
+}
+
+}  // namespace

@@ -1,0 +1,247 @@
+"""The ops: signatures, fake kernels, batching rules, and the ``autograd.Function`` around them.
+
+Shapes: N examples, C channels, S places; x_NCS is (N, C, ...) of float16, bfloat16, float32 or float64. Statistics, (C,),
+are float64; gradients of parameters, (C,), are float64 beside a float64 x, else float32. Nothing is changed in place but by
+``update_running_``. Device kernels register themselves beside: ``csrc/ops.cpp`` for CPU.
+
+Comes from: the equations of ``reference``. Goes to: ``ops.batch_norm``.
+Why not ``register_autograd``: ``torch.func.grad`` raises with it, ``jvp`` gives zeros, second derivatives are None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchnorm.ops import reference
+
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh")  # ops take the index
+
+library = torch.library.Library("batchnorm", "DEF")
+library.define(
+    "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, int activation, float slope)"
+    " -> (Tensor y, Tensor mean, Tensor var)"
+)
+library.define(
+    "normalize(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps,"
+    " int activation, float slope) -> Tensor"
+)
+library.define(
+    "backward(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? kept, float eps,"
+    " int activation, float slope, bool training) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
+)
+library.define(
+    "update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, Tensor mean, Tensor var,"
+    " int values, float? momentum) -> ()"
+)
+
+
+def result_tells(activation: int, slope: float) -> bool:
+    """Whether dg/dz follows from y = g(z): then a layer with a residual keeps y for backward, else the residual."""
+    name = ACTIVATIONS[activation]
+    return name in ("relu", "relu6", "sigmoid", "tanh") or (name == "leaky_relu" and slope >= 0)
+
+
+# ---- fake kernels: shapes, dtypes and layouts, for torch.compile ------------------------------------------------------
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Empty, of x's shape, in the layout of results: channels-last where x is, else contiguous."""
+    order = [0, *range(2, x.dim()), 1]
+    if x.is_contiguous() or not x.permute(order).is_contiguous():
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.permute(order).new_empty([x.shape[d] for d in order]).permute([0, x.dim() - 1, *range(1, x.dim() - 1)])
+
+
+def _per_channel(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+@torch.library.register_fake("batchnorm::forward", lib=library)
+def _(x, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
+    return _dense(x), *(x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
+
+
+@torch.library.register_fake("batchnorm::normalize", lib=library)
+def _(x, mean, var, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
+    return _dense(x)
+
+
+@torch.library.register_fake("batchnorm::backward", lib=library)
+def _(dy, x, mean, var, weight, bias, kept, eps, activation, slope, training):  # type: ignore[no-untyped-def]
+    d_residual = x.new_empty(0) if kept is None or activation == 0 else _dense(x)
+    return _dense(x), _per_channel(x), _per_channel(x), d_residual
+
+
+@torch.library.register_fake("batchnorm::update_running_", lib=library)
+def _(running_mean, running_var, batches, mean, var, values, momentum):  # type: ignore[no-untyped-def]
+    return None
+
+
+# ---- batching rules for vmap: the batch joins the channels, which are normalized apart anyway -------------------------
+
+
+def _join(x: Tensor | None, dim: int | None, size: int, channel: int) -> Tensor | None:
+    """Batch dimension ``dim`` moved in front of the channels and merged with them; expanded where there is none."""
+    if x is None:
+        return None
+    x = x.expand(size, *x.shape).movedim(0, channel) if dim is None else x.movedim(dim, channel)
+    return x.flatten(channel, channel + 1)
+
+
+def _split(x: Tensor, size: int, channel: int) -> Tensor:
+    return x.unflatten(channel, (size, -1)) if x.dim() > channel else x
+
+
+def _batched(op: Any, tensors: int, channels_of: tuple[int, ...], out_channels: tuple[int, ...]) -> Any:
+    """The rule for an op whose first arguments are tensors with channels in the given dimensions."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
+        size = info.batch_size
+        joined = [_join(a, d, size, c) for a, d, c in zip(args, in_dims, channels_of, strict=False)]
+        out = op(*joined, *args[tensors:])
+        outs = out if isinstance(out, tuple) else (out,)
+        split = tuple(_split(o, size, c) for o, c in zip(outs, out_channels, strict=True))
+        dims = tuple(c if o.dim() > c else None for o, c in zip(outs, out_channels, strict=True))
+        return (split, dims) if isinstance(out, tuple) else (split[0], dims[0])
+
+    return rule
+
+
+ops = torch.ops.batchnorm
+torch.library.register_vmap(
+    "batchnorm::forward", _batched(ops.forward, 4, (1, 0, 0, 1), (1, 0, 0)), lib=library
+)
+torch.library.register_vmap(
+    "batchnorm::normalize", _batched(ops.normalize, 6, (1, 0, 0, 0, 0, 1), (1,)), lib=library
+)
+torch.library.register_vmap(
+    "batchnorm::backward", _batched(ops.backward, 7, (1, 1, 0, 0, 0, 0, 1), (1, 0, 0, 1)), lib=library
+)
+
+
+# ---- autograd ---------------------------------------------------------------------------------------------------------
+
+
+class Forward(torch.autograd.Function):
+    """Training: y, and the batch statistics, which carry no gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
+        return ops.forward.default(x, weight, bias, residual, eps, activation, slope)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        x, weight, bias, residual, eps, activation, slope = inputs
+        y, mean, var = output
+        ctx.mark_non_differentiable(mean, var)
+        _keep(ctx, x, mean, var, weight, bias, residual, y, (eps, activation, slope, True))
+
+    @staticmethod
+    def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
+        dx, dweight, dbias, dresidual = _gradients(ctx, dy)
+        return dx, dweight, dbias, dresidual, None, None, None
+
+
+class Normalize(torch.autograd.Function):
+    """Evaluation: y from given statistics, which are constants."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, mean, var, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
+        return ops.normalize.default(x, mean, var, weight, bias, residual, eps, activation, slope)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        x, mean, var, weight, bias, residual, eps, activation, slope = inputs
+        _keep(ctx, x, mean, var, weight, bias, residual, output, (eps, activation, slope, False))
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        dx, dweight, dbias, dresidual = _gradients(ctx, dy)
+        return dx, None, None, dweight, dbias, dresidual, None, None, None
+
+
+def _keep(ctx: Any, x: Any, mean: Any, var: Any, weight: Any, bias: Any, residual: Any, y: Any, scalars: Any) -> None:
+    """For backward: x and (C,) values; with a residual and an activation also y or the residual."""
+    _, activation, slope, _ = scalars
+    kept = None if residual is None or activation == 0 else y if result_tells(activation, slope) else residual
+    ctx.save_for_backward(x, mean, var, weight, bias, kept)
+    ctx.scalars, ctx.has_residual = scalars, residual is not None
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, mean, var, weight, bias, kept = ctx.saved_tensors
+    run = Backward.apply if torch.is_grad_enabled() else ops.backward.default  # derivatives of the gradient wanted?
+    dx, dweight, dbias, dresidual = run(dy, x, mean, var, weight, bias, kept, *ctx.scalars)
+    return (
+        dx,
+        None if weight is None else dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        None if not ctx.has_residual else dy if kept is None else dresidual,
+    )
+
+
+class Backward(torch.autograd.Function):
+    """The gradient of the two above; its own derivatives go through the reference's equations, right to any order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, x, mean, var, weight, bias, kept, eps, activation, slope, training):  # type: ignore[no-untyped-def]
+        return ops.backward.default(dy, x, mean, var, weight, bias, kept, eps, activation, slope, training)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[:7])
+        ctx.scalars = inputs[7:]
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        dy, x, mean, var, weight, bias, kept = ctx.saved_tensors
+        eps, activation, slope, training = ctx.scalars
+        given = {"dy": dy, "x": x, "weight": weight, "bias": bias, "kept": kept}
+        present = {name: t for name, t in given.items() if t is not None}
+
+        def gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
+            values = given | dict(zip(present, tensors, strict=True))
+            return _reference_backward(*values.values(), mean, var, eps, activation, slope, training)
+
+        outputs, pullback = torch.func.vjp(gradient, *present.values())
+        grads = tuple(torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs, strict=True))
+        found = dict(zip(present, pullback(grads), strict=True))
+        return (
+            found["dy"], found["x"], None, None, found.get("weight"), found.get("bias"), found.get("kept"),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+_FROM_RESULT = {"sigmoid": lambda y: y * (1 - y), "tanh": lambda y: 1 - y * y}  # the others: g' at y is g' at z
+
+
+def _reference_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
+    mean: Tensor, var: Tensor, eps: float, activation: int, slope: float, training: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The op ``backward`` in differentiable steps; in training mean and var are functions of x again."""
+    name, wide = ACTIVATIONS[activation], reference.widen(x)
+    if training:
+        mean, var = reference.statistics(wide)
+    d_z = dy.to(wide.dtype)
+    if name is not None:
+        derivative = reference.ACTIVATIONS[name][1]
+        if kept is None or not result_tells(activation, slope):
+            z = reference.normalize(wide, mean, var, weight, bias, eps)
+            d_z = d_z * derivative(z if kept is None else z + kept, slope)
+        elif name in _FROM_RESULT:
+            d_z = d_z * _FROM_RESULT[name](kept.to(wide.dtype))
+        else:
+            d_z = d_z * derivative(kept, slope)
+    dx, dweight, dbias = reference.backward(d_z, wide, mean, var, weight, eps, training)
+    d_residual = x.new_empty(0) if kept is None or name is None else d_z.to(x.dtype)
+    return dx.to(x.dtype), dweight.to(_per_channel(x).dtype), dbias.to(_per_channel(x).dtype), d_residual
