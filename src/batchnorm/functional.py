@@ -150,11 +150,6 @@ def batch_norm(
     Source: Ioffe & Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167.
     """
     name, slope = parse_activation(activation)
-    if residual is not None and residual.shape != input.shape:
-        raise ValueError(
-            f"residual must have the shape of input, {tuple(input.shape)}, got {tuple(residual.shape)}: "
-            "expand it, or add it yourself."
-        )
     if return_statistics:
         if running_mean is None or running_var is None:
             raise ValueError(
@@ -164,13 +159,36 @@ def batch_norm(
         # The new tensors are batched wherever input is: what vmap asks of tensors that are updated in place.
         running_mean = running_mean.detach() + input.new_zeros(running_mean.shape, dtype=running_mean.dtype)
         running_var = running_var.detach() + input.new_zeros(running_var.shape, dtype=running_var.dtype)
+    y = normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, name, slope, residual)
+    return y if not return_statistics else (y, running_mean, running_var)  # type: ignore[return-value]
+
+
+def normalize(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    residual: Tensor | None,
+    batches: Tensor | None = None,
+) -> Tensor:
+    """What ``batch_norm`` and the layers share: ``ops.batch_norm``, with advice in torch's errors."""
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(
+            f"residual must have the shape of input, {tuple(input.shape)}, got {tuple(residual.shape)}: "
+            "expand it, or add it yourself."
+        )
     try:
-        y = ops.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, name, slope, residual
+        return ops.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, slope, residual, batches
         )
     except (RuntimeError, ValueError) as error:
         advice = next((advice for words, advice in _ADVICE.items() if words in str(error)), None)
         if advice is None:
             raise
         raise type(error)(f"{error}: got input {tuple(input.shape)} of {input.dtype}; {advice}.") from error
-    return y if not return_statistics else (y, running_mean, running_var)  # type: ignore[return-value]

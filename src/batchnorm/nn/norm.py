@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.functional import Activation, batch_norm, parse_activation
+from batchnorm.functional import Activation, normalize, parse_activation
 
 _LAYOUTS = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
 
@@ -88,24 +88,12 @@ def _forward(layer: _FusedBatchNorm, input: Tensor, residual: Tensor | None) -> 
     tracked = updates or not layer.training
     mean, var = (layer.running_mean, layer.running_var) if tracked else (None, None)
     training = layer.training or (mean is None and var is None)
-    count = layer.num_batches_tracked if updates else None
-    if count is not None:
-        count.add_(1)
-    if layer.momentum is None and count is not None and mean is not None and var is not None:
-        # The average over all batches. count stays a tensor: as a number it would wait for the device and break
-        # graphs. momentum=1.0 gives the batch alone, or, for an empty batch, the running statistics as they are.
-        y, batch_mean, batch_var = batch_norm(
-            input, mean, var, layer.weight, layer.bias, True, 1.0, layer.eps,
-            activation=layer.activation, residual=residual, return_statistics=True,
-        )  # fmt: skip
-        mean.add_((batch_mean - mean) / count)
-        var.add_((batch_var - var) / count)
-        return y
-    momentum = 0.0 if layer.momentum is None else layer.momentum
-    return batch_norm(
-        input, mean, var, layer.weight, layer.bias, training, momentum, layer.eps,
-        activation=layer.activation, residual=residual,
-    )  # fmt: skip
+    batches = layer.num_batches_tracked if updates else None
+    momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
+    name, slope = parse_activation(layer.activation)
+    return normalize(
+        input, mean, var, layer.weight, layer.bias, training, momentum, layer.eps, name, slope, residual, batches
+    )
 
 
 class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):

@@ -6,15 +6,19 @@ Shapes: as in ``schema``. Comes from: ``functional``. Goes to: ``schema`` with k
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from batchnorm.ops import fallback, reference, schema
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
 _CODES = {name: code for code, name in enumerate(schema.ACTIVATIONS)}
 
 
@@ -42,32 +46,47 @@ def batch_norm(
     gamma_C: Tensor | None,
     beta_C: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     activation: str | None = None,
     slope: float = 0.01,
     residual_NCS: Tensor | None = None,
+    batches: Tensor | None = None,
 ) -> Tensor:
     """y = g(BN(x) + residual), with batch statistics in training, else with the running ones.
 
     In training the running statistics, where given, are updated in place. y has torch's type of x + residual.
+    ``batches`` counts this one; with momentum=None the running statistics are then the plain average over all.
     """
     tensors = (x_NCS, running_mean_C, running_var_C, gamma_C, beta_C)
-    if momentum is None or not _has_kernel(*tensors, residual_NCS, training, eps) or torch.compiler.is_exporting():
-        return fallback.batch_norm(*tensors, training, momentum, eps, activation, slope, residual_NCS)
-    if torch.autograd.forward_ad._current_level >= 0:  # ops have no forward-mode derivative
-        return reference.batch_norm(*tensors, training, momentum, eps, activation, slope, residual_NCS)
+    if not _has_kernel(*tensors, residual_NCS, training, eps) or (momentum is None and batches is None):
+        return _through(fallback.batch_norm, *tensors, training, momentum, eps, activation, slope, residual_NCS, batches)
+    if forward_ad._current_level >= 0:  # ops have no forward-mode derivative
+        return _through(reference.batch_norm, *tensors, training, momentum, eps, activation, slope, residual_NCS, batches)
     if residual_NCS is not None and residual_NCS.dtype != x_NCS.dtype:
         dtype = torch.result_type(x_NCS, residual_NCS)  # as y + residual has it
         x_NCS, residual_NCS = x_NCS.to(dtype), residual_NCS.to(dtype)
-    scalars = (eps, _CODES[activation], slope)
+    code = _CODES[activation]
+    plain = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
     if not training:
         if torch.is_grad_enabled():  # backward must not read live buffers, which a later step changes
             running_mean_C, running_var_C = running_mean_C.clone(), running_var_C.clone()  # type: ignore[union-attr]
-        return schema.Normalize.apply(x_NCS, running_mean_C, running_var_C, gamma_C, beta_C, residual_NCS, *scalars)
-    y, mean, var = schema.Forward.apply(x_NCS, gamma_C, beta_C, residual_NCS, *scalars)
-    if running_mean_C is not None or running_var_C is not None:
-        _update(running_mean_C, running_var_C, mean, var, x_NCS.numel() // x_NCS.shape[1], momentum)
+        return (schema.EagerNormalize if plain else schema.Normalize).apply(
+            x_NCS, running_mean_C, running_var_C, gamma_C, beta_C, residual_NCS, eps, code, slope
+        )
+    y, mean, var = (schema.EagerForward if plain else schema.Forward).apply(
+        x_NCS, gamma_C, beta_C, residual_NCS, eps, code, slope
+    )
+    if running_mean_C is not None and running_var_C is not None:
+        values = x_NCS.numel() // x_NCS.shape[1]
+        if plain or torch.compiler.is_compiling():
+            torch.ops.batchnorm.update_running_.default(
+                running_mean_C, running_var_C, batches, mean, var, values, momentum
+            )
+        else:
+            _update(running_mean_C, running_var_C, batches, mean, var, values, momentum)
+    elif batches is not None:
+        batches.add_(1)
     return y
 
 
@@ -82,29 +101,67 @@ def _has_kernel(
     eps: float,
 ) -> bool:
     """Whether a kernel of ours takes this. What torch refuses is left to torch, whose errors users know."""
-    if x.device.type not in DEVICES or x.dtype not in _DTYPES or x.dim() < 2 or x.numel() == 0 or eps <= 0:
+    device, dtype = x.device, x.dtype
+    if device.type not in DEVICES or dtype not in _DTYPES or x.dim() < 2 or eps <= 0 or torch.compiler.is_exporting():
         return False
-    channels, statistics = x.shape[1], (running_mean, running_var)
-    if training and x.numel() == channels or (running_mean is None) != (running_var is None):
+    channels, values = x.shape[1], x.numel()
+    if values == 0 or (running_mean is None) != (running_var is None):
         return False
-    per_channel = [t for t in (*statistics, weight, bias) if t is not None]
-    dtypes = {t.dtype for t in per_channel}
-    wide = x.dtype in (torch.bfloat16, torch.float16) and dtypes == {torch.float32}
-    return (
-        (training or running_mean is not None)
-        and all(t.shape == (channels,) and t.device == x.device for t in per_channel)
-        and (wide or dtypes <= {x.dtype})
-        and (residual is None or (residual.device == x.device and residual.dtype in _DTYPES))
-    )
+    if (training and values == channels) or (not training and running_mean is None):
+        return False
+    expected = None if dtype in _HALVES else dtype
+    for t in (running_mean, running_var, weight, bias):
+        if t is None:
+            continue
+        if expected is None:  # beside a 16-bit input: all of its dtype, or all float32
+            expected = t.dtype
+            if expected != dtype and expected != torch.float32:
+                return False
+        if t.dtype != expected or t.device != device or t.shape != (channels,):
+            return False
+    return residual is None or (residual.device == device and residual.dtype in _DTYPES)
+
+
+def _through(
+    function: Callable[..., Tensor],
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    *rest: Any,
+) -> Tensor:
+    """Through the fallback or the reference, which know neither the counter nor momentum=None."""
+    *rest, batches = rest
+    if batches is not None:
+        batches.add_(1)
+    if momentum is not None or batches is None or running_mean is None or running_var is None:
+        momentum = 0.0 if batches is not None and momentum is None else momentum  # None alone is torch's error
+        return function(x, running_mean, running_var, weight, bias, training, momentum, *rest)
+    # The average over all batches. The counter stays a tensor: as a number it would wait for the device and break
+    # graphs. momentum=1.0 gives the batch alone, or, for an empty batch, the running statistics as they are.
+    zero = x.new_zeros(running_mean.shape, dtype=running_mean.dtype)  # batched by vmap as x is
+    mean, var = running_mean.detach() + zero, running_var.detach() + zero
+    y = function(x, mean, var, weight, bias, training, 1.0, *rest)
+    running_mean.add_((mean - running_mean) / batches)
+    running_var.add_((var - running_var) / batches)
+    return y
 
 
 def _update(
-    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, values: int, momentum: float
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    values: int,
+    momentum: float | None,
 ) -> None:
-    """running <- (1 - momentum) * running + momentum * batch, the variance unbiased (Algorithm 2, line 10)."""
-    if running_mean is not None and running_var is not None and torch._C._functorch.peek_interpreter_stack() is None:
-        torch.ops.batchnorm.update_running_(running_mean, running_var, None, mean, var, values, momentum)
-    elif values > 0:  # torch's own ops know what vmap allows
-        for running, batch in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
-            if running is not None:
-                running.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum)
+    """running <- (1 - a) * running + a * batch, in torch's own ops, which know what torch.func allows."""
+    if batches is not None:
+        batches.add_(1)
+    for running, batch in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
+        a = momentum if momentum is not None else 1 / batches  # type: ignore[operator]
+        running.add_((batch - running) * a)

@@ -48,11 +48,10 @@ def result_tells(activation: int, slope: float) -> bool:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Empty, of x's shape, in the layout of results: channels-last where x is, else contiguous."""
-    order = [0, *range(2, x.dim()), 1]
-    if x.is_contiguous() or not x.permute(order).is_contiguous():
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-    return x.permute(order).new_empty([x.shape[d] for d in order]).permute([0, x.dim() - 1, *range(1, x.dim() - 1)])
+    """Empty, of x's shape, in the layout of results: x's own where it is contiguous or channels-last, else contiguous."""
+    channels_last = x.permute([0, *range(2, x.dim()), 1])
+    kept = x.is_contiguous() or channels_last.is_contiguous()
+    return torch.empty_strided(x.shape, x.stride() if kept else x.contiguous().stride(), dtype=x.dtype, device=x.device)
 
 
 def _per_channel(x: Tensor) -> Tensor:
@@ -147,6 +146,18 @@ class Forward(torch.autograd.Function):
         return dx, dweight, dbias, dresidual, None, None, None
 
 
+class EagerForward(Forward):
+    """The same in one piece: half the time per call, since torch binds the arguments of two pieces by name. Not for torch.func."""
+
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def,override]
+        output = Forward.forward(*inputs)
+        Forward.setup_context(ctx, inputs, output)
+        return output
+
+
 class Normalize(torch.autograd.Function):
     """Evaluation: y from given statistics, which are constants."""
 
@@ -167,6 +178,18 @@ class Normalize(torch.autograd.Function):
         return dx, None, None, dweight, dbias, dresidual, None, None, None
 
 
+class EagerNormalize(Normalize):
+    """The same in one piece, as ``EagerForward``."""
+
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def,override]
+        output = Normalize.forward(*inputs)
+        Normalize.setup_context(ctx, inputs, output)
+        return output
+
+
 def _keep(ctx: Any, x: Any, mean: Any, var: Any, weight: Any, bias: Any, residual: Any, y: Any, scalars: Any) -> None:
     """For backward: x and (C,) values; with a residual and an activation also y or the residual."""
     _, activation, slope, _ = scalars
@@ -181,10 +204,16 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweight, dbias, dresidual = run(dy, x, mean, var, weight, bias, kept, *ctx.scalars)
     return (
         dx,
-        None if weight is None else dweight.to(weight.dtype),
-        None if bias is None else dbias.to(bias.dtype),
+        _as(dweight, weight),
+        _as(dbias, bias),
         None if not ctx.has_residual else dy if kept is None else dresidual,
     )
+
+
+def _as(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    if parameter is None:
+        return None
+    return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
 
 
 class Backward(torch.autograd.Function):

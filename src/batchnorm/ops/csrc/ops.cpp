@@ -111,6 +111,22 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Uninitialized, on the CPU. Through the C interface: the dispatcher would cost more than a small op's arithmetic.
+Tensor empty(int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, code, aoti_torch_device_type_cpu(), -1, &handle));
+  return Tensor(handle);
+}
+Tensor empty_as(const Tensor& dense) {
+  return empty(dense.dim(), dense.sizes().data(), dense.strides().data(), dense.scalar_type());
+}
+Tensor empty_channels(int64_t C, ScalarType dtype) {
+  const int64_t stride = 1;
+  return empty(1, &C, &stride, dtype);
+}
+
 Tensor dense(const Tensor& x) {
   return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x);
 }
@@ -118,7 +134,7 @@ Tensor dense(const Tensor& x) {
 // `t` with the strides of `x`.
 Tensor laid_out_as(const Tensor& t, const Tensor& x) {
   if (same_strides(t, x)) return t;
-  Tensor copy = torch::stable::empty_like(x);
+  Tensor copy = empty_as(x);
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -273,8 +289,8 @@ template <class A, class Finish> void run_passes(Leaf sums, Leaf writes, const J
 ScalarType statistics_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
-Tensor statistics_like(const Tensor& x) { return torch::stable::new_empty(x, {x.size(1)}, ScalarType::Double); }
-Tensor channels_like(const Tensor& x) { return torch::stable::new_empty(x, {x.size(1)}, statistics_type(x)); }
+Tensor statistics_like(const Tensor& x) { return empty_channels(x.size(1), ScalarType::Double); }
+Tensor channels_like(const Tensor& x) { return empty_channels(x.size(1), statistics_type(x)); }
 
 template <class A> A* data_of(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
 const char* read(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
@@ -304,7 +320,7 @@ template <class A> void set_affine(const Job<A>& job, int64_t c, double mu, doub
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
     int64_t activation, double slope) {
-  const Tensor x = dense(input), y = torch::stable::empty_like(x), mu = statistics_like(x), var = statistics_like(x);
+  const Tensor x = dense(input), y = empty_as(x), mu = statistics_like(x), var = statistics_like(x);
   const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
   const auto g = Activation(activation);
   in_compute_type(x, [&]<class A>() {
@@ -340,7 +356,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
 Tensor normalize(
     const Tensor& input, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
     const MaybeTensor& residual, double eps, int64_t activation, double slope) {
-  const Tensor x = dense(input), y = torch::stable::empty_like(x);
+  const Tensor x = dense(input), y = empty_as(x);
   const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
   in_compute_type(x, [&]<class A>() {
     const Type type = type_of(x);
@@ -364,12 +380,12 @@ Tensor normalize(
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& gradient, const Tensor& input, const Tensor& mu, const Tensor& var, const MaybeTensor& weight,
     const MaybeTensor& bias, const MaybeTensor& kept, double eps, int64_t activation, double slope, bool training) {
-  const Tensor x = dense(input), dy = laid_out_as(gradient, x), dx = torch::stable::empty_like(x);
+  const Tensor x = dense(input), dy = laid_out_as(gradient, x), dx = empty_as(x);
   const Tensor dgamma = channels_like(x), dbeta = channels_like(x);
   const auto g = Activation(activation);
   const Kept kind = kept && g != Activation::none ? kept_for(g, slope) : Kept::nothing;
   const MaybeTensor k = kind == Kept::nothing ? std::nullopt : MaybeTensor(laid_out_as(*kept, x));
-  const Tensor dresidual = k ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  const Tensor dresidual = k ? empty_as(x) : empty_channels(0, x.scalar_type());
   in_compute_type(x, [&]<class A>() {
     const Type type = type_of(x);
     Job<A> job{geometry_of(x), size_of(type)};
