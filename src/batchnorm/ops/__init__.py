@@ -66,20 +66,19 @@ def batch_norm(
     if residual_NCS is not None and residual_NCS.dtype != x_NCS.dtype:
         dtype = torch.result_type(x_NCS, residual_NCS)  # as y + residual has it
         x_NCS, residual_NCS = x_NCS.to(dtype), residual_NCS.to(dtype)
-    code = _CODES[activation]
-    plain = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    code, eager = _CODES[activation], _is_eager()
     if not training:
         if torch.is_grad_enabled():  # backward must not read live buffers, which a later step changes
             running_mean_C, running_var_C = running_mean_C.clone(), running_var_C.clone()  # type: ignore[union-attr]
-        return (schema.EagerNormalize if plain else schema.Normalize).apply(
-            x_NCS, running_mean_C, running_var_C, gamma_C, beta_C, residual_NCS, eps, code, slope
-        )
-    y, mean, var = (schema.EagerForward if plain else schema.Forward).apply(
-        x_NCS, gamma_C, beta_C, residual_NCS, eps, code, slope
-    )
+            normalize = (schema.EagerNormalize if eager else schema.Normalize).apply
+        else:
+            normalize = torch.ops.batchnorm.normalize.default
+        return normalize(x_NCS, running_mean_C, running_var_C, gamma_C, beta_C, residual_NCS, eps, code, slope)
+    forward = (schema.EagerForward if eager else schema.Forward).apply
+    y, mean, var = forward(x_NCS, gamma_C, beta_C, residual_NCS, eps, code, slope)
     if running_mean_C is not None and running_var_C is not None:
         values = x_NCS.numel() // x_NCS.shape[1]
-        if plain or torch.compiler.is_compiling():
+        if eager or torch.compiler.is_compiling():
             torch.ops.batchnorm.update_running_.default(
                 running_mean_C, running_var_C, batches, mean, var, values, momentum
             )
@@ -88,6 +87,11 @@ def batch_norm(
     elif batches is not None:
         batches.add_(1)
     return y
+
+
+def _is_eager() -> bool:
+    """No torch.compile and no torch.func around."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def _has_kernel(

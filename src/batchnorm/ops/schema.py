@@ -138,10 +138,13 @@ class Forward(torch.autograd.Function):
         x, weight, bias, residual, eps, activation, slope = inputs
         y, mean, var = output
         ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)  # no zeros for those of mean and var
         _keep(ctx, x, mean, var, weight, bias, residual, y, (eps, activation, slope, True))
 
     @staticmethod
     def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
+        if dy is None:
+            return (None,) * 7
         dx, dweight, dbias, dresidual = _gradients(ctx, dy)
         return dx, dweight, dbias, dresidual, None, None, None
 
@@ -259,6 +262,7 @@ def _reference_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The op ``backward`` in differentiable steps; in training mean and var are functions of x again."""
     name, wide = ACTIVATIONS[activation], reference.widen(x)
+    kept = None if kept is None else kept.to(wide.dtype)
     if training:
         mean, var = reference.statistics(wide)
     d_z = dy.to(wide.dtype)
@@ -268,7 +272,7 @@ def _reference_backward(
             z = reference.normalize(wide, mean, var, weight, bias, eps)
             d_z = d_z * derivative(z if kept is None else z + kept, slope)
         elif name in _FROM_RESULT:
-            d_z = d_z * _FROM_RESULT[name](kept.to(wide.dtype))
+            d_z = d_z * _FROM_RESULT[name](kept)
         else:
             d_z = d_z * derivative(kept, slope)
     dx, dweight, dbias = reference.backward(d_z, wide, mean, var, weight, eps, training)

@@ -1,0 +1,258 @@
+"""The compiled kernels against the reference: values, gradients, layouts, dtypes, threads, instruction sets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import ACTIVATIONS, FLOAT_DTYPES, HALF_DTYPES, LAYOUTS, REFERENCE_SUM_ULP, SHAPES, SLOPE
+from helpers import arrange, channel_tensors, parameter_dtype, ulps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import batchnorm as bn
+from batchnorm import ops
+from batchnorm.functional import parse_activation
+from batchnorm.ops import reference, schema
+
+# Beside the reference, which computes float32 in float64: a kernel rounds x - mu, its product and the sum to float32.
+KERNEL_ULP = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.float64: 64}
+
+OP = torch.ops.batchnorm
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nothing was written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_kernels_are_built():  # all else here would test torch's own otherwise
+    assert "cpu" in ops.DEVICES
+
+
+def compare(x, residual, activation, training, mixed=False):
+    """Output, gradients and buffers of ours beside the reference's: the largest error of each over the allowed one."""
+    channels, dtype = x.shape[1], x.dtype
+    tensors = channel_tensors(channels, parameter_dtype(dtype) if mixed else dtype)
+    name, slope = parse_activation(activation)
+    d_y = torch.randn(x.shape).to(dtype)
+    results = []
+    for function in (ops.batch_norm, reference.batch_norm):
+        leaf, other = x.detach().requires_grad_(), None if residual is None else residual.detach().requires_grad_()
+        mean, var, weight, bias = (t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
+        y = function(leaf, mean, var, weight, bias, training, 0.1, 1e-5, name, slope, other)
+        inputs = [t for t in (leaf, weight, bias, other) if t is not None]
+        results.append([y.detach(), *torch.autograd.grad(y, inputs, d_y), mean, var])
+    if residual is not None and dtype in HALF_DTYPES and name is not None:
+        # Backward looks at the rounded y (as torch's does), which may lie on the other side of a kink.
+        code = schema.ACTIVATIONS.index(name)
+        kept = results[0][0] if schema.result_tells(code, slope) else residual
+        mean, var, weight, bias = (t.detach() for t in tensors)
+        results[1][1:5] = schema._reference_backward(
+            d_y, x, weight, bias, kept, mean, var, 1e-5, code, slope, training
+        )  # fmt: skip
+    allowed = [KERNEL_ULP[dtype] if t.dim() > 1 else max(KERNEL_ULP[t.dtype], REFERENCE_SUM_ULP[dtype]) for t in results[0]]
+    root = (x.numel() / channels) ** 0.5  # what a sum of m terms of size 1 comes to
+    least = [1.0 if t.dim() > 1 else root for t in results[0]]
+    return [ulps(a, b, least=of) / most for a, b, of, most in zip(*results, least, allowed, strict=True)]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_every_fusion_is_the_reference_in_every_layout(dtype, activation, with_residual, training):
+    for shape in SHAPES:
+        for layout in LAYOUTS:
+            x = arrange(torch.randn(shape).to(dtype), layout)
+            residual = torch.randn(shape).to(dtype) if with_residual else None
+            if layout == "expanded" and training:
+                continue  # the reference's own gradient of a tensor with few different values is mostly rounding
+            errors = compare(x, residual, activation, training, mixed=True)
+            assert max(errors) <= 1, (shape, layout, errors)
+
+
+@st.composite
+def tensors(draw):
+    """A tensor of any rank, sizes around the widths of vectors and rows, any order in memory, any float dtype."""
+    rank = draw(st.integers(2, 5))
+    shape = [draw(st.sampled_from((1, 2, 3, 5, 8, 17))), draw(st.sampled_from((1, 2, 3, 7, 16, 33, 70)))]
+    shape += [draw(st.sampled_from((1, 2, 3, 5, 8, 19))) for _ in range(rank - 2)]
+    if shape[0] * torch.Size(shape[2:]).numel() < 4:
+        shape[0] = 6
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    x = x.to(draw(st.sampled_from(FLOAT_DTYPES)))
+    order = draw(st.permutations(range(rank)))
+    return x.permute(order).contiguous().permute([order.index(d) for d in range(rank)])
+
+
+@given(
+    x=tensors(),
+    activation=st.sampled_from(ACTIVATIONS),
+    with_residual=st.booleans(),
+    training=st.booleans(),
+    mixed=st.booleans(),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_anything_is_the_reference(x, activation, with_residual, training, mixed):
+    torch.manual_seed(0)
+    residual = torch.randn(x.shape).to(x.dtype) if with_residual else None
+    errors = compare(x, residual, activation, training, mixed)
+    assert max(errors) <= 1, errors
+
+
+def test_large_tensors_are_cut_into_groups_and_threads_without_a_seam():
+    for layout in ("contiguous", "channels_last"):
+        x = arrange(torch.randn(16, 96, 40, 40), layout)
+        assert max(compare(x, torch.randn_like(x), "relu", True)) <= 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_same_bits_from_run_to_run_and_rounding_alone_between_numbers_of_threads(layout):
+    x, d_y = arrange(torch.randn(8, 48, 33, 31), layout), torch.randn(8, 48, 33, 31)
+
+    def run(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            y, mean, var = OP.forward(x, None, None, None, 1e-5, 1, 0.0)
+            return y, mean, var, *OP.backward(d_y, x, mean, var, None, None, None, 1e-5, 1, 0.0, True)[:3]
+        finally:
+            torch.set_num_threads(before)
+
+    one, two, again = run(1), run(2), run(2)
+    for a, b, c in zip(one, two, again, strict=True):
+        assert torch.equal(b, c)
+        assert ulps(b, a, torch.float32) <= 1
+
+
+@pytest.mark.parametrize("instructions", ["generic", "avx2", "avx512"])
+def test_every_instruction_set_that_this_processor_has(instructions):
+    env = os.environ | {"BATCHNORM_INSTRUCTIONS": instructions}
+    tests = f"{__file__}::test_every_fusion_is_the_reference_in_every_layout"
+    select = "float32-relu or bfloat16-silu or float16-tanh or float64-hardswish"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests, "-k", select]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout
+
+
+# ---- ops as torch sees them -----------------------------------------------------------------------------------------
+
+
+def op_calls():
+    x, r = torch.randn(4, 3, 5, 6), torch.randn(4, 3, 5, 6)
+    mean, var, weight, bias = (t.detach() for t in channel_tensors(3, torch.float32))
+    wide = (mean.double(), var.double())
+    cl = x.contiguous(memory_format=torch.channels_last)
+    return {
+        "forward": (OP.forward, (x, weight, bias, None, 1e-5, 1, 0.0)),
+        "forward residual": (OP.forward, (cl, None, None, r, 1e-5, 4, 0.0)),
+        "forward (N, C)": (OP.forward, (torch.randn(6, 3).bfloat16(), weight, bias, None, 1e-5, 0, 0.0)),
+        "normalize": (OP.normalize, (x, mean, var, weight, bias, r, 1e-5, 2, 0.0)),
+        "backward": (OP.backward, (r, x, *wide, weight, bias, None, 1e-5, 1, 0.0, True)),
+        "backward residual": (OP.backward, (r, cl, *wide, weight, bias, r, 1e-5, 3, SLOPE, False)),
+        "update": (OP.update_running_, (mean, var, torch.tensor(2), *wide, 120, 0.1)),
+        "update average": (OP.update_running_, (mean, var, torch.tensor(2), *wide, 120, None)),
+    }
+
+
+@pytest.mark.parametrize("call", op_calls())
+def test_opcheck(call):
+    op, arguments = op_calls()[call]
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(op.default, arguments, test_utils=tests)
+
+
+def test_layout_of_results_is_that_of_the_input():
+    x = torch.randn(4, 3, 5, 6)
+    for layout in LAYOUTS:
+        y = ops.batch_norm(arrange(x, layout), None, None, None, None, True, 0.1, 1e-5)
+        assert y.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+
+
+def kept_bytes(activation, residual):
+    """What a call keeps for backward, beside its input and (C,) values."""
+    x, kept = torch.randn(4, 3, 8, 8, requires_grad=True), {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        bn.batch_norm(x, training=True, activation=activation, residual=residual)
+    kept.pop(x.untyped_storage().data_ptr())
+    return sum(size for size in kept.values() if size > 1024)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_nothing_but_the_input_is_kept_without_a_residual_and_one_tensor_with_one(activation):
+    residual = torch.randn(4, 3, 8, 8)
+    assert kept_bytes(activation, None) == 0
+    assert kept_bytes(activation, residual) == (0 if activation is None else residual.nbytes)
+
+
+def test_two_forwards_before_one_backward():
+    layer, x = bn.BatchNorm2d(3, activation="silu"), torch.randn(2, 4, 3, 5, 5)
+    (layer(x[0]).sum() + layer(x[1]).square().sum()).backward()
+    both = layer.weight.grad.clone()
+    apart = []
+    for part, loss in ((x[0], lambda y: y.sum()), (x[1], lambda y: y.square().sum())):
+        layer.weight.grad = None
+        loss(layer(part)).backward()
+        apart.append(layer.weight.grad)
+    torch.testing.assert_close(both, sum(apart))
+
+
+def test_changing_y_in_place_raises_where_backward_needs_it():
+    layer, x = bn.BatchNorm2d(3, activation="relu"), torch.randn(4, 3, 5, 5, requires_grad=True)
+    layer(x).add_(1).sum().backward()  # without a residual y is not kept
+    y = layer(x, residual=torch.randn_like(x))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.add_(1).sum().backward()
+
+
+def test_eval_is_safe_from_a_train_step_before_its_backward():  # pain 12: torch reads the changed buffers
+    layer, x = bn.BatchNorm2d(3).eval(), torch.randn(4, 3, 5, 5, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), x)[0]
+    y = layer(x)
+    layer.train()(torch.randn(4, 3, 5, 5) * 9 + 5)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+# ---- the shared object ----------------------------------------------------------------------------------------------
+
+
+def test_the_shared_object_needs_torchs_stable_interface_alone_and_no_python():
+    file = Path(ops.__file__).with_name("_kernels.so")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", file], capture_output=True, text=True, check=True).stdout
+    names = {line.split()[-1].split("@")[0] for line in listed.splitlines()}
+    assert not {name for name in names if name.startswith(("Py", "_Py"))}
+    torchs = {name for name in names if "torch" in name or "c10" in name or "at3" in name or "N2at" in name}
+    assert torchs
+    assert all(name.startswith(("aoti_torch_", "torch_")) for name in torchs), torchs
+
+
+def test_without_kernels_the_package_says_how_to_build_them_and_works(tmp_path):
+    code = (
+        "import importlib.machinery as m, warnings; m.PathFinder.find_spec = staticmethod("
+        "lambda name, path=None, target=None, find=m.PathFinder.find_spec: None if name == '_kernels' else find(name, path, target))\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import batchnorm as bn, torch\n"
+        "assert len([w for w in caught if 'not built' in str(w.message)]) == 1, caught\n"
+        "bn.BatchNorm2d(3, activation='relu')(torch.randn(2, 3, 4, 4)).sum()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_codes_of_activations_are_those_of_the_kernels():
+    header = (Path(ops.__file__).parent / "csrc" / "kernels.h").read_text()
+    names = header.split("enum class Activation {")[1].split("}")[0].replace(",", " ").split()
+    assert names == ["none", *(name for name in schema.ACTIVATIONS if name)]
