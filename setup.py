@@ -1,4 +1,4 @@
-"""Builds the C++ kernels: one shared object for every Python and every torch from 2.10 on. The rest is pyproject.toml."""
+"""Builds the C++ kernels: one shared object for every Python and every torch from 2.10 on. See pyproject.toml too."""
 
 import os
 import platform
@@ -13,6 +13,9 @@ FLAGS = {  # the leaf loops, once per instruction set
     "leaves_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "leaves_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
 }
+OPTIMIZE = ["-O3", "-g0"]
+if os.environ.get("BATCHNORM_SANITIZE"):  # make sanitize
+    OPTIMIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FILES = ["ops.cpp", "leaves_generic.cpp", *(FLAGS if X86 else [])]
 
 
@@ -43,7 +46,8 @@ setup(
             [str(SOURCES / file) for file in FILES],
             depends=[str(path) for path in SOURCES.glob("*.h")],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],  # the interface of torch 2.10
-            extra_compile_args=["-std=c++20", "-O3", "-fvisibility=hidden", "-g0", "-Wno-psabi"],
+            extra_compile_args=["-std=c++20", "-fvisibility=hidden", "-Wno-psabi", *OPTIMIZE],
+            extra_link_args=[flag for flag in OPTIMIZE if "sanitize" in flag],
             libraries=["torch_cpu", "torch"],
             optional=True,  # without a compiler the package runs on torch's kernels, and says so
         )

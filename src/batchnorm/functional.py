@@ -185,7 +185,18 @@ def normalize(
         )
     try:
         return ops.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, activation, slope, residual, batches
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            activation,
+            slope,
+            residual,
+            batches,
         )
     except (RuntimeError, ValueError) as error:
         advice = next((advice for words, advice in _ADVICE.items() if words in str(error)), None)

@@ -57,7 +57,9 @@ def compare(x, residual, activation, training, mixed=False):
         results[1][1:5] = schema._reference_backward(
             d_y, x, weight, bias, kept, mean, var, 1e-5, code, slope, training
         )  # fmt: skip
-    allowed = [KERNEL_ULP[dtype] if t.dim() > 1 else max(KERNEL_ULP[t.dtype], REFERENCE_SUM_ULP[dtype]) for t in results[0]]
+    allowed = [
+        KERNEL_ULP[dtype] if t.dim() > 1 else max(KERNEL_ULP[t.dtype], REFERENCE_SUM_ULP[dtype]) for t in results[0]
+    ]
     root = (x.numel() / channels) ** 0.5  # what a sum of m terms of size 1 comes to
     least = [1.0 if t.dim() > 1 else root for t in results[0]]
     return [ulps(a, b, least=of) / most for a, b, of, most in zip(*results, least, allowed, strict=True)]
@@ -174,7 +176,9 @@ def test_layout_of_results_is_that_of_the_input():
     x = torch.randn(4, 3, 5, 6)
     for layout in LAYOUTS:
         y = ops.batch_norm(arrange(x, layout), None, None, None, None, True, 0.1, 1e-5)
-        assert y.is_contiguous(memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format)
+        assert y.is_contiguous(
+            memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        )
 
 
 def kept_bytes(activation, residual):
@@ -241,8 +245,9 @@ def test_the_shared_object_needs_torchs_stable_interface_alone_and_no_python():
 
 def test_without_kernels_the_package_says_how_to_build_them_and_works(tmp_path):
     code = (
-        "import importlib.machinery as m, warnings; m.PathFinder.find_spec = staticmethod("
-        "lambda name, path=None, target=None, find=m.PathFinder.find_spec: None if name == '_kernels' else find(name, path, target))\n"
+        "import importlib.machinery as m, warnings; find = m.PathFinder.find_spec\n"
+        "m.PathFinder.find_spec = staticmethod("
+        "lambda name, *rest: None if name == '_kernels' else find(name, *rest))\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    import batchnorm as bn, torch\n"

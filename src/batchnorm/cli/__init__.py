@@ -10,6 +10,7 @@ def main() -> None:
     try:
         import typer
 
+        from batchnorm.cli.bench import bench
         from batchnorm.cli.race import race
     except ModuleNotFoundError as error:
         print(f"batchnorm: the command line needs {error.name}: pip install 'batchnorm[race]'", file=sys.stderr)
@@ -20,6 +21,6 @@ def main() -> None:
         pretty_exceptions_enable=False,
         add_completion=False,
     )
-    app.callback()(lambda: None)  # keep the name of the subcommand while there is only one
     app.command()(race)
+    app.command()(bench)
     app()

@@ -59,10 +59,11 @@ def batch_norm(
     ``batches`` counts this one; with momentum=None the running statistics are then the plain average over all.
     """
     tensors = (x_NCS, running_mean_C, running_var_C, gamma_C, beta_C)
+    rest = (activation, slope, residual_NCS)
     if not _has_kernel(*tensors, residual_NCS, training, eps) or (momentum is None and batches is None):
-        return _through(fallback.batch_norm, *tensors, training, momentum, eps, activation, slope, residual_NCS, batches)
+        return _through(fallback.batch_norm, batches, tensors, training, momentum, eps, *rest)
     if forward_ad._current_level >= 0:  # ops have no forward-mode derivative
-        return _through(reference.batch_norm, *tensors, training, momentum, eps, activation, slope, residual_NCS, batches)
+        return _through(reference.batch_norm, batches, tensors, training, momentum, eps, *rest)
     if residual_NCS is not None and residual_NCS.dtype != x_NCS.dtype:
         dtype = torch.result_type(x_NCS, residual_NCS)  # as y + residual has it
         x_NCS, residual_NCS = x_NCS.to(dtype), residual_NCS.to(dtype)
@@ -128,22 +129,19 @@ def _has_kernel(
 
 def _through(
     function: Callable[..., Tensor],
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    batches: Tensor | None,
+    tensors: tuple[Any, ...],
     training: bool,
     momentum: float | None,
     *rest: Any,
 ) -> Tensor:
     """Through the fallback or the reference, which know neither the counter nor momentum=None."""
-    *rest, batches = rest
+    x, running_mean, running_var, weight, bias = tensors
     if batches is not None:
         batches.add_(1)
     if momentum is not None or batches is None or running_mean is None or running_var is None:
         momentum = 0.0 if batches is not None and momentum is None else momentum  # None alone is torch's error
-        return function(x, running_mean, running_var, weight, bias, training, momentum, *rest)
+        return function(*tensors, training, momentum, *rest)
     # The average over all batches. The counter stays a tensor: as a number it would wait for the device and break
     # graphs. momentum=1.0 gives the batch alone, or, for an empty batch, the running statistics as they are.
     zero = x.new_zeros(running_mean.shape, dtype=running_mean.dtype)  # batched by vmap as x is

@@ -1,8 +1,8 @@
 """The ops: signatures, fake kernels, batching rules, and the ``autograd.Function`` around them.
 
-Shapes: N examples, C channels, S places; x_NCS is (N, C, ...) of float16, bfloat16, float32 or float64. Statistics, (C,),
-are float64; gradients of parameters, (C,), are float64 beside a float64 x, else float32. Nothing is changed in place but by
-``update_running_``. Device kernels register themselves beside: ``csrc/ops.cpp`` for CPU.
+Shapes: N examples, C channels, S places; x_NCS is (N, C, ...) of float16, bfloat16, float32 or float64. Statistics,
+(C,), are float64; gradients of parameters, (C,), are float64 beside a float64 x, else float32. Nothing is changed in
+place but by ``update_running_``. Device kernels register themselves beside: ``csrc/ops.cpp`` for CPU.
 
 Comes from: the equations of ``reference``. Goes to: ``ops.batch_norm``.
 Why not ``register_autograd``: ``torch.func.grad`` raises with it, ``jvp`` gives zeros, second derivatives are None.
@@ -44,11 +44,11 @@ def result_tells(activation: int, slope: float) -> bool:
     return name in ("relu", "relu6", "sigmoid", "tanh") or (name == "leaky_relu" and slope >= 0)
 
 
-# ---- fake kernels: shapes, dtypes and layouts, for torch.compile ------------------------------------------------------
+# ---- fake kernels: shapes, dtypes and layouts, for torch.compile -----------------------------------------------------
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Empty, of x's shape, in the layout of results: x's own where it is contiguous or channels-last, else contiguous."""
+    """Empty, of x's shape, in the layout of results: x's where it is contiguous or channels-last, else contiguous."""
     channels_last = x.permute([0, *range(2, x.dim()), 1])
     kept = x.is_contiguous() or channels_last.is_contiguous()
     return torch.empty_strided(x.shape, x.stride() if kept else x.contiguous().stride(), dtype=x.dtype, device=x.device)
@@ -79,7 +79,7 @@ def _(running_mean, running_var, batches, mean, var, values, momentum):  # type:
     return None
 
 
-# ---- batching rules for vmap: the batch joins the channels, which are normalized apart anyway -------------------------
+# ---- batching rules for vmap: the batch joins the channels, which are normalized apart anyway ------------------------
 
 
 def _join(x: Tensor | None, dim: int | None, size: int, channel: int) -> Tensor | None:
@@ -110,18 +110,14 @@ def _batched(op: Any, tensors: int, channels_of: tuple[int, ...], out_channels: 
 
 
 ops = torch.ops.batchnorm
-torch.library.register_vmap(
-    "batchnorm::forward", _batched(ops.forward, 4, (1, 0, 0, 1), (1, 0, 0)), lib=library
-)
-torch.library.register_vmap(
-    "batchnorm::normalize", _batched(ops.normalize, 6, (1, 0, 0, 0, 0, 1), (1,)), lib=library
-)
+torch.library.register_vmap("batchnorm::forward", _batched(ops.forward, 4, (1, 0, 0, 1), (1, 0, 0)), lib=library)
+torch.library.register_vmap("batchnorm::normalize", _batched(ops.normalize, 6, (1, 0, 0, 0, 0, 1), (1,)), lib=library)
 torch.library.register_vmap(
     "batchnorm::backward", _batched(ops.backward, 7, (1, 1, 0, 0, 0, 0, 1), (1, 0, 0, 1)), lib=library
 )
 
 
-# ---- autograd ---------------------------------------------------------------------------------------------------------
+# ---- autograd --------------------------------------------------------------------------------------------------------
 
 
 class Forward(torch.autograd.Function):
@@ -150,12 +146,12 @@ class Forward(torch.autograd.Function):
 
 
 class EagerForward(Forward):
-    """The same in one piece: half the time per call, since torch binds the arguments of two pieces by name. Not for torch.func."""
+    """The same in one piece, which takes half the time: torch binds two pieces by name. Not for torch.func."""
 
     setup_context = torch.autograd.Function.setup_context
 
     @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
         output = Forward.forward(*inputs)
         Forward.setup_context(ctx, inputs, output)
         return output
@@ -187,7 +183,7 @@ class EagerNormalize(Normalize):
     setup_context = torch.autograd.Function.setup_context
 
     @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
         output = Normalize.forward(*inputs)
         Normalize.setup_context(ctx, inputs, output)
         return output
@@ -237,12 +233,14 @@ class Backward(torch.autograd.Function):
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         dy, x, mean, var, weight, bias, kept = ctx.saved_tensors
         eps, activation, slope, training = ctx.scalars
-        given = {"dy": dy, "x": x, "weight": weight, "bias": bias, "kept": kept}
+        given: dict[str, Any] = {"dy": dy, "x": x, "weight": weight, "bias": bias, "kept": kept}
         present = {name: t for name, t in given.items() if t is not None}
 
         def gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
             values = given | dict(zip(present, tensors, strict=True))
-            return _reference_backward(*values.values(), mean, var, eps, activation, slope, training)
+            return _reference_backward(
+                **values, mean=mean, var=var, eps=eps, activation=activation, slope=slope, training=training
+            )
 
         outputs, pullback = torch.func.vjp(gradient, *present.values())
         grads = tuple(torch.zeros_like(o) if g is None else g for g, o in zip(grads, outputs, strict=True))

@@ -19,7 +19,8 @@ enum class Pass { statistics, normalize, gradient_sums, input_gradient };
 // A piece of a tensor: `rows` rows of `length` values that lie one after the other in memory. Per-channel values are of
 // the type that is computed in. `planes`: a row is one channel's, and per-channel arrays hold a value for each row.
 // Otherwise a row holds several channels, and per-channel arrays hold a value for each place in a row; they are
-// padded to whole vectors and aligned to one. Sums have LANES places for each row of planes, else one for each place.
+// padded to whole vectors and aligned to one. Sums have LANES places for each row of planes, else one for each place,
+// padded to whole vectors of float.
 struct Block {
   int64_t rows, length;
   const void *x, *dy, *kept;  // kept: y or the residual; normalize reads the residual here

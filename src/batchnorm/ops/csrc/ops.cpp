@@ -252,7 +252,8 @@ template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group) {
   const Lanes<A> lanes(job);
   const int64_t rows = group.rows(g), parts = std::min(g.threads, rows);
   const int64_t per_channel = g.planes ? LANES : g.inner, width = g.planes ? group.channels() * LANES : g.places();
-  const int64_t padded = (width + LANES - 1) / LANES * LANES;
+  constexpr int64_t places = VECTOR / sizeof(float);  // of the widest vector: what a row's last vector may touch
+  const int64_t padded = (width + places - 1) / places * places;
   const Array<double> sums(parts * padded), products(parts * padded);
   parallel(parts, [&](int64_t part) {
     run(leaf, job, lanes, group, rows * part / parts, rows * (part + 1) / parts, &sums[part * padded], &products[part * padded]);

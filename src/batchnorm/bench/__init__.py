@@ -1,0 +1,1 @@
+"""``batchnorm bench``: our layers beside torch's, one by one (``layers``) and in whole networks (``networks``)."""

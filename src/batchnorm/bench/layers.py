@@ -1,0 +1,234 @@
+"""Our layer against torch's, on the user's shapes: seconds per call, side by side in one process per case.
+
+Shapes: N examples, C channels, S places. A side is a way to compute activation(BN(x) + residual).
+
+Comes from: ``cli/bench.py``. Goes to: the terminal, JSON and PNG. A case whose results are wrong is not timed.
+Interleaved: every round calls each side once, so that a disturbance of the machine hits all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+SHAPES: tuple[tuple[int, ...], ...] = (
+    (32, 64, 56, 56), (32, 256, 56, 56), (32, 512, 14, 14), (128, 16, 28, 28), (64, 128, 32, 32), (48, 24, 40, 40),
+    (16, 2048, 7, 7), (8, 32, 112, 112), (256, 96, 14, 14), (4, 32, 16, 64, 64), (64, 96, 700), (4096, 512),
+    (65536, 64),
+)  # fmt: skip
+LAYOUTS = ("contiguous", "channels-last")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "none": nn.Identity, "relu": lambda: nn.ReLU(inplace=True), "relu6": lambda: nn.ReLU6(inplace=True),
+    "leaky_relu": lambda: nn.LeakyReLU(inplace=True), "silu": nn.SiLU, "hardswish": nn.Hardswish,
+    "sigmoid": nn.Sigmoid, "tanh": nn.Tanh,
+}  # fmt: skip
+KINDS = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
+STOCK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+# Settings of glibc's malloc that keep large tensors from being returned to the system and faulted in again.
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
+WRONG = 8.0  # times torch's own error against float64, or units of eps, whichever is more
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    shape: tuple[int, ...]
+    layout: str = "contiguous"
+    dtype: str = "float32"
+    activation: str = "relu"
+    residual: bool = False
+    training: bool = True
+
+    def tensor(self, seed: int) -> Tensor:
+        """Random values in the case's shape, layout and dtype."""
+        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)).to(DTYPES[self.dtype])
+        return x if self.layout == "contiguous" else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+    def layers(self) -> tuple[nn.Module, nn.Module]:
+        """Ours and torch's, with the same parameters."""
+        channels, rank = self.shape[1], len(self.shape)
+        activation = None if self.activation == "none" else self.activation
+        ours, stock = KINDS[rank](channels, activation=activation), STOCK[rank](channels)
+        with torch.no_grad():
+            stock.weight.uniform_(0.5, 1.5)
+            stock.bias.uniform_(-0.5, 0.5)
+        if DTYPES[self.dtype] == torch.float64:
+            ours, stock = ours.double(), stock.double()
+        ours.load_state_dict(copy.deepcopy(stock.state_dict()))
+        return ours.train(self.training), Stock(stock, ACTIVATIONS[self.activation]()).train(self.training)
+
+    def floor(self) -> float:
+        """Reads and writes of the whole tensor that no implementation avoids, in memory beyond the caches."""
+        large = self.layout == "channels-last" or len(self.shape) == 2  # all channels at once: too much for a cache
+        again = 2 if large and self.training else 1  # x, and on the way back x and dy: once for the sums, once more
+        fused = self.residual and self.activation != "none"
+        forward = again + 1 + self.residual
+        return forward + (again * (2 + fused) + 1 + fused if self.training else 0)
+
+
+class Stock(nn.Module):
+    """What users write with torch's layer."""
+
+    def __init__(self, norm: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.norm(x)
+        return self.activation(y if residual is None else y + residual)
+
+
+SIDES = ("ours", "ours compiled", "eager", "compiled", "copy")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case with the median seconds of each side and their spread (interquartile range over median)."""
+
+    case: Case
+    seconds: dict[str, float]
+    spread: dict[str, float]
+    rounds: int
+    error: str | None = None
+
+    def ratio(self, side: str, over: str = "ours") -> float | None:
+        """Seconds of one side over those of another; None where one was not timed."""
+        both = self.seconds.get(side), self.seconds.get(over)
+        return None if None in both else both[0] / both[1]  # type: ignore[operator]
+
+    def over_floor(self) -> float | None:
+        """Ours over the time that the floor's bytes take at the speed of a copy, which moves three per value."""
+        copies = self.ratio("ours", "copy")
+        return None if copies is None else 3 * copies / self.case.floor()
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def geometric_mean(values: list[float]) -> float | None:
+    """exp(mean(log values)); None of nothing."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+
+def bench(
+    cases: list[Case], sides: tuple[str, ...] = SIDES, *, seconds: float = 2.0, threads: int | None = None,
+    keep_memory: bool = True,
+) -> Iterator[Row]:  # fmt: skip
+    """Time the cases, each in a process of its own.
+
+    Args:
+        cases: what to time.
+        sides: which of ``SIDES``.
+        seconds: about how long the rounds of a case take, after the warm-up.
+        threads: of each process; default: torch's.
+        keep_memory: malloc keeps freed memory (``KEPT``); False: the system's default.
+
+    Yields:
+        A row per case, as it is done; ``error`` is set where results were wrong or a side failed.
+    """
+    before = {name: os.environ.get(name) for name in KEPT}
+    os.environ.update(KEPT if keep_memory else {})
+    try:
+        for case in cases:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                yield process.submit(measure, case, sides, seconds, threads).result()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def measure(case: Case, sides: tuple[str, ...], seconds: float, threads: int | None) -> Row:
+    """One case, in this process."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    error = wrong(case)
+    if error is not None:
+        return Row(case, {}, {}, 0, error)
+    calls = {side: call_of(case, side) for side in sides}
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times: dict[str, list[float]] = {side: [] for side in calls}
+    until = time.perf_counter() + seconds
+    while len(times[sides[0]]) < 7 or time.perf_counter() < until:
+        for side, call in calls.items():
+            started = time.perf_counter()
+            call()
+            times[side].append(time.perf_counter() - started)
+    middle = {side: median(values) for side, values in times.items()}
+    spread = {}
+    for side, values in times.items():
+        low, _, high = quantiles(values, n=4)
+        spread[side] = (high - low) / middle[side]
+    return Row(case, middle, spread, len(times[sides[0]]))
+
+
+def call_of(case: Case, side: str) -> Callable[[], object]:
+    """One call of a side: forward, and in training backward."""
+    x = case.tensor(0)
+    if side == "copy":
+        to = torch.empty_like(x)
+        return lambda: to.copy_(x)
+    ours, stock = case.layers()
+    layer: Any = ours if side.startswith("ours") else stock
+    if side.endswith("compiled"):
+        layer = torch.compile(layer, fullgraph=True, dynamic=False)
+    arguments = [x.requires_grad_(case.training), *([case.tensor(1).requires_grad_(case.training)] * case.residual)]
+    if not case.training:
+
+        def infer() -> None:
+            with torch.inference_mode():
+                layer(*arguments)
+
+        return infer
+    d_y = case.tensor(2)
+    leaves = [*arguments, *(p for p in (ours if side.startswith("ours") else stock).parameters())]
+
+    def train() -> None:
+        layer(*arguments).backward(d_y)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return train
+
+
+def wrong(case: Case) -> str | None:
+    """What is wrong with our results, or None: outputs and gradients against float64, beside torch's own error."""
+    results: dict[str, list[Tensor]] = {}
+    ours, stock = case.layers()
+    exact = copy.deepcopy(stock).double()
+    d_y = case.tensor(2)
+    for name, layer in (("ours", ours), ("torch", stock), ("exact", exact)):
+        dtype = torch.float64 if name == "exact" else DTYPES[case.dtype]
+        inputs = [case.tensor(seed).to(dtype).requires_grad_() for seed in range(1 + case.residual)]
+        y = layer(*inputs)
+        leaves = [*inputs, *layer.parameters()]
+        results[name] = [y.detach(), *torch.autograd.grad(y, leaves, d_y.to(dtype))]
+    names = ("y", "dx", *(["dresidual"] * case.residual), "dweight", "dbias")
+    for name, mine, theirs, right in zip(names, results["ours"], results["torch"], results["exact"], strict=True):
+        size = right.abs().max().clamp(min=1)
+        mine_error, their_error = ((t.double() - right).abs().mean() / size for t in (mine, theirs))
+        unit = torch.finfo(mine.dtype).eps
+        if not mine_error <= WRONG * max(float(their_error), unit):
+            ours_off, torch_off = float(mine_error / unit), float(their_error / unit)
+            return f"{name} is off by {ours_off:.1f} units of rounding; torch's by {torch_off:.1f}"
+    return None

@@ -1,0 +1,190 @@
+"""``batchnorm bench``: our layer against torch's on this machine, for a table of shapes or for whole networks.
+
+Comes from: the options. Goes to: ``batchnorm.bench``; a table, and on request JSON and a bar chart.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress, track
+from rich.table import Table
+
+from batchnorm.bench import layers
+from batchnorm.bench.layers import ACTIVATIONS, DTYPES, LAYOUTS, SHAPES, SIDES, Case, Row, geometric_mean
+from batchnorm.bench.networks import NETWORKS, bench_network
+
+STEPS = 9  # of each kind of layer, for --network
+
+
+def bench(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="As 32,64,56,56; may be given again.", show_default="13 shapes")
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help=f"A whole network instead: {', '.join(NETWORKS)} (needs transformers).")
+    ] = None,
+    layout: Annotated[str, typer.Option(help=f"{', '.join(LAYOUTS)}, or both.")] = "both",
+    dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
+    activation: Annotated[str, typer.Option(help=", ".join(ACTIVATIONS))] = "relu",
+    residual: Annotated[bool, typer.Option("--residual", help="Add a second tensor before the activation.")] = False,
+    inference: Annotated[bool, typer.Option("--inference", help="Evaluation mode, forward alone.")] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave torch.compile out: it takes long.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Of torch.", show_default="torch's default")] = None,
+    seconds: Annotated[float, typer.Option(help="Spent on each line, after the warm-up.")] = 2.0,
+    default_allocator: Annotated[
+        bool,
+        typer.Option("--default-allocator", help="Let malloc return memory to the system: page faults in the times."),
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a bar chart there, as PNG.")] = None,
+) -> None:
+    """Forward + backward of BN and what follows it: ours, torch's layer, both under torch.compile, and a plain copy.
+
+    A case whose results are wrong is not timed, and the exit code is 1 then.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    try:
+        if network is not None and network not in NETWORKS:
+            raise ValueError(f'unknown network "{network}". Known: {", ".join(NETWORKS)}.')
+        cases = _cases(shape, layout, dtype, activation, residual, not inference)
+        if seconds <= 0 or (threads is not None and threads < 1):
+            raise ValueError(f"--seconds and --threads must be above 0 (got {seconds}, {threads}).")
+        for file in (json_file, plot):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise ValueError(f"{file}: there is no directory {file.absolute().parent}.")
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(2)
+    if network is not None:
+        _network(network, layout, threads, console)
+        return
+    sides = tuple(side for side in SIDES if not (no_compile and side.endswith("compiled")))
+    made = layers.bench(cases, sides, seconds=seconds, threads=threads, keep_memory=not default_allocator)
+    rows = list(track(made, "Timing", total=len(cases), console=Console(stderr=True), transient=True))
+    what = {
+        "torch": torch.__version__, "processor": platform.processor() or platform.machine(),
+        "threads": threads or torch.get_num_threads(), "dtype": dtype, "activation": activation, "residual": residual,
+        "training": not inference, "malloc": "default" if default_allocator else "keeps freed memory",
+    }  # fmt: skip
+    console.print(table_of(rows, sides))
+    console.print(", ".join(f"{name} {value}" for name, value in what.items()))
+    if json_file is not None:
+        json_file.write_text(json.dumps({"what": what, "rows": [row.as_json() for row in rows]}, indent=1))
+    if plot is not None:
+        draw(rows, sides, plot, f"BN + {activation}, {dtype}, {'training' if not inference else 'inference'}")
+    if any(row.error for row in rows):
+        sys.exit(1)
+
+
+def _network(name: str, layout: str, threads: int | None, console: Console) -> None:
+    """A training step of a whole network, at the usual batch of 32 and size of 224."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    table = Table(
+        "network", "layout", "torch (ms)", "spread", "ours (ms)", "spread", "torch / ours", "BN's share", box=None
+    )
+    for chosen in LAYOUTS if layout == "both" else (layout,):
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task(f"{name}, {chosen}", total=2 * (STEPS + 2))
+            row = bench_network(
+                name, batch=32, size=224, channels_last=chosen == "channels-last", steps=STEPS,
+                report=partial(progress.advance, bar),
+            )  # fmt: skip
+        cells = [
+            cell
+            for kind in ("torch", "ours")
+            for cell in (f"{1e3 * row.seconds[kind]:.0f}", f"{100 * row.spread[kind]:.0f}%")
+        ]
+        table.add_row(
+            name, chosen, *cells, f"{row.seconds['torch'] / row.seconds['ours']:.2f}", f"{100 * row.share:.0f}%"
+        )
+    console.print(table)
+
+
+def table_of(rows: list[Row], sides: tuple[str, ...]) -> Table:
+    """Milliseconds of ours with their spread; how many times longer each other side takes."""
+    table = Table("shape", "layout", "ours (ms)", "spread", box=None)
+    others = [side for side in sides if side not in ("ours", "copy")]
+    for name in (*(f"{side} / ours" for side in others), "ours / copy", "ours / floor"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        shape = "x".join(map(str, row.case.shape))
+        if row.error is not None:
+            table.add_row(shape, row.case.layout, "not timed", row.error)
+            continue
+        ratios = [*(row.ratio(side) for side in others), row.ratio("ours", "copy"), row.over_floor()]
+        table.add_row(
+            shape, row.case.layout, f"{1e3 * row.seconds['ours']:.3g}", f"{100 * row.spread['ours']:.0f}%",
+            *(f"{ratio:.2f}" if ratio else "-" for ratio in ratios),
+        )  # fmt: skip
+    means = [geometric_mean([r for row in rows if (r := row.ratio(side))]) for side in others]
+    table.add_row("geometric mean", "", "", "", *(f"{mean:.2f}" if mean else "-" for mean in means), end_section=True)
+    return table
+
+
+def draw(rows: list[Row], sides: tuple[str, ...], file: Path, title: str) -> None:
+    """How many times faster than each other side, a group of bars for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    others = [side for side in sides if side not in ("ours", "copy")]
+    rows = [row for row in rows if row.error is None]
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.22 * len(rows) * len(others)), layout="constrained")
+    height = 0.8 / len(others)
+    for number, (side, color) in enumerate(zip(others, ("#4c78a8", "#9ecae9", "#bab0ac"), strict=False)):
+        places = [place + number * height for place in range(len(rows))]
+        values = [row.ratio(side) or 0.0 for row in rows]
+        axes.barh(places, values, height, label={"eager": "torch"}.get(side, f"torch.compile ({side})"), color=color)
+        for place, value in zip(places, values, strict=True):
+            axes.annotate(f"{value:.1f}", (value, place), (2, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    names = [f"{'x'.join(map(str, row.case.shape))} {row.case.layout}" for row in rows]
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(rows))], names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("time over ours (1: as fast)")
+    mean = geometric_mean([r for row in rows if (r := row.ratio("eager"))])
+    axes.set_title(f"{title}: {mean:.1f} times as fast as torch" if mean else title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(others) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def _cases(
+    shapes: list[str] | None, layout: str, dtype: str, activation: str, residual: bool, training: bool
+) -> list[Case]:
+    for name, value, known in (("dtype", dtype, DTYPES), ("activation", activation, ACTIVATIONS)):
+        if value not in known:
+            raise ValueError(f'unknown {name} "{value}". Known: {", ".join(known)}.')
+    if layout not in (*LAYOUTS, "both"):
+        raise ValueError(f'unknown layout "{layout}". Known: {", ".join(LAYOUTS)}, both.')
+    cases = []
+    for given in map(_shape, shapes) if shapes else SHAPES:
+        layouts = LAYOUTS if layout == "both" else (layout,)
+        for chosen in layouts if len(given) in (4, 5) else ("contiguous",):
+            cases.append(Case(given, chosen, dtype, activation, residual, training))
+    return cases
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(size) for size in text.replace("x", ",").split(","))
+    except ValueError:
+        shape = ()
+    if not 2 <= len(shape) <= 5 or any(size < 1 for size in shape):
+        raise ValueError(f'--shape "{text}": expected 2 to 5 sizes above 0, N,C,..., as 32,64,56,56.')
+    if shape[0] * torch.Size(shape[2:]).numel() < 2:
+        raise ValueError(f'--shape "{text}": one value per channel has no variance.')
+    return shape

@@ -1,0 +1,53 @@
+"""From torch's layers to ours, in a whole model.
+
+Comes from: any model. Goes to: the same model with layers of ``nn.norm``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+from torch import nn
+
+from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+
+
+def from_torch(model: Model) -> Model:
+    """The model with every ``torch.nn.BatchNorm1d/2d/3d`` replaced by ours: same results, faster steps.
+
+    The new model shares parameters and buffers with the given one, as the same objects, so that an optimizer stays
+    valid; the given model keeps its layers. Modes, hooks and state_dict keys are as they were. Subclasses of torch's
+    layers are left alone, since they may compute anything; so is ``SyncBatchNorm``.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A model of the same class.
+
+    Raises:
+        TypeError: not a module.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> model = bn.from_torch(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8)))
+        >>> type(model[1]) is bn.BatchNorm1d
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"from_torch takes a torch.nn.Module, got {type(model).__name__}.")
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    converted = copy.deepcopy(model, shared)
+    for module in converted.modules():
+        if type(module) in _OURS:
+            module.__class__ = _OURS[type(module)]
+    return converted

@@ -1,0 +1,64 @@
+"""from_torch: the same model with our layers, sharing its parameters."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+
+
+def stock():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5)
+    )
+
+
+def test_layers_are_ours_parameters_are_the_same_objects_and_the_given_model_keeps_its_own():
+    model = stock()
+    converted = bn.from_torch(model)
+    assert [type(converted[i]) for i in (1, 5)] == [bn.BatchNorm2d, bn.BatchNorm1d]
+    assert [type(model[i]) for i in (1, 5)] == [nn.BatchNorm2d, nn.BatchNorm1d]
+    for kind in ("named_parameters", "named_buffers"):
+        pairs = zip(getattr(model, kind)(), getattr(converted, kind)(), strict=True)
+        assert all(a == b and s is t for (a, s), (b, t) in pairs)
+
+
+def test_trains_and_evaluates_as_before():
+    model, x = stock(), torch.randn(6, 3, 6, 6)
+    twin = copy.deepcopy(model)
+    converted = bn.from_torch(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # made for the given model, valid for the new one
+    y, expected = converted(x), twin(x)
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    optimizer.step()
+    torch.testing.assert_close(converted.eval()(x), model.eval()(x))
+
+
+def test_subclasses_and_other_layers_are_left_alone():
+    class Mine(nn.BatchNorm2d):
+        pass
+
+    converted = bn.from_torch(nn.Sequential(Mine(3), nn.SyncBatchNorm(3), nn.InstanceNorm2d(3)))
+    assert [type(layer) for layer in converted] == [Mine, nn.SyncBatchNorm, nn.InstanceNorm2d]
+
+
+def test_hooks_modes_and_a_layer_as_the_model():
+    layer = nn.BatchNorm1d(3).eval()
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    converted = bn.from_torch(layer)
+    assert type(converted) is bn.BatchNorm1d
+    assert not converted.training
+    converted(torch.randn(2, 3))
+    assert seen == [1]
+
+
+def test_what_is_no_module():
+    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, got list"):
+        bn.from_torch([nn.BatchNorm1d(3)])
