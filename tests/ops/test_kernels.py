@@ -116,6 +116,16 @@ def test_large_tensors_are_cut_into_groups_and_threads_without_a_seam():
         assert max(compare(x, torch.randn_like(x), "relu", True)) <= 1
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_that_are_written_past_the_caches(layout, dtype):  # rows that do not begin at a vector among them
+    for shape in ((12, 40, 67, 69), (6, 48, 64, 80), (40000, 40)):
+        x = arrange(torch.randn(shape).to(dtype), layout)
+        assert x.nbytes > 2 << 20
+        assert max(compare(x, torch.randn(shape).to(dtype), "silu", True)) <= 1
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_same_bits_from_run_to_run_and_rounding_alone_between_numbers_of_threads(layout):
     x, d_y = arrange(torch.randn(8, 48, 33, 31), layout), torch.randn(8, 48, 33, 31)

@@ -204,9 +204,7 @@ def call_of(case: Case, side: str) -> Callable[[], object]:
     leaves = [*arguments, *(p for p in (ours if side.startswith("ours") else stock).parameters())]
 
     def train() -> None:
-        layer(*arguments).backward(d_y)
-        for leaf in leaves:
-            leaf.grad = None
+        torch.autograd.grad(layer(*arguments), leaves, d_y)
 
     return train
 

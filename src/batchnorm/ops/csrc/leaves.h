@@ -3,9 +3,19 @@
 // Comes from: vector.h. Goes to: leaves_*.cpp, which compile this file once per instruction set.
 #pragma once
 
+#include <algorithm>
+
 #include "vector.h"
 
 namespace {
+
+constexpr int64_t AHEAD = 2048;  // bytes from a load to what is asked of memory with it
+
+// Values from `at` to the next address where a vector can be streamed to.
+template <class T> inline int64_t lanes_to_boundary(const T* at) {
+  constexpr int64_t bytes = W<typename Compute<T>::type> * sizeof(T);
+  return (bytes - int64_t(reinterpret_cast<uintptr_t>(at) % bytes)) % bytes / int64_t(sizeof(T));
+}
 
 // A per-channel value at place i of a row: the same everywhere, or one for each place.
 template <class A, bool planes> struct PerChannel {
@@ -34,15 +44,31 @@ template <class A, bool planes> struct Sums {
   }
 };
 
-// Calls body(offset of the vector, its place in the row, a loader, a storer) for every vector of a row. A vector that
-// goes beyond the end of the row has there what the loader's second argument says, by default 0.
-template <class A, class Body> inline void for_each_vector(const Block& block, int64_t row, Body body) {
-  const int64_t begin = row * block.length, whole = block.length / W<A> * W<A>;
-  for (int64_t i = 0; i < whole; i += W<A>)
-    body(begin + i, i, [](auto* from, V<A> = V<A>{}) { return widen(from); }, [](auto* to, V<A> v) { narrow(to, v); });
-  if (const int rest = int(block.length - whole))
-    body(begin + whole, whole, [rest](auto* from, V<A> beyond = V<A>{}) { return widen(from, rest, beyond); },
-         [rest](auto* to, V<A> v) { narrow(to, v, rest); });
+// Calls body(offset of the vector, its place in the row, a loader, a storer) for every vector of a row. Where a row does
+// not end or, in a streaming pass, not begin with a whole vector, the loader and the storer leave the rest of the vector
+// alone: there, values are what the loader's second argument says, by default 0.
+template <class T, bool planes, class Body> inline void for_each_vector(const Block& block, int64_t row, Body body) {
+  using A = typename Compute<T>::type;
+  const int64_t begin = row * block.length, length = block.length;
+  const auto load = [](auto* from, V<A> = V<A>{}) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD);
+    return widen(from);
+  };
+  const auto part = [&](int64_t i, int n) {
+    body(begin + i, i, [n](auto* from, V<A> beyond = V<A>{}) { return widen(from, n, beyond); },
+         [n](auto* to, V<A> v) { narrow(to, v, n); });
+  };
+  int64_t i = 0;
+  if (block.streaming) {
+    if constexpr (planes) {
+      i = std::min(length, lanes_to_boundary<T>(static_cast<const T*>(block.y ? block.y : block.dx) + begin));
+      if (i) part(0, int(i));
+    }
+    for (; i + W<A> <= length; i += W<A>) body(begin + i, i, load, [](auto* to, V<A> v) { stream(to, v); });
+  } else {
+    for (; i + W<A> <= length; i += W<A>) body(begin + i, i, load, [](auto* to, V<A> v) { narrow(to, v); });
+  }
+  if (i < length) part(i, int(length - i));
 }
 
 template <class T, bool planes> void statistics(const Block& block) {
@@ -51,7 +77,7 @@ template <class T, bool planes> void statistics(const Block& block) {
   for (int64_t row = 0; row < block.rows; ++row) {
     const PerChannel<A, planes> mean(block.mean, row);
     Sums<A, planes> sum(block.sum, row), square(block.product, row);
-    for_each_vector<A>(block, row, [&](int64_t offset, int64_t i, auto load, auto) {
+    for_each_vector<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto) {
       add_centered(sum.at(i), square.at(i), load(x + offset, mean.at(i)), mean.at(i));
     });
   }
@@ -64,12 +90,13 @@ template <class T, bool planes, Activation g, bool residual> void normalize(cons
   const A slope = A(block.slope);
   for (int64_t row = 0; row < block.rows; ++row) {
     const PerChannel<A, planes> mean(block.mean, row), scale(block.scale, row), shift(block.shift, row);
-    for_each_vector<A>(block, row, [&](int64_t offset, int64_t i, auto load, auto store) {
+    for_each_vector<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto store) {
       V<A> z = (load(x + offset) - mean.at(i)) * scale.at(i) + shift.at(i);
       if constexpr (residual) z += load(other + offset);
       store(y + offset, activate<g, A>(z, slope));
     });
   }
+  if (block.streaming) fence();
 }
 
 // dz = dy * g'(z), with z computed again from x (and the residual), or g'(z) from y.
@@ -93,7 +120,7 @@ template <class T, bool planes, Activation g, Kept kept> void gradient_sums(cons
   for (int64_t row = 0; row < block.rows; ++row) {
     const PerChannel<A, planes> mean(block.mean, row), scale(block.scale, row), shift(block.shift, row);
     Sums<A, planes> sum(block.sum, row), product(block.product, row);
-    for_each_vector<A>(block, row, [&](int64_t offset, int64_t i, auto load, auto) {
+    for_each_vector<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto) {
       const V<A> centered = load(x + offset) - mean.at(i);  // beyond the end dy is 0, so dz is
       const V<A> dz = pre_activation_gradient<T, g, kept>(block, offset, load, centered, scale.at(i), shift.at(i));
       sum.at(i).add(dz);
@@ -109,13 +136,14 @@ template <class T, bool planes, Activation g, Kept kept> void input_gradient(con
   for (int64_t row = 0; row < block.rows; ++row) {
     const PerChannel<A, planes> mean(block.mean, row), scale(block.scale, row), shift(block.shift, row);
     const PerChannel<A, planes> mean_term(block.mean_term, row), centered_term(block.centered_term, row);
-    for_each_vector<A>(block, row, [&](int64_t offset, int64_t i, auto load, auto store) {
+    for_each_vector<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto store) {
       const V<A> centered = load(x + offset) - mean.at(i);
       const V<A> dz = pre_activation_gradient<T, g, kept>(block, offset, load, centered, scale.at(i), shift.at(i));
       store(dx + offset, scale.at(i) * dz - mean_term.at(i) - centered_term.at(i) * centered);
       if constexpr (kept != Kept::nothing) store(dresidual + offset, dz);
     });
   }
+  if (block.streaming) fence();
 }
 
 template <class T, bool planes, Activation g> Leaf choose(Choice choice) {

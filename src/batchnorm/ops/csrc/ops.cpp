@@ -216,14 +216,14 @@ struct Group {
 
 // Runs the leaf over rows [begin, end) of a group. Sums are those of the group, as `Block` has them.
 template <class A>
-void run(Leaf leaf, const Job<A>& job, const Lanes<A>& lanes, Group group, int64_t begin, int64_t end, double* sum, double* product) {
+void run(Leaf leaf, const Job<A>& job, const Lanes<A>& lanes, Group group, int64_t begin, int64_t end, double* sum, double* product, bool streaming = false) {
   const Geometry& g = job.g;
   const auto call = [&](int64_t rows, int64_t length, int64_t offset, int64_t channel) {
     const auto at = [&](auto* p) { return p ? p + offset * job.item : nullptr; };
     const auto sums = [&](double* p) { return p ? p + (channel - group.begin) * LANES : nullptr; };
     leaf({rows, length, at(job.x), at(job.dy), at(job.kept), at(job.y), at(job.dx), at(job.dresidual),
           lanes.at(0, channel), lanes.at(1, channel), lanes.at(2, channel), lanes.at(3, channel), lanes.at(4, channel),
-          sums(sum), sums(product), job.slope});
+          sums(sum), sums(product), job.slope, streaming});
   };
   if (g.planes) {
     for (int64_t row = begin; row < end;) {  // the rows of one example lie together
@@ -267,16 +267,28 @@ template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group) {
 }
 
 constexpr int64_t PIECE = 1 << 16;  // bytes visited at a time on the way back
+constexpr int64_t STREAMED = 2 << 20;  // bytes of a result that is not expected to stay in cache until it is read
+constexpr int64_t STREAMED_ROW = 512;  // bytes of a row of planes that are worth the vectors cut at its ends
+
+// Whether results are written past the caches: that saves reading what is overwritten, and keeps x and dy in them.
+template <class A> bool streams(const Job<A>& job) {
+  const Geometry& g = job.g;
+  if (g.N * g.C * g.S * job.item < (getenv("BN_STREAM")? atoll(getenv("BN_STREAM")):STREAMED)) return false;
+  if (g.planes) return g.length * job.item >= STREAMED_ROW;
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % VECTOR == 0; };
+  return g.length * job.item % VECTOR == 0 && aligned(job.y) && aligned(job.dx) && aligned(job.dresidual);
+}
 
 // Second pass, from the end to the beginning: what the first one read last is still in cache.
 template <class A> void write_group(Leaf leaf, const Job<A>& job, Group group) {
   const Lanes<A> lanes(job);
   const int64_t rows = group.rows(job.g), parts = std::min(job.g.threads, rows);
   const int64_t step = std::max<int64_t>(1, PIECE / (job.g.length * job.item));
+  const bool streaming = streams(job);
   parallel(parts, [&](int64_t part) {
     const int64_t first = rows * part / parts;
     for (int64_t end = rows * (part + 1) / parts; end > first; end -= step)
-      run(leaf, job, lanes, group, std::max(first, end - step), end, nullptr, nullptr);
+      run(leaf, job, lanes, group, std::max(first, end - step), end, nullptr, nullptr, streaming);
   });
 }
 

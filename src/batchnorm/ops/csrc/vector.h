@@ -94,6 +94,27 @@ inline void narrow(Float16* to, V<float> v) {
 }
 #endif
 
+// Past the caches, to an address that is a multiple of what the vector takes there: for results larger than them.
+template <class T, class A> inline void stream(T* to, A v) {
+#if defined(__AVX2__)
+  alignas(VECTOR) T values[BYTES / sizeof(v[0])];
+  narrow(values, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(values) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(values));
+#endif
+  if constexpr (sizeof(values) == 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_load_si256(reinterpret_cast<const __m256i*>(values)));
+  else _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_load_si128(reinterpret_cast<const __m128i*>(values)));
+#else
+  narrow(to, v);
+#endif
+}
+inline void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // The first n of a vector's places; `beyond` has the others.
 template <class A> inline V<A> joined(int n, V<A> first, V<A> beyond) {
   typename VectorOf<A>::bits place;
