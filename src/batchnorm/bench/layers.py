@@ -40,7 +40,8 @@ KINDS = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 STOCK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 # Settings of glibc's malloc that keep large tensors from being returned to the system and faulted in again.
-KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+WARM_UP = 12  # rounds: until the heap has the size that it keeps
 WRONG = 8.0  # times torch's own error against float64, or units of eps, whichever is more
 
 
@@ -164,8 +165,8 @@ def measure(case: Case, sides: tuple[str, ...], seconds: float, threads: int | N
     if error is not None:
         return Row(case, {}, {}, 0, error)
     calls = {side: call_of(case, side) for side in sides}
-    for call in calls.values():
-        for _ in range(3):
+    for _ in range(WARM_UP):
+        for call in calls.values():
             call()
     times: dict[str, list[float]] = {side: [] for side in calls}
     until = time.perf_counter() + seconds
