@@ -267,13 +267,13 @@ template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group) {
 }
 
 constexpr int64_t PIECE = 1 << 16;  // bytes visited at a time on the way back
-constexpr int64_t STREAMED = 2 << 20;  // bytes of a result that is not expected to stay in cache until it is read
+constexpr int64_t STREAMED = 4 << 20;  // bytes of a result that is not expected to stay in cache until it is read
 constexpr int64_t STREAMED_ROW = 512;  // bytes of a row of planes that are worth the vectors cut at its ends
 
 // Whether results are written past the caches: that saves reading what is overwritten, and keeps x and dy in them.
 template <class A> bool streams(const Job<A>& job) {
   const Geometry& g = job.g;
-  if (g.N * g.C * g.S * job.item < (getenv("BN_STREAM")? atoll(getenv("BN_STREAM")):STREAMED)) return false;
+  if (g.N * g.C * g.S * job.item < STREAMED) return false;
   if (g.planes) return g.length * job.item >= STREAMED_ROW;
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % VECTOR == 0; };
   return g.length * job.item % VECTOR == 0 && aligned(job.y) && aligned(job.dx) && aligned(job.dresidual);
