@@ -175,6 +175,8 @@ def op_calls():
         "forward": (OP.forward, (x, weight, bias, None, 1e-5, 1, 0.0)),
         "forward residual": (OP.forward, (cl, None, None, r, 1e-5, 4, 0.0)),
         "forward (N, C)": (OP.forward, (torch.randn(6, 3).bfloat16(), weight, bias, None, 1e-5, 0, 0.0)),
+        "train": (OP.train, (x, weight, bias, None, mean, var, torch.tensor(2), 0.1, 1e-5, 1, 0.0)),
+        "train without running statistics": (OP.train, (x, weight, bias, r, None, None, None, None, 1e-5, 1, 0.0)),
         "normalize": (OP.normalize, (x, mean, var, weight, bias, r, 1e-5, 2, 0.0)),
         "backward": (OP.backward, (r, x, *wide, weight, bias, None, 1e-5, 1, 0.0, True)),
         "backward residual": (OP.backward, (r, cl, *wide, weight, bias, r, 1e-5, 3, SLOPE, False)),

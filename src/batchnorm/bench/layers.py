@@ -66,9 +66,10 @@ class Case:
         channels, rank = self.shape[1], len(self.shape)
         activation = None if self.activation == "none" else self.activation
         ours, stock = KINDS[rank](channels, activation=activation), STOCK[rank](channels)
+        generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
-            stock.weight.uniform_(0.5, 1.5)
-            stock.bias.uniform_(-0.5, 0.5)
+            stock.weight.uniform_(0.5, 1.5, generator=generator)
+            stock.bias.uniform_(-0.5, 0.5, generator=generator)
         if DTYPES[self.dtype] == torch.float64:
             ours, stock = ours.double(), stock.double()
         ours.load_state_dict(copy.deepcopy(stock.state_dict()))
@@ -210,12 +211,27 @@ def call_of(case: Case, side: str) -> Callable[[], object]:
     return train
 
 
+KINKS = (-3.0, 0.0, 3.0, 6.0)  # where the derivative of some activation jumps
+
+
+def _away_from_kinks(case: Case, exact: nn.Module) -> Tensor:
+    """The gradient of y, zero where rounding alone decides on which side of a kink z lies."""
+    inputs = [case.tensor(seed).double() for seed in range(1 + case.residual)]
+    with torch.no_grad():
+        z = copy.deepcopy(exact).norm(inputs[0])  # type: ignore[operator]
+        z = z + inputs[1] if case.residual else z
+    d_y, near = case.tensor(2), 16 * torch.finfo(DTYPES[case.dtype]).eps
+    for kink in KINKS:
+        d_y[(z - kink).abs() < near * (1 + abs(kink))] = 0
+    return d_y
+
+
 def wrong(case: Case) -> str | None:
     """What is wrong with our results, or None: outputs and gradients against float64, beside torch's own error."""
     results: dict[str, list[Tensor]] = {}
     ours, stock = case.layers()
     exact = copy.deepcopy(stock).double()
-    d_y = case.tensor(2)
+    d_y = _away_from_kinks(case, exact)
     for name, layer in (("ours", ours), ("torch", stock), ("exact", exact)):
         dtype = torch.float64 if name == "exact" else DTYPES[case.dtype]
         inputs = [case.tensor(seed).to(dtype).requires_grad_() for seed in range(1 + case.residual)]

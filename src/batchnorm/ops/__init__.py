@@ -75,18 +75,23 @@ def batch_norm(
         else:
             normalize = torch.ops.batchnorm.normalize.default
         return normalize(x_NCS, running_mean_C, running_var_C, gamma_C, beta_C, residual_NCS, eps, code, slope)
-    forward = (schema.EagerForward if eager else schema.Forward).apply
-    y, mean, var = forward(x_NCS, gamma_C, beta_C, residual_NCS, eps, code, slope)
+    if eager:
+        train = schema.eager_forward if torch.is_grad_enabled() else _train_without_gradient
+        return train(
+            x_NCS, gamma_C, beta_C, residual_NCS, running_mean_C, running_var_C, batches, momentum, eps, code, slope
+        )
+    y, mean, var = schema.Forward.apply(x_NCS, gamma_C, beta_C, residual_NCS, eps, code, slope)
     if running_mean_C is not None and running_var_C is not None:
         values = x_NCS.numel() // x_NCS.shape[1]
-        if eager or torch.compiler.is_compiling():
-            torch.ops.batchnorm.update_running_.default(
-                running_mean_C, running_var_C, batches, mean, var, values, momentum
-            )
-        else:
-            _update(running_mean_C, running_var_C, batches, mean, var, values, momentum)
+        update = torch.ops.batchnorm.update_running_.default if torch.compiler.is_compiling() else _update
+        update(running_mean_C, running_var_C, batches, mean, var, values, momentum)
     elif batches is not None:
         batches.add_(1)
+    return y
+
+
+def _train_without_gradient(*arguments: Any) -> Tensor:
+    y: Tensor = torch.ops.batchnorm.train.default(*arguments)[0]
     return y
 
 

@@ -460,11 +460,25 @@ void update_running_(
   blend(running_mean, mu, 1), blend(running_var, var, unbiased);
 }
 
+// forward, and the running statistics with it.
+std::tuple<Tensor, Tensor, Tensor> train(
+    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
+    const MaybeTensor& running_mean, const MaybeTensor& running_var, const MaybeTensor& batches,
+    std::optional<double> momentum, double eps, int64_t activation, double slope) {
+  auto results = forward(x, weight, bias, residual, eps, activation, slope);
+  const auto& [y, mu, var] = results;
+  if (running_mean && running_var)
+    update_running_(*running_mean, *running_var, batches, mu, var, x.size(1) ? x.numel() / x.size(1) : 0, momentum);
+  else if (batches) ++*data_of<int64_t>(*batches);
+  return results;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, library) {
   library.impl("forward", TORCH_BOX(&forward));
   library.impl("normalize", TORCH_BOX(&normalize));
   library.impl("backward", TORCH_BOX(&backward));
+  library.impl("train", TORCH_BOX(&train));
   library.impl("update_running_", TORCH_BOX(&update_running_));
 }
