@@ -41,6 +41,7 @@ STOCK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNor
 
 # Settings of glibc's malloc that keep large tensors from being returned to the system and faulted in again.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+IN_A_ROW = 4  # calls of a side in its turn, after one that is not timed: caches hold what they hold in a loop
 WARM_UP = 12  # rounds: until the heap has the size that it keeps
 WRONG = 8.0  # times torch's own error against float64, or units of eps, whichever is more
 
@@ -173,9 +174,11 @@ def measure(case: Case, sides: tuple[str, ...], seconds: float, threads: int | N
     until = time.perf_counter() + seconds
     while len(times[sides[0]]) < 7 or time.perf_counter() < until:
         for side, call in calls.items():
-            started = time.perf_counter()
             call()
-            times[side].append(time.perf_counter() - started)
+            started = time.perf_counter()
+            for _ in range(IN_A_ROW):
+                call()
+            times[side].append((time.perf_counter() - started) / IN_A_ROW)
     middle = {side: median(values) for side, values in times.items()}
     spread = {}
     for side, values in times.items():

@@ -5,7 +5,7 @@
 //   planes, (N, C, S): a row is one channel's places in one example.
 //   otherwise, (N, S, C), (N, C), and (N, C, S) with S small: a row is (outer, C, inner): all channels, `outer` times
 //   over so that rows are long and fill vectors, each with `inner` places.
-// Planes are worked on in groups of channels whose data stays in the last-level cache between the two passes.
+// Planes are worked on in groups of channels whose data stays in cache between the two passes.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 constexpr int64_t WORTH_A_THREAD = 32768;  // values, as in torch
 constexpr int64_t ROW = 512;  // places that a row of several channels should have: fewer would be all loop overhead
-constexpr int64_t CACHE = 8 << 20;  // bytes of a group: half of a common last-level cache, for x and dy
+constexpr int64_t CACHE = 1 << 19;  // bytes of x in a group: with dy, and both of the next group, still in cache
 constexpr int64_t RUN = 1 << 15;  // bytes that should be visited in order at the least
 
 struct Geometry {

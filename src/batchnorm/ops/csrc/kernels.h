@@ -29,6 +29,7 @@ struct Block {
   const void *mean_term, *centered_term;  // dx = scale * dz - mean_term - centered_term * (x - mean)
   double *sum, *product;  // added to: (x - mean) and its square; dz and dz * (x - mean)
   double slope;
+  int64_t ahead;  // bytes from a load to what is asked of memory with it
   bool streaming;  // writes go past the caches; without planes rows then begin at whole vectors
 };
 

@@ -9,8 +9,6 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 2048;  // bytes from a load to what is asked of memory with it
-
 // Values from `at` to the next address where a vector can be streamed to.
 template <class T> inline int64_t lanes_to_boundary(const T* at) {
   constexpr int64_t bytes = W<typename Compute<T>::type> * sizeof(T);
@@ -50,8 +48,8 @@ template <class A, bool planes> struct Sums {
 template <class T, bool planes, class Body> inline void for_each_vector(const Block& block, int64_t row, Body body) {
   using A = typename Compute<T>::type;
   const int64_t begin = row * block.length, length = block.length;
-  const auto load = [](auto* from, V<A> = V<A>{}) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD);
+  const auto load = [ahead = block.ahead](auto* from, V<A> = V<A>{}) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead);
     return widen(from);
   };
   const auto part = [&](int64_t i, int n) {

@@ -214,16 +214,18 @@ struct Group {
   }
 };
 
+constexpr int64_t AHEAD = 2048;  // bytes
+
 // Runs the leaf over rows [begin, end) of a group. Sums are those of the group, as `Block` has them.
 template <class A>
-void run(Leaf leaf, const Job<A>& job, const Lanes<A>& lanes, Group group, int64_t begin, int64_t end, double* sum, double* product, bool streaming = false) {
+void run(Leaf leaf, const Job<A>& job, const Lanes<A>& lanes, Group group, int64_t begin, int64_t end, double* sum, double* product, int64_t ahead = AHEAD, bool streaming = false) {
   const Geometry& g = job.g;
   const auto call = [&](int64_t rows, int64_t length, int64_t offset, int64_t channel) {
     const auto at = [&](auto* p) { return p ? p + offset * job.item : nullptr; };
     const auto sums = [&](double* p) { return p ? p + (channel - group.begin) * LANES : nullptr; };
     leaf({rows, length, at(job.x), at(job.dy), at(job.kept), at(job.y), at(job.dx), at(job.dresidual),
           lanes.at(0, channel), lanes.at(1, channel), lanes.at(2, channel), lanes.at(3, channel), lanes.at(4, channel),
-          sums(sum), sums(product), job.slope, streaming});
+          sums(sum), sums(product), job.slope, ahead, streaming});
   };
   if (g.planes) {
     for (int64_t row = begin; row < end;) {  // the rows of one example lie together
@@ -285,10 +287,14 @@ template <class A> void write_group(Leaf leaf, const Job<A>& job, Group group) {
   const int64_t rows = group.rows(job.g), parts = std::min(job.g.threads, rows);
   const int64_t step = std::max<int64_t>(1, PIECE / (job.g.length * job.item));
   const bool streaming = streams(job);
+  // While this group is written, the next one is read: the same row of it lies so far ahead.
+  const int64_t next = group.channels() * job.g.S * job.item;
+  const bool near = job.g.planes && group.end < job.g.C && job.g.N * next <= 2 * CACHE;
+  const int64_t ahead = near ? next : AHEAD;
   parallel(parts, [&](int64_t part) {
     const int64_t first = rows * part / parts;
     for (int64_t end = rows * (part + 1) / parts; end > first; end -= step)
-      run(leaf, job, lanes, group, std::max(first, end - step), end, nullptr, nullptr, streaming);
+      run(leaf, job, lanes, group, std::max(first, end - step), end, nullptr, nullptr, ahead, streaming);
   });
 }
 
