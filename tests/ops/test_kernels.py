@@ -120,7 +120,7 @@ def test_large_tensors_are_cut_into_groups_and_threads_without_a_seam():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_results_written_past_the_caches_have_the_bits_of_small_ones(layout, dtype):
-    for shape in ((24, 40, 67, 69), (24, 48, 64, 80), (50000, 48)):  # the first with rows that begin anywhere
+    for shape in ((48, 40, 67, 69), (48, 48, 64, 80), (120000, 48)):  # the first with rows that begin anywhere
         x, r, d_y = (arrange(torch.randn(shape).to(dtype), layout) for _ in range(3))
         mean, var, weight, bias = (t.detach() for t in channel_tensors(shape[1], torch.float32))
 
@@ -128,7 +128,7 @@ def test_results_written_past_the_caches_have_the_bits_of_small_ones(layout, dty
             y = OP.normalize(x, *statistics, r, 1e-5, 4, 0.0)
             return y, *(OP.backward(d_y, x, *statistics, r, 1e-5, 4, 0.0, False)[i] for i in (0, 3))
 
-        assert x.nbytes > 4 << 20 > x[: shape[0] // 24].nbytes
+        assert x.nbytes > 10 << 20 > x[: shape[0] // 24].nbytes
         parts = [results(*part) for part in zip(*(t.chunk(24) for t in (x, r, d_y)), strict=True)]
         for whole, small in zip(results(x, r, d_y), zip(*parts, strict=True), strict=True):
             assert torch.equal(whole, torch.cat(small))

@@ -269,7 +269,7 @@ template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group) {
 }
 
 constexpr int64_t PIECE = 1 << 16;  // bytes visited at a time on the way back
-constexpr int64_t STREAMED = 4 << 20;  // bytes of a result that is not expected to stay in cache until it is read
+constexpr int64_t STREAMED = 10 << 20;  // bytes of a result: a third of a common last-level cache, with x and dy beside it
 constexpr int64_t STREAMED_ROW = 512;  // bytes of a row of planes that are worth the vectors cut at its ends
 
 // Whether results are written past the caches: that saves reading what is overwritten, and keeps x and dy in them.

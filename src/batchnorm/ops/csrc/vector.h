@@ -137,6 +137,20 @@ inline V<float> widen(const float* from, int n, V<float> beyond) {
   return (V<float>)_mm512_mask_loadu_ps((__m512)beyond, first(n), from);
 }
 inline void narrow(float* to, V<float> v, int n) { _mm512_mask_storeu_ps(to, first(n), (__m512)v); }
+template <class T> inline V<float> widen_half(const T* from, int n, V<float> beyond) {
+  alignas(BYTES / 2) T buffer[W<float>];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16(first(n), from));
+  return (V<float>)_mm512_mask_blend_ps(first(n), (__m512)beyond, (__m512)widen(buffer));
+}
+template <class T> inline void narrow_half(T* to, V<float> v, int n) {
+  alignas(BYTES / 2) T buffer[W<float>];
+  narrow(buffer, v);
+  _mm256_mask_storeu_epi16(to, first(n), _mm256_load_si256(reinterpret_cast<const __m256i*>(buffer)));
+}
+inline V<float> widen(const BFloat16* from, int n, V<float> beyond) { return widen_half(from, n, beyond); }
+inline V<float> widen(const Float16* from, int n, V<float> beyond) { return widen_half(from, n, beyond); }
+inline void narrow(BFloat16* to, V<float> v, int n) { narrow_half(to, v, n); }
+inline void narrow(Float16* to, V<float> v, int n) { narrow_half(to, v, n); }
 #endif
 
 // ---- sums in double -------------------------------------------------------------------------------------------------
