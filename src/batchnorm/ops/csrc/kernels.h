@@ -43,10 +43,12 @@ struct Choice {
   Activation activation;
   Kept kept;
   bool planes;
+  bool quick = false;  // of the two passes that sum: four values are added in A before they go to a sum in double
 };
 
 namespace generic { Leaf choose(Choice); }
 namespace avx2 { Leaf choose(Choice); }
 namespace avx512 { Leaf choose(Choice); }
+namespace avx512_bf16 { Leaf choose(Choice); }
 
-enum class InstructionSet { generic, avx2, avx512 };
+enum class InstructionSet { generic, avx2, avx512, avx512_bf16 };

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -44,8 +46,10 @@ template <class A, bool planes> struct Sums {
 
 // Calls body(offset of the vector, its place in the row, a loader, a storer) for every vector of a row. Where a row does
 // not end or, in a streaming pass, not begin with a whole vector, the loader and the storer leave the rest of the vector
-// alone: there, values are what the loader's second argument says, by default 0.
-template <class T, bool planes, class Body> inline void for_each_vector(const Block& block, int64_t row, Body body) {
+// alone: there, values are what the loader's second argument says, by default 0. With `four`, as many vectors as possible
+// go through it, four at a time.
+template <class T, bool planes, class Body, class Four = std::nullptr_t>
+inline void for_each_vector(const Block& block, int64_t row, Body body, Four four = nullptr) {
   using A = typename Compute<T>::type;
   const int64_t begin = row * block.length, length = block.length;
   const auto load = [ahead = block.ahead](auto* from, V<A> = V<A>{}) {
@@ -64,14 +68,65 @@ template <class T, bool planes, class Body> inline void for_each_vector(const Bl
     }
     for (; i + W<A> <= length; i += W<A>) body(begin + i, i, load, [](auto* to, V<A> v) { stream(to, v); });
   } else {
+    if constexpr (!std::is_null_pointer_v<Four>)
+      for (; i + 4 * W<A> <= length; i += 4 * W<A>) four(begin + i, i, load);
     for (; i + W<A> <= length; i += W<A>) body(begin + i, i, load, [](auto* to, V<A> v) { narrow(to, v); });
   }
   if (i < length) part(i, int(length - i));
 }
 
-template <class T, bool planes> void statistics(const Block& block) {
+// What one value adds to the two sums: `first`, and `first` times `second`.
+template <class A> struct Terms {
+  V<A> first, second;
+};
+template <class A> inline void add(Sum<A>& sum, Sum<A>& product, Terms<A> t) {
+  sum.add(t.first);
+  product.add_product(t.first, t.second);
+}
+template <class A> inline void add(Sum<A>& sum, Sum<A>& product, Terms<A> a, Terms<A> b, Terms<A> c, Terms<A> d) {
+  sum.add((a.first + b.first) + (c.first + d.first));
+  product.add((a.first * a.second + b.first * b.second) + (c.first * c.second + d.first * d.second));
+}
+
+// Both sums of a block. at_row(row) makes a function of the offset of a vector, its place in the row and a loader.
+// Quick: the terms of four vectors of a row of planes, otherwise of four rows, go together.
+template <class T, bool planes, bool quick, class AtRow> inline void add_up(const Block& block, AtRow at_row) {
+  using A = typename Compute<T>::type;
+  const int64_t length = block.length;
+  int64_t row = 0;
+  if constexpr (quick && !planes)
+    for (; row + 4 <= block.rows; row += 4) {
+      const auto terms = at_row(row);
+      Sums<A, planes> sum(block.sum, row), product(block.product, row);
+      for_each_vector<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto) {
+        add(sum.at(i), product.at(i), terms(offset, i, load), terms(offset + length, i, load),
+            terms(offset + 2 * length, i, load), terms(offset + 3 * length, i, load));
+      });
+    }
+  for (; row < block.rows; ++row) {
+    const auto terms = at_row(row);
+    Sums<A, planes> sum(block.sum, row), product(block.product, row);
+    const auto one = [&](int64_t offset, int64_t i, auto load, auto) { add(sum.at(i), product.at(i), terms(offset, i, load)); };
+    if constexpr (quick && planes)
+      for_each_vector<T, planes>(block, row, one, [&](int64_t offset, int64_t i, auto load) {
+        add(sum.at(i), product.at(i), terms(offset, i, load), terms(offset + W<A>, i, load),
+            terms(offset + 2 * W<A>, i, load), terms(offset + 3 * W<A>, i, load));
+      });
+    else for_each_vector<T, planes>(block, row, one);
+  }
+}
+
+// Sums of x - mean and of its square: in double from the start, or quickly.
+template <class T, bool planes, bool quick> void statistics(const Block& block) {
   using A = typename Compute<T>::type;
   const auto x = static_cast<const T*>(block.x);
+  if constexpr (quick)
+    return add_up<T, planes, quick>(block, [&](int64_t row) {
+      return [x, mean = PerChannel<A, planes>(block.mean, row)](int64_t offset, int64_t i, auto load) {
+        const V<A> centered = load(x + offset, mean.at(i)) - mean.at(i);
+        return Terms<A>{centered, centered};
+      };
+    });
   for (int64_t row = 0; row < block.rows; ++row) {
     const PerChannel<A, planes> mean(block.mean, row);
     Sums<A, planes> sum(block.sum, row), square(block.product, row);
@@ -112,19 +167,16 @@ inline V<A> pre_activation_gradient(const Block& block, int64_t offset, Load loa
   }
 }
 
-template <class T, bool planes, Activation g, Kept kept> void gradient_sums(const Block& block) {
+// Sums of dz and of dz * (x - mean).
+template <class T, bool planes, bool quick, Activation g, Kept kept> void gradient_sums(const Block& block) {
   using A = typename Compute<T>::type;
-  const auto x = static_cast<const T*>(block.x);
-  for (int64_t row = 0; row < block.rows; ++row) {
+  add_up<T, planes, quick>(block, [&](int64_t row) {
     const PerChannel<A, planes> mean(block.mean, row), scale(block.scale, row), shift(block.shift, row);
-    Sums<A, planes> sum(block.sum, row), product(block.product, row);
-    for_each_vector<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto) {
+    return [=, &block, x = static_cast<const T*>(block.x)](int64_t offset, int64_t i, auto load) {
       const V<A> centered = load(x + offset) - mean.at(i);  // beyond the end dy is 0, so dz is
-      const V<A> dz = pre_activation_gradient<T, g, kept>(block, offset, load, centered, scale.at(i), shift.at(i));
-      sum.at(i).add(dz);
-      product.at(i).add_product(dz, centered);
-    });
-  }
+      return Terms<A>{pre_activation_gradient<T, g, kept>(block, offset, load, centered, scale.at(i), shift.at(i)), centered};
+    };
+  });
 }
 
 template <class T, bool planes, Activation g, Kept kept> void input_gradient(const Block& block) {
@@ -144,26 +196,34 @@ template <class T, bool planes, Activation g, Kept kept> void input_gradient(con
   if (block.streaming) fence();
 }
 
+// Which of y and the residual may be kept for an activation's backward.
+template <Activation g>
+constexpr bool result_tells = g == Activation::relu || g == Activation::relu6 || g == Activation::leaky_relu ||
+                              g == Activation::sigmoid || g == Activation::tanh;
+template <Activation g>
+constexpr bool needs_residual = g == Activation::silu || g == Activation::hardswish || g == Activation::leaky_relu;
+
+template <class T, bool planes, bool quick, Activation g> Leaf choose_sums(Kept kept) {
+  if (kept == Kept::nothing) return gradient_sums<T, planes, quick, g, Kept::nothing>;
+  if constexpr (result_tells<g>)
+    if (kept == Kept::result) return gradient_sums<T, planes, quick, g, Kept::result>;
+  if constexpr (needs_residual<g>)
+    if (kept == Kept::residual) return gradient_sums<T, planes, quick, g, Kept::residual>;
+  return nullptr;
+}
+
 template <class T, bool planes, Activation g> Leaf choose(Choice choice) {
-  constexpr bool result_tells = g == Activation::relu || g == Activation::relu6 || g == Activation::leaky_relu ||
-                                g == Activation::sigmoid || g == Activation::tanh;
-  constexpr bool needs_residual = g == Activation::silu || g == Activation::hardswish || g == Activation::leaky_relu;
   switch (choice.pass) {
-    case Pass::statistics: return statistics<T, planes>;
+    case Pass::statistics: return choice.quick ? statistics<T, planes, true> : statistics<T, planes, false>;
     case Pass::normalize:
       return choice.kept == Kept::nothing ? normalize<T, planes, g, false> : normalize<T, planes, g, true>;
     case Pass::gradient_sums:
-      if (choice.kept == Kept::nothing) return gradient_sums<T, planes, g, Kept::nothing>;
-      if constexpr (result_tells)
-        if (choice.kept == Kept::result) return gradient_sums<T, planes, g, Kept::result>;
-      if constexpr (needs_residual)
-        if (choice.kept == Kept::residual) return gradient_sums<T, planes, g, Kept::residual>;
-      return nullptr;
+      return choice.quick ? choose_sums<T, planes, true, g>(choice.kept) : choose_sums<T, planes, false, g>(choice.kept);
     case Pass::input_gradient:
       if (choice.kept == Kept::nothing) return input_gradient<T, planes, g, Kept::nothing>;
-      if constexpr (result_tells)
+      if constexpr (result_tells<g>)
         if (choice.kept == Kept::result) return input_gradient<T, planes, g, Kept::result>;
-      if constexpr (needs_residual)
+      if constexpr (needs_residual<g>)
         if (choice.kept == Kept::residual) return input_gradient<T, planes, g, Kept::residual>;
       return nullptr;
   }

@@ -61,14 +61,23 @@ Type type_of(const Tensor& t) {
 
 int64_t size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }
 
-double number_at(const void* data, Type type, int64_t i) {
+double number(float value) { return value; }
+double number(double value) { return value; }
+double number(BFloat16 value) { return from_bfloat16(value.bits); }
+double number(Float16 value) { return from_half(value.bits); }
+
+// Calls body with the data as a pointer to its type.
+template <class Body> auto with_type(const void* data, Type type, Body body) {
   switch (type) {
-    case Type::float32: return static_cast<const float*>(data)[i];
-    case Type::float64: return static_cast<const double*>(data)[i];
-    case Type::bfloat16: return from_bfloat16(static_cast<const uint16_t*>(data)[i]);
-    case Type::float16: return from_half(static_cast<const uint16_t*>(data)[i]);
+    case Type::float32: return body(static_cast<const float*>(data));
+    case Type::float64: return body(static_cast<const double*>(data));
+    case Type::bfloat16: return body(static_cast<const BFloat16*>(data));
+    case Type::float16: return body(static_cast<const Float16*>(data));
   }
-  return 0;
+  return body(static_cast<const float*>(data));
+}
+double number_at(const void* data, Type type, int64_t i) {
+  return with_type(data, type, [i](const auto* values) { return number(values[i]); });
 }
 
 void set_number(void* data, Type type, int64_t i, double value) {
@@ -91,7 +100,9 @@ template <class A> Array<A> channels_from(const MaybeTensor& t, int64_t C, A oth
   const Type type = type_of(*t);
   const void* data = t->const_data_ptr();
   const int64_t stride = t->stride(0);
-  for (int64_t c = 0; c < C; ++c) values[c] = A(number_at(data, type, c * stride));
+  with_type(data, type, [&](const auto* from) {
+    for (int64_t c = 0; c < C; ++c) values[c] = A(number(from[c * stride]));
+  });
   return values;
 }
 
@@ -153,12 +164,12 @@ Geometry geometry_of(const Tensor& x) {
 InstructionSet best_instruction_set() {
 #if defined(__x86_64__)
   const char* wanted = std::getenv("BATCHNORM_INSTRUCTIONS");  // for tests: a narrower set than the processor's
-  const std::string_view limit = wanted ? wanted : "avx512";
+  const std::string_view limit = wanted ? wanted : "avx512_bf16";
   if (limit == "generic") return InstructionSet::generic;
   const auto has = [](auto... names) { return (names && ...); };
-  if (limit == "avx512" && has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
-                               __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl")))
-    return InstructionSet::avx512;
+  if (limit.starts_with("avx512") && has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
+                                         __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl")))
+    return limit == "avx512_bf16" && __builtin_cpu_supports("avx512bf16") ? InstructionSet::avx512_bf16 : InstructionSet::avx512;
   if (has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("f16c")))
     return InstructionSet::avx2;
 #endif
@@ -168,6 +179,7 @@ InstructionSet best_instruction_set() {
 Leaf leaf_for(Choice choice) {
   static const InstructionSet best = best_instruction_set();
 #if defined(__x86_64__)
+  if (best == InstructionSet::avx512_bf16) return avx512_bf16::choose(choice);
   if (best == InstructionSet::avx512) return avx512::choose(choice);
   if (best == InstructionSet::avx2) return avx2::choose(choice);
 #endif
@@ -216,9 +228,11 @@ struct Group {
 
 constexpr int64_t AHEAD = 2048;  // bytes
 
-// Runs the leaf over rows [begin, end) of a group. Sums are those of the group, as `Block` has them.
+// Runs the leaf over rows [begin, end) of a group. Sums are those of the group.
 template <class A>
-void run(Leaf leaf, const Job<A>& job, const Lanes<A>& lanes, Group group, int64_t begin, int64_t end, double* sum, double* product, int64_t ahead = AHEAD, bool streaming = false) {
+void run(
+    Leaf leaf, const Job<A>& job, const Lanes<A>& lanes, Group group, int64_t begin, int64_t end, double* sum, double* product,
+    int64_t ahead = AHEAD, bool streaming = false) {
   const Geometry& g = job.g;
   const auto call = [&](int64_t rows, int64_t length, int64_t offset, int64_t channel) {
     const auto at = [&](auto* p) { return p ? p + offset * job.item : nullptr; };
@@ -258,8 +272,10 @@ template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group) {
   const int64_t padded = (width + places - 1) / places * places;
   const Array<double> sums(parts * padded), products(parts * padded);
   parallel(parts, [&](int64_t part) {
-    run(leaf, job, lanes, group, rows * part / parts, rows * (part + 1) / parts, &sums[part * padded], &products[part * padded]);
+    run(leaf, job, lanes, group, rows * part / parts, rows * (part + 1) / parts, &sums[part * padded], &products[part * padded],
+        g.planes ? AHEAD : 4 * g.length * job.item);
   });
+  std::fill_n(&job.sum[group.begin], group.channels(), 0), std::fill_n(&job.product[group.begin], group.channels(), 0);
   for (int64_t part = 0; part < parts; ++part) {
     const double *sum = &sums[part * padded], *product = &products[part * padded];
     for (int64_t o = 0; o < g.outer; ++o)
@@ -268,24 +284,40 @@ template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group) {
   }
 }
 
+// K, near the mean of each channel: of a few values of it, far apart.
+template <class A> void set_near_mean(const Job<A>& job, Type type) {
+  const Geometry& g = job.g;
+  const bool channels_last = !g.planes && g.inner == 1;
+  const int64_t samples = std::min<int64_t>(g.values(), channels_last ? 16 : 4);  // of all channels in one piece: cheap
+  with_type(job.x, type, [&](const auto* x) {
+    for (int64_t i = 0; i < samples; ++i) {
+      const int64_t place = g.values() / samples * i, n = place / g.S, s = place % g.S;
+      const auto* from = x + n * g.C * g.S + (channels_last ? s * g.C : s);
+      for (int64_t c = 0; c < g.C; ++c) job.mean[c] += A(number(from[channels_last ? c : c * g.S]) / samples);
+    }
+  });
+}
+constexpr double FAR = 4;  // of the variance: how large the square of mean - K may be for quick sums, which then cancel
+
 constexpr int64_t PIECE = 1 << 16;  // bytes visited at a time on the way back
-constexpr int64_t STREAMED = 10 << 20;  // bytes of a result: a third of a common last-level cache, with x and dy beside it
+constexpr int64_t STREAMED = 30 << 20;  // bytes read and written: what a common last-level cache holds
 constexpr int64_t STREAMED_ROW = 512;  // bytes of a row of planes that are worth the vectors cut at its ends
 
 // Whether results are written past the caches: that saves reading what is overwritten, and keeps x and dy in them.
 template <class A> bool streams(const Job<A>& job) {
   const Geometry& g = job.g;
-  if (g.N * g.C * g.S * job.item < STREAMED) return false;
+  const int64_t tensors = !!job.x + !!job.dy + !!job.kept + !!job.y + !!job.dx + !!job.dresidual;
+  if (tensors * g.N * g.C * g.S * job.item < STREAMED) return false;
   if (g.planes) return g.length * job.item >= STREAMED_ROW;
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % VECTOR == 0; };
   return g.length * job.item % VECTOR == 0 && aligned(job.y) && aligned(job.dx) && aligned(job.dresidual);
 }
 
-// Second pass, from the end to the beginning: what the first one read last is still in cache.
+// Second pass, from the end to the beginning: what the first one read last is still in cache. Alone it goes forward.
 template <class A> void write_group(Leaf leaf, const Job<A>& job, Group group) {
   const Lanes<A> lanes(job);
   const int64_t rows = group.rows(job.g), parts = std::min(job.g.threads, rows);
-  const int64_t step = std::max<int64_t>(1, PIECE / (job.g.length * job.item));
+  const int64_t step = job.sum.get() ? std::max<int64_t>(1, PIECE / (job.g.length * job.item)) : rows;
   const bool streaming = streams(job);
   // While this group is written, the next one is read: the same row of it lies so far ahead.
   const int64_t next = group.channels() * job.g.S * job.item;
@@ -298,13 +330,21 @@ template <class A> void write_group(Leaf leaf, const Job<A>& job, Group group) {
   });
 }
 
-// sums -> finish(first channel, last channel) -> writes, group by group. Either leaf may be null.
-template <class A, class Finish> void run_passes(Leaf sums, Leaf writes, const Job<A>& job, const Finish& finish) {
+// sums -> finish(channel, quick) -> writes, group by group. `finish` refuses quick sums that are not exact enough: then
+// the group is summed again, in double.
+template <class A, class Finish> void run_passes(Choice sums, Choice writes, const Job<A>& job, const Finish& finish) {
+  const auto sum = [&](Group group, bool quick) {
+    sums.quick = quick;
+    sum_group(leaf_for(sums), job, group);
+    bool accepted = true;
+    for (int64_t c = group.begin; c < group.end; ++c) accepted &= finish(c, quick);
+    return accepted;
+  };
+  const bool can_be_quick = sizeof(A) == sizeof(float);
   for (int64_t begin = 0; begin < job.g.C; begin += job.g.group) {
     const Group group{begin, std::min(begin + job.g.group, job.g.C)};
-    if (sums) sum_group(sums, job, group);
-    finish(group.begin, group.end);
-    if (writes) write_group(writes, job, group);
+    if (!sum(group, can_be_quick)) sum(group, false);
+    write_group(leaf_for(writes), job, group);
   }
 }
 
@@ -359,18 +399,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     const Array<A> gamma = channels_from<A>(weight, C, 1), beta = channels_from<A>(bias, C, 0);
     job.mean = Array<A>(C), job.scale = Array<A>(C), job.shift = Array<A>(C);
     job.sum = Array<double>(C), job.product = Array<double>(C);
-    // Sums of x - K, K the channel's first value: E[x^2] - E[x]^2 alone would cancel.
-    for (int64_t c = 0; c < C; ++c) job.mean[c] = A(number_at(job.x, type, c * (job.g.planes || job.g.inner > 1 ? job.g.S : 1)));
+    set_near_mean(job, type);  // sums of x - K: E[x^2] - E[x]^2 alone would cancel
     run_passes<A>(
-        leaf_for({Pass::statistics, type, Activation::none, Kept::nothing, job.g.planes}),
-        leaf_for({Pass::normalize, type, g, r ? Kept::residual : Kept::nothing, job.g.planes}), job,
-        [&](int64_t begin, int64_t end) {
-          for (int64_t c = begin; c < end; ++c) {
-            const double shifted = job.sum[c] / m, spread = job.product[c] / m - shifted * shifted;
-            const double mean = job.mean[c] + shifted, biased = spread < 0 ? 0 : spread;
-            data_of<double>(mu)[c] = mean, data_of<double>(var)[c] = biased;
-            set_affine(job, c, mean, 1 / std::sqrt(biased + eps), gamma[c], beta[c]);
-          }
+        {Pass::statistics, type, Activation::none, Kept::nothing, job.g.planes},
+        {Pass::normalize, type, g, r ? Kept::residual : Kept::nothing, job.g.planes}, job, [&](int64_t c, bool quick) {
+          const double shifted = job.sum[c] / m, spread = job.product[c] / m - shifted * shifted;
+          if (quick && !(shifted * shifted <= FAR * spread)) return false;
+          const double mean = job.mean[c] + shifted, biased = spread < 0 ? 0 : spread;
+          data_of<double>(mu)[c] = mean, data_of<double>(var)[c] = biased;
+          set_affine(job, c, mean, 1 / std::sqrt(biased + eps), gamma[c], beta[c]);
+          return true;
         });
   });
   return {y, mu, var};
@@ -392,8 +430,8 @@ Tensor normalize(
     const Array<double> mean = channels_from<double>(mu, C, 0), variance = channels_from<double>(var, C, 0);
     job.mean = Array<A>(C), job.scale = Array<A>(C), job.shift = Array<A>(C);
     for (int64_t c = 0; c < C; ++c) set_affine(job, c, mean[c], 1 / std::sqrt(variance[c] + eps), gamma[c], beta[c]);
-    run_passes<A>(nullptr, leaf_for({Pass::normalize, type, Activation(activation), r ? Kept::residual : Kept::nothing, job.g.planes}),
-                  job, [](int64_t, int64_t) {});
+    write_group(
+        leaf_for({Pass::normalize, type, Activation(activation), r ? Kept::residual : Kept::nothing, job.g.planes}), job, {0, C});
   });
   return y;
 }
@@ -430,18 +468,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       set_affine(job, c, mean[c], rstd[c], gamma[c], beta[c]);
     }
     run_passes<A>(
-        leaf_for({Pass::gradient_sums, type, g, kind, job.g.planes}), leaf_for({Pass::input_gradient, type, g, kind, job.g.planes}), job,
-        [&](int64_t begin, int64_t end) {
-          for (int64_t c = begin; c < end; ++c) {
-            const double rest = mean[c] - job.mean[c];  // the loops subtract what A holds of mu
-            const double product = job.product[c] - rest * job.sum[c];
-            data_of<A>(dbeta)[c] = A(job.sum[c]);
-            data_of<A>(dgamma)[c] = A(product * rstd[c]);
-            if (!training) continue;  // the terms stay 0
+        {Pass::gradient_sums, type, g, kind, job.g.planes}, {Pass::input_gradient, type, g, kind, job.g.planes}, job,
+        [&](int64_t c, bool quick) {
+          if (quick && !(std::isfinite(job.sum[c]) && std::isfinite(job.product[c]))) return false;
+          const double rest = mean[c] - job.mean[c];  // the loops subtract what A holds of mu
+          const double product = job.product[c] - rest * job.sum[c];
+          data_of<A>(dbeta)[c] = A(job.sum[c]);
+          data_of<A>(dgamma)[c] = A(product * rstd[c]);
+          if (training) {  // else the terms stay 0
             const double term = job.scale[c] * rstd[c] * rstd[c] * product / m;
             job.mean_term[c] = A(job.scale[c] * job.sum[c] / m - term * rest);
             job.centered_term[c] = A(term);
           }
+          return true;
         });
   });
   return {dx, dgamma, dbeta, dresidual};

@@ -60,6 +60,12 @@ inline V<float> widen(const BFloat16* from) {
   return v;
 }
 template <class T> inline void narrow(T* to, V<T> v) { std::memcpy(to, &v, BYTES); }
+#if defined(__AVX512BF16__)
+inline void narrow(BFloat16* to, V<float> v) {  // round to nearest, ties to even; below the normal numbers, 0
+  const __m256bh bits = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(to, &bits, BYTES / 2);
+}
+#else
 inline void narrow(BFloat16* to, V<float> v) {  // round to nearest, ties to even; NaN stays NaN
   Word32 wide;
   std::memcpy(&wide, &v, BYTES);
@@ -68,6 +74,7 @@ inline void narrow(BFloat16* to, V<float> v) {  // round to nearest, ties to eve
   const Half16 bits = __builtin_convertvector(chosen, Half16);
   std::memcpy(to, &bits, BYTES / 2);
 }
+#endif
 
 #if defined(__AVX512F__)
 inline V<float> widen(const Float16* from) {
