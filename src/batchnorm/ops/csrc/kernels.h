@@ -34,6 +34,7 @@ struct Block {
 };
 
 constexpr int64_t LANES = VECTOR / sizeof(double);
+constexpr int64_t together(int64_t item) { return item == 2 ? 8 : 4; }  // rows of a quick sum
 
 using Leaf = void (*)(const Block&);
 
@@ -43,7 +44,7 @@ struct Choice {
   Activation activation;
   Kept kept;
   bool planes;
-  bool quick = false;  // of the two passes that sum: four values are added in A before they go to a sum in double
+  bool quick = false;  // of the two passes that sum: a few values are added in A before they go to a sum in double
 };
 
 namespace generic { Leaf choose(Choice); }

@@ -4,8 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstddef>
-#include <type_traits>
 
 #include "vector.h"
 
@@ -44,75 +42,99 @@ template <class A, bool planes> struct Sums {
   }
 };
 
-// Calls body(offset of the vector, its place in the row, a loader, a storer) for every vector of a row. Where a row does
-// not end or, in a streaming pass, not begin with a whole vector, the loader and the storer leave the rest of the vector
-// alone: there, values are what the loader's second argument says, by default 0. With `four`, as many vectors as possible
-// go through it, four at a time.
-template <class T, bool planes, class Body, class Four = std::nullptr_t>
-inline void for_each_vector(const Block& block, int64_t row, Body body, Four four = nullptr) {
-  using A = typename Compute<T>::type;
-  const int64_t begin = row * block.length, length = block.length;
-  const auto load = [ahead = block.ahead](auto* from, V<A> = V<A>{}) {
+// A loader of whole vectors, which asks for what comes later, and one of the first n places of a vector: the others are
+// what its second argument says, by default 0.
+template <class T, class A = typename Compute<T>::type> inline auto loader(const Block& block) {
+  return [ahead = block.ahead](const T* from, V<A> = V<A>{}) {
     __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead);
     return widen(from);
   };
-  const auto part = [&](int64_t i, int n) {
-    body(begin + i, i, [n](auto* from, V<A> beyond = V<A>{}) { return widen(from, n, beyond); },
-         [n](auto* to, V<A> v) { narrow(to, v, n); });
+}
+template <class T, class A = typename Compute<T>::type> inline auto loader_of(int64_t n) {
+  return [n](const T* from, V<A> beyond = V<A>{}) { return widen(from, int(n), beyond); };
+}
+
+// Calls body(offset of the vector, its place in the row, a loader) for every vector of a row from place i on.
+template <class T, class Body> inline void read_vectors(const Block& block, int64_t row, int64_t i, Body body) {
+  constexpr int64_t width = W<typename Compute<T>::type>;
+  const int64_t begin = row * block.length, length = block.length;
+  for (; i + width <= length; i += width) body(begin + i, i, loader<T>(block));
+  if (i < length) body(begin + i, i, loader_of<T>(length - i));
+}
+
+// The same with a storer, for results that are all written from values read elsewhere: then a row's last vector may lie
+// across the one before. Not so in a streaming pass, where a line is either streamed or written through the caches.
+template <class T, bool planes, class Body> inline void write_vectors(const Block& block, int64_t row, Body body) {
+  using A = typename Compute<T>::type;
+  const int64_t begin = row * block.length, length = block.length, last = length - W<A>;
+  const auto whole = [&](int64_t i) { body(begin + i, i, loader<T>(block), [](T* to, V<A> v) { narrow(to, v); }); };
+  const auto part = [&](int64_t i, int64_t n) {
+    body(begin + i, i, loader_of<T>(n), [n](T* to, V<A> v) { narrow(to, v, int(n)); });
   };
   int64_t i = 0;
   if (block.streaming) {
     if constexpr (planes) {
       i = std::min(length, lanes_to_boundary<T>(static_cast<const T*>(block.y ? block.y : block.dx) + begin));
-      if (i) part(0, int(i));
+      if (i) part(0, i);
     }
-    for (; i + W<A> <= length; i += W<A>) body(begin + i, i, load, [](auto* to, V<A> v) { stream(to, v); });
+    for (; i <= last; i += W<A>) body(begin + i, i, loader<T>(block), [](T* to, V<A> v) { stream(to, v); });
   } else {
-    if constexpr (!std::is_null_pointer_v<Four>)
-      for (; i + 4 * W<A> <= length; i += 4 * W<A>) four(begin + i, i, load);
-    for (; i + W<A> <= length; i += W<A>) body(begin + i, i, load, [](auto* to, V<A> v) { narrow(to, v); });
+    for (; i <= last; i += W<A>) whole(i);
+    if (i < length && last >= 0) return whole(last);
   }
-  if (i < length) part(i, int(length - i));
+  if (i < length) part(i, length - i);
 }
 
-// What one value adds to the two sums: `first`, and `first` times `second`.
+// What a vector adds to the two sums.
 template <class A> struct Terms {
   V<A> first, second;
 };
-template <class A> inline void add(Sum<A>& sum, Sum<A>& product, Terms<A> t) {
-  sum.add(t.first);
-  product.add_product(t.first, t.second);
-}
-template <class A> inline void add(Sum<A>& sum, Sum<A>& product, Terms<A> a, Terms<A> b, Terms<A> c, Terms<A> d) {
-  sum.add((a.first + b.first) + (c.first + d.first));
-  product.add((a.first * a.second + b.first * b.second) + (c.first * c.second + d.first * d.second));
+template <class A> inline Terms<A> operator+(Terms<A> a, Terms<A> b) { return {a.first + b.first, a.second + b.second}; }
+// The sum of n terms, by halves; terms(k) makes number k.
+template <int n, class Make> inline auto summed(Make terms, int k = 0) {
+  if constexpr (n > 1) return summed<n / 2>(terms, k) + summed<n / 2>(terms, k + n / 2);
+  else return terms(k);
 }
 
-// Both sums of a block. at_row(row) makes a function of the offset of a vector, its place in the row and a loader.
-// Quick: the terms of four vectors of a row of planes, otherwise of four rows, go together.
+// Both sums of a block: of a value and of its product with another. at_row(row) makes a function of the offset of a vector,
+// its place in the row and a loader, whose result has the two. Quick: products, and sums of a few vectors of a row of
+// planes, otherwise of a few rows, are in A before they go to the sums in double.
 template <class T, bool planes, bool quick, class AtRow> inline void add_up(const Block& block, AtRow at_row) {
   using A = typename Compute<T>::type;
-  const int64_t length = block.length;
+  constexpr int few = planes ? 4 : together(sizeof(T));
+  const auto with_product = [](Terms<A> t) { return Terms<A>{t.first, t.first * t.second}; };
   int64_t row = 0;
   if constexpr (quick && !planes)
-    for (; row + 4 <= block.rows; row += 4) {
-      const auto terms = at_row(row);
+    for (; row + few <= block.rows; row += few) {
+      const auto factors = at_row(row);
       Sums<A, planes> sum(block.sum, row), product(block.product, row);
-      for_each_vector<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto) {
-        add(sum.at(i), product.at(i), terms(offset, i, load), terms(offset + length, i, load),
-            terms(offset + 2 * length, i, load), terms(offset + 3 * length, i, load));
+      read_vectors<T>(block, row, 0, [&](int64_t offset, int64_t i, auto load) {
+        const Terms<A> t = summed<few>([&](int k) { return with_product(factors(offset + k * block.length, i, load)); });
+        sum.at(i).add(t.first), product.at(i).add(t.second);
       });
     }
   for (; row < block.rows; ++row) {
-    const auto terms = at_row(row);
+    const auto factors = at_row(row);
     Sums<A, planes> sum(block.sum, row), product(block.product, row);
-    const auto one = [&](int64_t offset, int64_t i, auto load, auto) { add(sum.at(i), product.at(i), terms(offset, i, load)); };
-    if constexpr (quick && planes)
-      for_each_vector<T, planes>(block, row, one, [&](int64_t offset, int64_t i, auto load) {
-        add(sum.at(i), product.at(i), terms(offset, i, load), terms(offset + W<A>, i, load),
-            terms(offset + 2 * W<A>, i, load), terms(offset + 3 * W<A>, i, load));
+    if constexpr (quick && planes) {
+      const int64_t begin = row * block.length;
+      int64_t i = 0;
+      for (; i + few * W<A> <= block.length; i += few * W<A>) {
+        const Terms<A> t =
+            summed<few>([&](int k) { return with_product(factors(begin + i + k * W<A>, i, loader<T>(block))); });
+        sum.at(i).add(t.first), product.at(i).add(t.second);
+      }
+      Terms<A> rest{};
+      read_vectors<T>(block, row, i, [&](int64_t offset, int64_t at, auto load) {
+        rest = rest + with_product(factors(offset, at, load));
       });
-    else for_each_vector<T, planes>(block, row, one);
+      sum.at(i).add(rest.first), product.at(i).add(rest.second);
+    } else {
+      read_vectors<T>(block, row, 0, [&](int64_t offset, int64_t i, auto load) {
+        const Terms<A> t = factors(offset, i, load);
+        sum.at(i).add(t.first), product.at(i).add_product(t.first, t.second);
+      });
+    }
   }
 }
 
@@ -130,7 +152,7 @@ template <class T, bool planes, bool quick> void statistics(const Block& block) 
   for (int64_t row = 0; row < block.rows; ++row) {
     const PerChannel<A, planes> mean(block.mean, row);
     Sums<A, planes> sum(block.sum, row), square(block.product, row);
-    for_each_vector<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto) {
+    read_vectors<T>(block, row, 0, [&](int64_t offset, int64_t i, auto load) {
       add_centered(sum.at(i), square.at(i), load(x + offset, mean.at(i)), mean.at(i));
     });
   }
@@ -143,7 +165,7 @@ template <class T, bool planes, Activation g, bool residual> void normalize(cons
   const A slope = A(block.slope);
   for (int64_t row = 0; row < block.rows; ++row) {
     const PerChannel<A, planes> mean(block.mean, row), scale(block.scale, row), shift(block.shift, row);
-    for_each_vector<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto store) {
+    write_vectors<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto store) {
       V<A> z = (load(x + offset) - mean.at(i)) * scale.at(i) + shift.at(i);
       if constexpr (residual) z += load(other + offset);
       store(y + offset, activate<g, A>(z, slope));
@@ -186,7 +208,7 @@ template <class T, bool planes, Activation g, Kept kept> void input_gradient(con
   for (int64_t row = 0; row < block.rows; ++row) {
     const PerChannel<A, planes> mean(block.mean, row), scale(block.scale, row), shift(block.shift, row);
     const PerChannel<A, planes> mean_term(block.mean_term, row), centered_term(block.centered_term, row);
-    for_each_vector<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto store) {
+    write_vectors<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto store) {
       const V<A> centered = load(x + offset) - mean.at(i);
       const V<A> dz = pre_activation_gradient<T, g, kept>(block, offset, load, centered, scale.at(i), shift.at(i));
       store(dx + offset, scale.at(i) * dz - mean_term.at(i) - centered_term.at(i) * centered);

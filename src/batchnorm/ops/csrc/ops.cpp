@@ -273,7 +273,7 @@ template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group) {
   const Array<double> sums(parts * padded), products(parts * padded);
   parallel(parts, [&](int64_t part) {
     run(leaf, job, lanes, group, rows * part / parts, rows * (part + 1) / parts, &sums[part * padded], &products[part * padded],
-        g.planes ? AHEAD : 4 * g.length * job.item);
+        g.planes ? AHEAD : together(job.item) * g.length * job.item);
   });
   std::fill_n(&job.sum[group.begin], group.channels(), 0), std::fill_n(&job.product[group.begin], group.channels(), 0);
   for (int64_t part = 0; part < parts; ++part) {

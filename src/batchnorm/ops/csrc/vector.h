@@ -4,6 +4,7 @@
 // T is the type in memory, A = Compute<T> the type of the arithmetic: float for float and the 16-bit types, else double.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
@@ -46,11 +47,36 @@ template <class A> inline V<A> splat(A value) { return value - V<A>{}; }
 typedef uint16_t Half16 __attribute__((vector_size(BYTES / 2)));
 typedef uint32_t Word32 __attribute__((vector_size(BYTES)));
 
-template <class T> inline V<T> widen(const T* from) {  // float, double
+template <std::floating_point T> inline V<T> widen(const T* from) {
   V<T> v;
   std::memcpy(&v, from, BYTES);
   return v;
 }
+template <std::floating_point T> inline void narrow(T* to, V<T> v) { std::memcpy(to, &v, BYTES); }
+inline Half16 rounded(V<float> v) {  // to bfloat16: to nearest, ties to even; NaN stays NaN
+  Word32 wide;
+  std::memcpy(&wide, &v, BYTES);
+  const Word32 nearest = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v == v ? nearest : (wide >> 16) | 0x40, Half16);
+}
+
+#if defined(__AVX512F__)
+inline V<float> from_bits(BFloat16, __m256i bits) { return (V<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
+inline V<float> from_bits(Float16, __m256i bits) { return (V<float>)_mm512_cvtph_ps(bits); }
+inline __m256i to_bits(Float16, V<float> v) { return _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#if defined(__AVX512BF16__)
+inline __m256i to_bits(BFloat16, V<float> v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }  // denormals become 0
+#else
+inline __m256i to_bits(BFloat16, V<float> v) { return (__m256i)rounded(v); }
+#endif
+template <class T> concept Half = sizeof(T) == 2;
+template <Half T> inline V<float> widen(const T* from) {
+  return from_bits(T{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+template <Half T> inline void narrow(T* to, V<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bits(T{}, v));
+}
+#else
 inline V<float> widen(const BFloat16* from) {
   Half16 bits;
   std::memcpy(&bits, from, BYTES / 2);
@@ -59,31 +85,11 @@ inline V<float> widen(const BFloat16* from) {
   std::memcpy(&v, &wide, BYTES);
   return v;
 }
-template <class T> inline void narrow(T* to, V<T> v) { std::memcpy(to, &v, BYTES); }
-#if defined(__AVX512BF16__)
-inline void narrow(BFloat16* to, V<float> v) {  // round to nearest, ties to even; below the normal numbers, 0
-  const __m256bh bits = _mm512_cvtneps_pbh((__m512)v);
+inline void narrow(BFloat16* to, V<float> v) {
+  const Half16 bits = rounded(v);
   std::memcpy(to, &bits, BYTES / 2);
 }
-#else
-inline void narrow(BFloat16* to, V<float> v) {  // round to nearest, ties to even; NaN stays NaN
-  Word32 wide;
-  std::memcpy(&wide, &v, BYTES);
-  const Word32 rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-  const Word32 chosen = v == v ? rounded : (wide >> 16) | 0x40;
-  const Half16 bits = __builtin_convertvector(chosen, Half16);
-  std::memcpy(to, &bits, BYTES / 2);
-}
-#endif
-
-#if defined(__AVX512F__)
-inline V<float> widen(const Float16* from) {
-  return (V<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-inline void narrow(Float16* to, V<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-}
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
 inline V<float> widen(const Float16* from) {
   return (V<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
@@ -99,6 +105,7 @@ inline V<float> widen(const Float16* from) {
 inline void narrow(Float16* to, V<float> v) {
   for (int i = 0; i < W<float>; ++i) to[i].bits = to_half(v[i]);
 }
+#endif
 #endif
 
 // Past the caches, to an address that is a multiple of what the vector takes there: for results larger than them.
@@ -123,17 +130,26 @@ inline void fence() {
 }
 
 // The first n of a vector's places; `beyond` has the others.
+#if defined(__AVX512F__)
+template <class T> constexpr bool masked = sizeof(T) < 8;
+#else
+template <class T> constexpr bool masked = false;
+#endif
 template <class A> inline V<A> joined(int n, V<A> first, V<A> beyond) {
   typename VectorOf<A>::bits place;
   for (int i = 0; i < W<A>; ++i) place[i] = i;
   return place < n ? first : beyond;
 }
-template <class T> inline V<typename Compute<T>::type> widen(const T* from, int n, V<typename Compute<T>::type> beyond) {
+template <class T> inline V<typename Compute<T>::type> widen(const T* from, int n, V<typename Compute<T>::type> beyond)
+  requires(!masked<T>)
+{
   T buffer[W<typename Compute<T>::type>] = {};
   std::memcpy(buffer, from, n * sizeof(T));
   return joined<typename Compute<T>::type>(n, widen(buffer), beyond);
 }
-template <class T> inline void narrow(T* to, V<typename Compute<T>::type> v, int n) {
+template <class T> inline void narrow(T* to, V<typename Compute<T>::type> v, int n)
+  requires(!masked<T>)
+{
   T buffer[W<typename Compute<T>::type>];
   narrow(buffer, v);
   std::memcpy(to, buffer, n * sizeof(T));
@@ -144,20 +160,10 @@ inline V<float> widen(const float* from, int n, V<float> beyond) {
   return (V<float>)_mm512_mask_loadu_ps((__m512)beyond, first(n), from);
 }
 inline void narrow(float* to, V<float> v, int n) { _mm512_mask_storeu_ps(to, first(n), (__m512)v); }
-template <class T> inline V<float> widen_half(const T* from, int n, V<float> beyond) {
-  alignas(BYTES / 2) T buffer[W<float>];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16(first(n), from));
-  return (V<float>)_mm512_mask_blend_ps(first(n), (__m512)beyond, (__m512)widen(buffer));
+template <Half T> inline V<float> widen(const T* from, int n, V<float> beyond) {
+  return (V<float>)_mm512_mask_mov_ps((__m512)beyond, first(n), (__m512)from_bits(T{}, _mm256_maskz_loadu_epi16(first(n), from)));
 }
-template <class T> inline void narrow_half(T* to, V<float> v, int n) {
-  alignas(BYTES / 2) T buffer[W<float>];
-  narrow(buffer, v);
-  _mm256_mask_storeu_epi16(to, first(n), _mm256_load_si256(reinterpret_cast<const __m256i*>(buffer)));
-}
-inline V<float> widen(const BFloat16* from, int n, V<float> beyond) { return widen_half(from, n, beyond); }
-inline V<float> widen(const Float16* from, int n, V<float> beyond) { return widen_half(from, n, beyond); }
-inline void narrow(BFloat16* to, V<float> v, int n) { narrow_half(to, v, n); }
-inline void narrow(Float16* to, V<float> v, int n) { narrow_half(to, v, n); }
+template <Half T> inline void narrow(T* to, V<float> v, int n) { _mm256_mask_storeu_epi16(to, first(n), to_bits(T{}, v)); }
 #endif
 
 // ---- sums in double -------------------------------------------------------------------------------------------------
