@@ -16,7 +16,7 @@
 
 constexpr int64_t WORTH_A_THREAD = 32768;  // values, as in torch
 constexpr int64_t ROW = 512;  // places that a row of several channels should have: fewer would be all loop overhead
-constexpr int64_t CACHE = 1 << 19;  // bytes of x in a group: with dy, and both of the next group, still in cache
+constexpr int64_t CACHE = 1 << 18;  // bytes of x in a thread's group: with dy, and both of the next group, still in cache
 constexpr int64_t RUN = 1 << 15;  // bytes that should be visited in order at the least
 
 struct Geometry {
@@ -26,6 +26,7 @@ struct Geometry {
   int64_t length = 0;  // of a row
   int64_t group = 0;  // channels that are worked on together
   int64_t threads = 1;
+  bool apart = false;  // each thread works on channels of its own
 
   int64_t values() const { return N * S; }  // m, per channel
   int64_t places() const { return outer * C * inner; }
@@ -39,7 +40,9 @@ inline Geometry cut(int64_t N, int64_t C, int64_t S, bool channels_last, int64_t
   g.length = S;
   if (g.planes) {
     const int64_t bytes = S * item;
-    g.group = std::clamp(std::max(CACHE / (N * bytes), (RUN + bytes - 1) / bytes), int64_t(1), C);
+    g.apart = C >= 4 * g.threads;
+    const int64_t cache = CACHE * (g.apart ? 1 : g.threads);
+    g.group = std::clamp(std::max(cache / (N * bytes), (RUN + bytes - 1) / bytes), int64_t(1), C);
     return g;
   }
   if (channels_last) {

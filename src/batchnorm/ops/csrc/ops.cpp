@@ -217,9 +217,9 @@ template <class A> struct Lanes {
   const void* at(int i, int64_t channel) const { return values[i] ? values[i] + channel : nullptr; }
 };
 
-// Channels [begin, end), whose rows are numbered in the order of memory.
+// Channels [begin, end), whose rows are numbered in the order of memory, on so many threads. Others follow up to `last`.
 struct Group {
-  int64_t begin, end;
+  int64_t begin, end, last, threads;
   int64_t channels() const { return end - begin; }
   int64_t rows(const Geometry& g) const {
     return g.planes ? g.N * channels() : (g.N * g.C * g.S + g.places() - 1) / g.places();
@@ -266,7 +266,7 @@ template <class F> void parallel(int64_t tasks, const F& task) {
 template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group) {
   const Geometry& g = job.g;
   const Lanes<A> lanes(job);
-  const int64_t rows = group.rows(g), parts = std::min(g.threads, rows);
+  const int64_t rows = group.rows(g), parts = std::min(group.threads, rows);
   const int64_t per_channel = g.planes ? LANES : g.inner, width = g.planes ? group.channels() * LANES : g.places();
   constexpr int64_t places = VECTOR / sizeof(float);  // of the widest vector: what a row's last vector may touch
   const int64_t padded = (width + places - 1) / places * places;
@@ -316,12 +316,12 @@ template <class A> bool streams(const Job<A>& job) {
 // Second pass, from the end to the beginning: what the first one read last is still in cache. Alone it goes forward.
 template <class A> void write_group(Leaf leaf, const Job<A>& job, Group group) {
   const Lanes<A> lanes(job);
-  const int64_t rows = group.rows(job.g), parts = std::min(job.g.threads, rows);
+  const int64_t rows = group.rows(job.g), parts = std::min(group.threads, rows);
   const int64_t step = job.sum.get() ? std::max<int64_t>(1, PIECE / (job.g.length * job.item)) : rows;
   const bool streaming = streams(job);
   // While this group is written, the next one is read: the same row of it lies so far ahead.
   const int64_t next = group.channels() * job.g.S * job.item;
-  const bool near = job.g.planes && group.end < job.g.C && job.g.N * next <= 2 * CACHE;
+  const bool near = job.g.planes && group.end < group.last && job.g.N * next <= 2 * CACHE * group.threads;
   const int64_t ahead = near ? next : AHEAD;
   parallel(parts, [&](int64_t part) {
     const int64_t first = rows * part / parts;
@@ -333,19 +333,24 @@ template <class A> void write_group(Leaf leaf, const Job<A>& job, Group group) {
 // sums -> finish(channel, quick) -> writes, group by group. `finish` refuses quick sums that are not exact enough: then
 // the group is summed again, in double.
 template <class A, class Finish> void run_passes(Choice sums, Choice writes, const Job<A>& job, const Finish& finish) {
-  const auto sum = [&](Group group, bool quick) {
-    sums.quick = quick;
-    sum_group(leaf_for(sums), job, group);
+  const Geometry& g = job.g;
+  const auto sum = [&](Choice choice, Group group, bool quick) {
+    choice.quick = quick;
+    sum_group(leaf_for(choice), job, group);
     bool accepted = true;
     for (int64_t c = group.begin; c < group.end; ++c) accepted &= finish(c, quick);
     return accepted;
   };
   const bool can_be_quick = sizeof(A) == sizeof(float);
-  for (int64_t begin = 0; begin < job.g.C; begin += job.g.group) {
-    const Group group{begin, std::min(begin + job.g.group, job.g.C)};
-    if (!sum(group, can_be_quick)) sum(group, false);
-    write_group(leaf_for(writes), job, group);
-  }
+  const int64_t workers = g.apart ? g.threads : 1;
+  parallel(workers, [&](int64_t worker) {
+    const int64_t last = g.C * (worker + 1) / workers;
+    for (int64_t begin = g.C * worker / workers; begin < last; begin += g.group) {
+      const Group group{begin, std::min(begin + g.group, last), last, g.apart ? 1 : g.threads};
+      if (!sum(sums, group, can_be_quick)) sum(sums, group, false);
+      write_group(leaf_for(writes), job, group);
+    }
+  });
 }
 
 // ---- ops ------------------------------------------------------------------------------------------------------------
@@ -431,7 +436,7 @@ Tensor normalize(
     job.mean = Array<A>(C), job.scale = Array<A>(C), job.shift = Array<A>(C);
     for (int64_t c = 0; c < C; ++c) set_affine(job, c, mean[c], 1 / std::sqrt(variance[c] + eps), gamma[c], beta[c]);
     write_group(
-        leaf_for({Pass::normalize, type, Activation(activation), r ? Kept::residual : Kept::nothing, job.g.planes}), job, {0, C});
+        leaf_for({Pass::normalize, type, Activation(activation), r ? Kept::residual : Kept::nothing, job.g.planes}), job, {0, C, C, job.g.threads});
   });
   return y;
 }
