@@ -33,7 +33,7 @@ struct Block {
   bool streaming;  // writes go past the caches; without planes rows then begin at whole vectors
 };
 
-constexpr int64_t LANES = VECTOR / sizeof(double);
+constexpr int64_t LANES = VECTOR / sizeof(double), LANES_OF_FLOAT = VECTOR / sizeof(float);
 constexpr int64_t together(int64_t item) { return item == 2 ? 8 : 4; }  // rows of a quick sum
 
 using Leaf = void (*)(const Block&);

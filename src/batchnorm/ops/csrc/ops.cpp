@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -90,20 +91,15 @@ void set_number(void* data, Type type, int64_t i, double value) {
 }
 
 // (C,) of any float type -> A; `otherwise` where there is no tensor.
-template <class A> Array<A> channels_from(const MaybeTensor& t, int64_t C, A otherwise) {
-  Array<A> values(C);
+template <class A> void read_channels(const MaybeTensor& t, int64_t C, A otherwise, A* to) {
   if (!t) {
-    std::fill_n(values.get(), C, otherwise);
-    return values;
+    std::fill_n(to, C, otherwise);
+    return;
   }
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == C, "batchnorm: expected a tensor of ", C, " channels");
-  const Type type = type_of(*t);
-  const void* data = t->const_data_ptr();
   const int64_t stride = t->stride(0);
-  with_type(data, type, [&](const auto* from) {
-    for (int64_t c = 0; c < C; ++c) values[c] = A(number(from[c * stride]));
+  with_type(t->const_data_ptr(), type_of(*t), [&](const auto* from) {
+    for (int64_t c = 0; c < C; ++c) to[c] = A(number(from[c * stride]));
   });
-  return values;
 }
 
 // Channels innermost, with the places densely packed: (N, C), channels_last, channels_last_3d and the like.
@@ -139,6 +135,9 @@ Tensor empty_channels(int64_t C, ScalarType dtype) {
   const int64_t stride = 1;
   return empty(1, &C, &stride, dtype);
 }
+
+const char* read(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+char* write(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
 
 Tensor dense(const Tensor& x) {
   return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x);
@@ -186,32 +185,48 @@ Leaf leaf_for(Choice choice) {
   return generic::choose(choice);
 }
 
+int64_t padded(int64_t count) { return (count + LANES_OF_FLOAT - 1) / LANES_OF_FLOAT * LANES_OF_FLOAT; }
+
 // What the passes of one op have in common: where the data lies, and the values of each channel.
 template <class A> struct Job {
   Geometry g;
+  Type type;
   int64_t item;  // bytes of a value in memory
   const char *x = nullptr, *dy = nullptr, *kept = nullptr;
   char *y = nullptr, *dx = nullptr, *dresidual = nullptr;
   double slope = 0;
-  Array<A> mean{}, scale{}, shift{}, mean_term{}, centered_term{};
-  Array<double> sum{}, product{};
+  Array<A> values;
+  Array<double> wide;
+  A *mean, *scale, *shift, *mean_term, *centered_term, *gamma, *beta;
+  double *sum, *product, *mu, *rstd;
+
+  Job(const Tensor& tensor, double slope)
+      : g(geometry_of(tensor)), type(type_of(tensor)), item(size_of(type)), x(read(tensor)), slope(slope),
+        values(7 * padded(g.C)), wide(4 * padded(g.C)) {
+    A* next = values.get();
+    for (A** p : {&mean, &scale, &shift, &mean_term, &centered_term, &gamma, &beta}) *p = next, next += padded(g.C);
+    double* next_wide = wide.get();
+    for (double** p : {&sum, &product, &mu, &rstd}) *p = next_wide, next_wide += padded(g.C);
+  }
 };
 
-// The per-channel arrays of a job as rows want them: as they are for planes, else spread over the places of a row.
+// The first of a job's per-channel arrays as rows want them: as they are for planes, else spread over the places of a row.
 template <class A> struct Lanes {
-  std::array<Array<A>, 5> spread;
+  Array<A> spread;
   std::array<const A*, 5> values{};
 
-  explicit Lanes(const Job<A>& job) {
-    const std::array all{&job.mean, &job.scale, &job.shift, &job.mean_term, &job.centered_term};
-    for (size_t i = 0; i < all.size(); ++i) {
-      values[i] = all[i]->get();
-      if (!values[i] || job.g.planes || job.g.places() == job.g.C) continue;
-      spread[i] = Array<A>(job.g.places());
-      A* to = spread[i].get();
-      for (int64_t o = 0; o < job.g.outer; ++o)
-        for (int64_t c = 0; c < job.g.C; ++c, to += job.g.inner) std::fill_n(to, job.g.inner, values[i][c]);
-      values[i] = spread[i].get();
+  Lanes(const Job<A>& job, int used) {
+    const std::array all{job.mean, job.scale, job.shift, job.mean_term, job.centered_term};
+    std::copy_n(all.begin(), used, values.begin());
+    const Geometry& g = job.g;
+    if (g.planes || g.places() == g.C) return;
+    const int64_t width = padded(g.places());
+    spread = Array<A>(used * width);
+    for (int i = 0; i < used; ++i) {
+      A* to = &spread[i * width];
+      for (int64_t o = 0; o < g.outer; ++o)
+        for (int64_t c = 0; c < g.C; ++c, to += g.inner) std::fill_n(to, g.inner, all[i][c]);
+      values[i] = &spread[i * width];
     }
   }
   const void* at(int i, int64_t channel) const { return values[i] ? values[i] + channel : nullptr; }
@@ -263,21 +278,21 @@ template <class F> void parallel(int64_t tasks, const F& task) {
 }
 
 // First pass: job.sum and job.product of the group's channels. One part of the rows per thread, added up in order.
-template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group) {
+template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group, int used) {
   const Geometry& g = job.g;
-  const Lanes<A> lanes(job);
+  const Lanes<A> lanes(job, used);
   const int64_t rows = group.rows(g), parts = std::min(group.threads, rows);
-  const int64_t per_channel = g.planes ? LANES : g.inner, width = g.planes ? group.channels() * LANES : g.places();
-  constexpr int64_t places = VECTOR / sizeof(float);  // of the widest vector: what a row's last vector may touch
-  const int64_t padded = (width + places - 1) / places * places;
-  const Array<double> sums(parts * padded), products(parts * padded);
+  const int64_t per_channel = g.planes ? LANES : g.inner;
+  const int64_t width = padded(g.planes ? group.channels() * LANES : g.places());
+  const Array<double> sums(2 * parts * width);
   parallel(parts, [&](int64_t part) {
-    run(leaf, job, lanes, group, rows * part / parts, rows * (part + 1) / parts, &sums[part * padded], &products[part * padded],
+    double* sum = &sums[2 * part * width];
+    run(leaf, job, lanes, group, rows * part / parts, rows * (part + 1) / parts, sum, sum + width,
         g.planes ? AHEAD : together(job.item) * g.length * job.item);
   });
-  std::fill_n(&job.sum[group.begin], group.channels(), 0), std::fill_n(&job.product[group.begin], group.channels(), 0);
+  std::fill(job.sum + group.begin, job.sum + group.end, 0), std::fill(job.product + group.begin, job.product + group.end, 0);
   for (int64_t part = 0; part < parts; ++part) {
-    const double *sum = &sums[part * padded], *product = &products[part * padded];
+    const double *sum = &sums[2 * part * width], *product = sum + width;
     for (int64_t o = 0; o < g.outer; ++o)
       for (int64_t c = group.begin; c < group.end; ++c)
         for (int64_t i = 0; i < per_channel; ++i) job.sum[c] += *sum++, job.product[c] += *product++;
@@ -285,11 +300,11 @@ template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group) {
 }
 
 // K, near the mean of each channel: of a few values of it, far apart.
-template <class A> void set_near_mean(const Job<A>& job, Type type) {
+template <class A> void set_near_mean(const Job<A>& job) {
   const Geometry& g = job.g;
   const bool channels_last = !g.planes && g.inner == 1;
   const int64_t samples = std::min<int64_t>(g.values(), channels_last ? 16 : 4);  // of all channels in one piece: cheap
-  with_type(job.x, type, [&](const auto* x) {
+  with_type(job.x, job.type, [&](const auto* x) {
     for (int64_t i = 0; i < samples; ++i) {
       const int64_t place = g.values() / samples * i, n = place / g.S, s = place % g.S;
       const auto* from = x + n * g.C * g.S + (channels_last ? s * g.C : s);
@@ -298,6 +313,7 @@ template <class A> void set_near_mean(const Job<A>& job, Type type) {
   });
 }
 constexpr double FAR = 4;  // of the variance: how large the square of mean - K may be for quick sums, which then cancel
+
 
 constexpr int64_t PIECE = 1 << 16;  // bytes visited at a time on the way back
 constexpr int64_t STREAMED = 30 << 20;  // bytes read and written: what a common last-level cache holds
@@ -314,10 +330,10 @@ template <class A> bool streams(const Job<A>& job) {
 }
 
 // Second pass, from the end to the beginning: what the first one read last is still in cache. Alone it goes forward.
-template <class A> void write_group(Leaf leaf, const Job<A>& job, Group group) {
-  const Lanes<A> lanes(job);
+template <class A> void write_group(Leaf leaf, const Job<A>& job, Group group, int used, bool after_sums = true) {
+  const Lanes<A> lanes(job, used);
   const int64_t rows = group.rows(job.g), parts = std::min(group.threads, rows);
-  const int64_t step = job.sum.get() ? std::max<int64_t>(1, PIECE / (job.g.length * job.item)) : rows;
+  const int64_t step = after_sums ? std::max<int64_t>(1, PIECE / (job.g.length * job.item)) : rows;
   const bool streaming = streams(job);
   // While this group is written, the next one is read: the same row of it lies so far ahead.
   const int64_t next = group.channels() * job.g.S * job.item;
@@ -336,7 +352,7 @@ template <class A, class Finish> void run_passes(Choice sums, Choice writes, con
   const Geometry& g = job.g;
   const auto sum = [&](Choice choice, Group group, bool quick) {
     choice.quick = quick;
-    sum_group(leaf_for(choice), job, group);
+    sum_group(leaf_for(choice), job, group, choice.pass == Pass::statistics ? 1 : 3);
     bool accepted = true;
     for (int64_t c = group.begin; c < group.end; ++c) accepted &= finish(c, quick);
     return accepted;
@@ -348,9 +364,47 @@ template <class A, class Finish> void run_passes(Choice sums, Choice writes, con
     for (int64_t begin = g.C * worker / workers; begin < last; begin += g.group) {
       const Group group{begin, std::min(begin + g.group, last), last, g.apart ? 1 : g.threads};
       if (!sum(sums, group, can_be_quick)) sum(sums, group, false);
-      write_group(leaf_for(writes), job, group);
+      write_group(leaf_for(writes), job, group, writes.pass == Pass::normalize ? 3 : 5);
     }
   });
+}
+
+// ---- what the ops refuse ---------------------------------------------------------------------------------------------
+
+std::string shape_of(const Tensor& t) {
+  std::string text;
+  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
+  return "(" + text + ")";
+}
+void check_input(const Tensor& x, int64_t activation) {
+  STD_TORCH_CHECK(x.dim() >= 2, "batchnorm: x must be (N, C, ...), got ", shape_of(x));
+  STD_TORCH_CHECK(0 <= activation && activation <= int64_t(Activation::tanh), "batchnorm: unknown activation ", activation);
+  type_of(x);
+}
+// (C,), C the size of x's dimension `channel`.
+void check_channels(const char* name, const MaybeTensor& t, const Tensor& x, int64_t channel = 1) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->is_cpu(), "batchnorm: ", name, " must be on the CPU, as x is");
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(channel), "batchnorm: ", name, " must be (", x.size(channel),
+                  ",), one value for each channel, got ", shape_of(*t));
+  type_of(*t);
+}
+void check_like(const char* name, const MaybeTensor& t, const Tensor& x) {
+  if (!t) return;
+  STD_TORCH_CHECK(t->is_cpu(), "batchnorm: ", name, " must be on the CPU, as x is");
+  bool same = t->dim() == x.dim();
+  for (int64_t d = 0; same && d < x.dim(); ++d) same = t->size(d) == x.size(d);
+  STD_TORCH_CHECK(same, "batchnorm: ", name, " must have x's shape, ", shape_of(x), ", got ", shape_of(*t));
+  STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), "batchnorm: ", name, " must have x's dtype");
+}
+void check_running(
+    const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& batches, std::optional<double> momentum,
+    const Tensor& x, int64_t channel) {
+  check_channels("running_mean", mean, x, channel), check_channels("running_var", var, x, channel);
+  STD_TORCH_CHECK(!mean == !var, "batchnorm: running_mean and running_var must be given together");
+  STD_TORCH_CHECK(momentum || batches || !mean, "batchnorm: momentum=None needs the number of batches");
+  STD_TORCH_CHECK(!batches || (batches->is_cpu() && batches->numel() == 1 && batches->scalar_type() == ScalarType::Long),
+                  "batchnorm: batches must be one int64 on the CPU");
 }
 
 // ---- ops ------------------------------------------------------------------------------------------------------------
@@ -362,8 +416,6 @@ Tensor statistics_like(const Tensor& x) { return empty_channels(x.size(1), Scala
 Tensor channels_like(const Tensor& x) { return empty_channels(x.size(1), statistics_type(x)); }
 
 template <class A> A* data_of(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
-const char* read(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
-char* write(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
 
 // Where y tells dg/dz, y is kept of a layer with a residual, else the residual. As in schema.py.
 Kept kept_for(Activation activation, double slope) {
@@ -379,40 +431,39 @@ template <class Body> auto in_compute_type(const Tensor& x, Body body) {
 
 // z = (x - mu) * rstd * gamma + beta, as the leaf loops compute it: (x - mean) * scale + shift with mean the part of mu that
 // A holds. The rest of mu goes into the shift: where |mu| is large, rounding it would be an error of many ulp in x - mu.
-template <class A> void set_affine(const Job<A>& job, int64_t c, double mu, double rstd, A gamma, A beta) {
+template <class A> void set_affine(const Job<A>& job, int64_t c, double mu, double rstd) {
   job.mean[c] = A(mu);
-  job.scale[c] = A(gamma * rstd);
-  job.shift[c] = A(beta - (mu - job.mean[c]) * job.scale[c]);
+  job.scale[c] = A(job.gamma[c] * rstd);
+  job.shift[c] = A(job.beta[c] - (mu - job.mean[c]) * job.scale[c]);
 }
 
 // Algorithm 1: y = g((x - mu) / sqrt(var + eps) * gamma + beta + residual), with mu and var of each channel of x.
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
     int64_t activation, double slope) {
+  check_input(input, activation), check_channels("weight", weight, input), check_channels("bias", bias, input);
+  check_like("residual", residual, input);
   const Tensor x = dense(input), y = empty_as(x), mu = statistics_like(x), var = statistics_like(x);
   const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
   const auto g = Activation(activation);
   in_compute_type(x, [&]<class A>() {
-    const Type type = type_of(x);
-    Job<A> job{geometry_of(x), size_of(type)};
+    Job<A> job(x, slope);
     const int64_t C = job.g.C, m = job.g.values();
     if (C * m == 0) {
       std::fill_n(data_of<double>(mu), C, NAN), std::fill_n(data_of<double>(var), C, NAN);
       return;
     }
-    job.x = read(x), job.y = write(y), job.kept = r ? read(*r) : nullptr, job.slope = slope;
-    const Array<A> gamma = channels_from<A>(weight, C, 1), beta = channels_from<A>(bias, C, 0);
-    job.mean = Array<A>(C), job.scale = Array<A>(C), job.shift = Array<A>(C);
-    job.sum = Array<double>(C), job.product = Array<double>(C);
-    set_near_mean(job, type);  // sums of x - K: E[x^2] - E[x]^2 alone would cancel
+    job.y = write(y), job.kept = r ? read(*r) : nullptr;
+    read_channels<A>(weight, C, 1, job.gamma), read_channels<A>(bias, C, 0, job.beta);
+    set_near_mean(job);  // sums of x - K: E[x^2] - E[x]^2 alone would cancel
     run_passes<A>(
-        {Pass::statistics, type, Activation::none, Kept::nothing, job.g.planes},
-        {Pass::normalize, type, g, r ? Kept::residual : Kept::nothing, job.g.planes}, job, [&](int64_t c, bool quick) {
+        {Pass::statistics, job.type, Activation::none, Kept::nothing, job.g.planes},
+        {Pass::normalize, job.type, g, r ? Kept::residual : Kept::nothing, job.g.planes}, job, [&](int64_t c, bool quick) {
           const double shifted = job.sum[c] / m, spread = job.product[c] / m - shifted * shifted;
           if (quick && !(shifted * shifted <= FAR * spread)) return false;
           const double mean = job.mean[c] + shifted, biased = spread < 0 ? 0 : spread;
           data_of<double>(mu)[c] = mean, data_of<double>(var)[c] = biased;
-          set_affine(job, c, mean, 1 / std::sqrt(biased + eps), gamma[c], beta[c]);
+          set_affine(job, c, mean, 1 / std::sqrt(biased + eps));
           return true;
         });
   });
@@ -423,20 +474,20 @@ std::tuple<Tensor, Tensor, Tensor> forward(
 Tensor normalize(
     const Tensor& input, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
     const MaybeTensor& residual, double eps, int64_t activation, double slope) {
+  check_input(input, activation), check_channels("mean", mu, input), check_channels("var", var, input);
+  check_channels("weight", weight, input), check_channels("bias", bias, input), check_like("residual", residual, input);
   const Tensor x = dense(input), y = empty_as(x);
   const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
   in_compute_type(x, [&]<class A>() {
-    const Type type = type_of(x);
-    Job<A> job{geometry_of(x), size_of(type)};
+    Job<A> job(x, slope);
     const int64_t C = job.g.C;
     if (C * job.g.values() == 0) return;
-    job.x = read(x), job.y = write(y), job.kept = r ? read(*r) : nullptr, job.slope = slope;
-    const Array<A> gamma = channels_from<A>(weight, C, 1), beta = channels_from<A>(bias, C, 0);
-    const Array<double> mean = channels_from<double>(mu, C, 0), variance = channels_from<double>(var, C, 0);
-    job.mean = Array<A>(C), job.scale = Array<A>(C), job.shift = Array<A>(C);
-    for (int64_t c = 0; c < C; ++c) set_affine(job, c, mean[c], 1 / std::sqrt(variance[c] + eps), gamma[c], beta[c]);
-    write_group(
-        leaf_for({Pass::normalize, type, Activation(activation), r ? Kept::residual : Kept::nothing, job.g.planes}), job, {0, C, C, job.g.threads});
+    job.y = write(y), job.kept = r ? read(*r) : nullptr;
+    read_channels<A>(weight, C, 1, job.gamma), read_channels<A>(bias, C, 0, job.beta);
+    read_channels<double>(mu, C, 0, job.mu), read_channels<double>(var, C, 0, job.rstd);
+    for (int64_t c = 0; c < C; ++c) set_affine(job, c, job.mu[c], 1 / std::sqrt(job.rstd[c] + eps));
+    const Choice choice{Pass::normalize, job.type, Activation(activation), r ? Kept::residual : Kept::nothing, job.g.planes};
+    write_group(leaf_for(choice), job, {0, C, C, job.g.threads}, 3, false);
   });
   return y;
 }
@@ -447,6 +498,9 @@ Tensor normalize(
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& gradient, const Tensor& input, const Tensor& mu, const Tensor& var, const MaybeTensor& weight,
     const MaybeTensor& bias, const MaybeTensor& kept, double eps, int64_t activation, double slope, bool training) {
+  check_input(input, activation), check_channels("mean", mu, input), check_channels("var", var, input);
+  check_channels("weight", weight, input), check_channels("bias", bias, input);
+  check_like("dy", gradient, input), check_like("kept", kept, input);
   const Tensor x = dense(input), dy = laid_out_as(gradient, x), dx = empty_as(x);
   const Tensor dgamma = channels_like(x), dbeta = channels_like(x);
   const auto g = Activation(activation);
@@ -454,34 +508,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   const MaybeTensor k = kind == Kept::nothing ? std::nullopt : MaybeTensor(laid_out_as(*kept, x));
   const Tensor dresidual = k ? empty_as(x) : empty_channels(0, x.scalar_type());
   in_compute_type(x, [&]<class A>() {
-    const Type type = type_of(x);
-    Job<A> job{geometry_of(x), size_of(type)};
+    Job<A> job(x, slope);
     const int64_t C = job.g.C, m = job.g.values();
     if (C * m == 0) {
       std::fill_n(data_of<A>(dgamma), C, A(0)), std::fill_n(data_of<A>(dbeta), C, A(0));
       return;
     }
-    job.x = read(x), job.dy = read(dy), job.dx = write(dx), job.slope = slope;
+    job.dy = read(dy), job.dx = write(dx);
     if (k) job.kept = read(*k), job.dresidual = write(dresidual);
-    const Array<A> gamma = channels_from<A>(weight, C, 1), beta = channels_from<A>(bias, C, 0);
-    const Array<double> mean = channels_from<double>(mu, C, 0), rstd = channels_from<double>(var, C, 0);
-    job.mean = Array<A>(C), job.scale = Array<A>(C), job.shift = Array<A>(C);
-    job.mean_term = Array<A>(C), job.centered_term = Array<A>(C);
-    job.sum = Array<double>(C), job.product = Array<double>(C);
+    read_channels<A>(weight, C, 1, job.gamma), read_channels<A>(bias, C, 0, job.beta);
+    read_channels<double>(mu, C, 0, job.mu), read_channels<double>(var, C, 0, job.rstd);
     for (int64_t c = 0; c < C; ++c) {
-      rstd[c] = 1 / std::sqrt(rstd[c] + eps);
-      set_affine(job, c, mean[c], rstd[c], gamma[c], beta[c]);
+      job.rstd[c] = 1 / std::sqrt(job.rstd[c] + eps);
+      set_affine(job, c, job.mu[c], job.rstd[c]);
     }
     run_passes<A>(
-        {Pass::gradient_sums, type, g, kind, job.g.planes}, {Pass::input_gradient, type, g, kind, job.g.planes}, job,
+        {Pass::gradient_sums, job.type, g, kind, job.g.planes}, {Pass::input_gradient, job.type, g, kind, job.g.planes}, job,
         [&](int64_t c, bool quick) {
           if (quick && !(std::isfinite(job.sum[c]) && std::isfinite(job.product[c]))) return false;
-          const double rest = mean[c] - job.mean[c];  // the loops subtract what A holds of mu
+          const double rest = job.mu[c] - job.mean[c];  // the loops subtract what A holds of mu
           const double product = job.product[c] - rest * job.sum[c];
           data_of<A>(dbeta)[c] = A(job.sum[c]);
-          data_of<A>(dgamma)[c] = A(product * rstd[c]);
+          data_of<A>(dgamma)[c] = A(product * job.rstd[c]);
           if (training) {  // else the terms stay 0
-            const double term = job.scale[c] * rstd[c] * rstd[c] * product / m;
+            const double term = job.scale[c] * job.rstd[c] * job.rstd[c] * product / m;
             job.mean_term[c] = A(job.scale[c] * job.sum[c] / m - term * rest);
             job.centered_term[c] = A(term);
           }
@@ -496,6 +546,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 void update_running_(
     const Tensor& running_mean, const Tensor& running_var, const MaybeTensor& batches, const Tensor& mu, const Tensor& var,
     int64_t values, std::optional<double> momentum) {
+  check_channels("var", var, mu, 0), check_running(running_mean, running_var, batches, momentum, mu, 0);
   const int64_t count = batches ? ++*data_of<int64_t>(*batches) : 0;
   if (values == 0) return;
   const double a = momentum ? *momentum : 1.0 / double(count), unbiased = double(values) / double(values - 1);
@@ -515,6 +566,7 @@ std::tuple<Tensor, Tensor, Tensor> train(
     const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
     const MaybeTensor& running_mean, const MaybeTensor& running_var, const MaybeTensor& batches,
     std::optional<double> momentum, double eps, int64_t activation, double slope) {
+  check_input(x, activation), check_running(running_mean, running_var, batches, momentum, x, 1);
   auto results = forward(x, weight, bias, residual, eps, activation, slope);
   const auto& [y, mu, var] = results;
   if (running_mean && running_var)
