@@ -12,7 +12,15 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 FLAGS = {  # the leaf loops, once per instruction set
     "leaves_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "leaves_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
-    "leaves_avx512_bf16.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mavx512bf16"],
+    "leaves_avx512_bf16.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mavx512bf16",
+    ],
 }
 OPTIMIZE = ["-O3", "-g0"]
 if os.environ.get("BATCHNORM_SANITIZE"):  # make sanitize

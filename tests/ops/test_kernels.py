@@ -110,6 +110,31 @@ def test_anything_is_the_reference(x, activation, with_residual, training, mixed
     assert max(errors) <= 1, errors
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(16, 5, 16, 16), (4096, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_where_a_first_look_misleads_or_squares_overflow_sums_are_in_double(dtype, shape, layout):
+    x = torch.randn(shape).to(dtype)
+    far, large = x.clone(), x * 1e25
+    first_places = (slice(None, None, len(x) // 4), slice(None), *[0] * (x.dim() - 2))  # what is looked at first
+    far[first_places] = -1e4
+
+    def channels(t):
+        return t.double().movedim(1, 0).flatten(1)
+
+    for case in (far, large):
+        _, mean, var = OP.forward(arrange(case, layout), None, None, None, 1e-5, 0, 0.0)
+        torch.testing.assert_close(mean, channels(case).mean(1), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(var, channels(case).var(1, correction=0), rtol=1e-11, atol=0)
+    d_y = x * 1e20
+    dweight, dbias = OP.backward(
+        arrange(d_y, layout), arrange(large, layout), mean, var, *[None] * 3, 1e-5, 0, 0.0, False
+    )[1:3]
+    terms = channels(d_y) * (channels(large) - mean[:, None]) * (var + 1e-5).rsqrt()[:, None]
+    torch.testing.assert_close(dweight.double(), terms.sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(dbias.double() / 1e20, channels(d_y).sum(1) / 1e20, rtol=1e-4, atol=1e-4)
+
+
 def test_large_tensors_are_cut_into_groups_and_threads_without_a_seam():
     for layout in ("contiguous", "channels_last"):
         x = arrange(torch.randn(16, 96, 40, 40), layout)
@@ -153,7 +178,7 @@ def test_same_bits_from_run_to_run_and_rounding_alone_between_numbers_of_threads
         assert ulps(b, a, torch.float32) <= 1
 
 
-@pytest.mark.parametrize("instructions", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("instructions", ["generic", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_that_this_processor_has(instructions):
     env = os.environ | {"BATCHNORM_INSTRUCTIONS": instructions}
     tests = f"{__file__}::test_every_fusion_is_the_reference_in_every_layout"
@@ -161,6 +186,33 @@ def test_every_instruction_set_that_this_processor_has(instructions):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests, "-k", select]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout
+
+
+X, CHANNELS, LESS = torch.randn(4, 3, 5, 5), torch.ones(3), torch.ones(2)
+WRONG = {
+    "one dimension": ("forward", (CHANNELS, None, None, None, 1e-5, 0, 0.0), r"must be \(N, C, ...\), got \(3\)"),
+    "integer x": ("forward", (X.long(), None, None, None, 1e-5, 0, 0.0), "expected float32"),
+    "activation": ("forward", (X, None, None, None, 1e-5, 8, 0.0), "unknown activation 8"),
+    "weight": ("forward", (X, LESS, None, None, 1e-5, 0, 0.0), r"weight must be \(3,\).*got \(2\)"),
+    "2-D bias": ("normalize", (X, CHANNELS, CHANNELS, None, CHANNELS[None], None, 1e-5, 0, 0.0), r"bias.*got \(1, 3\)"),
+    "mean": ("normalize", (X, LESS, CHANNELS, None, None, None, 1e-5, 0, 0.0), "mean must be"),
+    "residual": ("forward", (X, None, None, X[:1], 1e-5, 0, 0.0), r"residual must.* \(4, 3, 5, 5\), got \(1, 3,"),
+    "dtype of residual": ("forward", (X, None, None, X.double(), 1e-5, 0, 0.0), "residual must have x's dtype"),
+    "dy": ("backward", (X[:2], X, CHANNELS, CHANNELS, None, None, None, 1e-5, 1, 0.0, True), "dy must have x's shape"),
+    "kept": ("backward", (X, X, CHANNELS, CHANNELS, None, None, X[:2], 1e-5, 1, 0.0, True), "kept must have x's shape"),
+    "running_mean": ("train", (X, None, None, None, LESS, CHANNELS, None, 0.1, 1e-5, 0, 0.0), "running_mean must be"),
+    "one of two": ("train", (X, None, None, None, CHANNELS, None, None, 0.1, 1e-5, 0, 0.0), "given together"),
+    "batches": ("update_running_", (CHANNELS, CHANNELS, CHANNELS, CHANNELS, CHANNELS, 9, 0.1), "one int64"),
+    "no momentum": ("update_running_", (CHANNELS, CHANNELS, None, CHANNELS, CHANNELS, 9, None), "number of batches"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_ops_refuse_what_does_not_fit_and_say_what_arrived(case):
+    op, arguments, words = WRONG[case]
+    with pytest.raises(RuntimeError, match=words):
+        getattr(OP, op).default(*arguments)
+    assert CHANNELS.eq(1).all()  # and nothing was changed
 
 
 # ---- ops as torch sees them -----------------------------------------------------------------------------------------

@@ -460,7 +460,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
         {Pass::statistics, job.type, Activation::none, Kept::nothing, job.g.planes},
         {Pass::normalize, job.type, g, r ? Kept::residual : Kept::nothing, job.g.planes}, job, [&](int64_t c, bool quick) {
           const double shifted = job.sum[c] / m, spread = job.product[c] / m - shifted * shifted;
-          if (quick && !(shifted * shifted <= FAR * spread)) return false;
+          if (quick && !(shifted * shifted <= FAR * spread && std::isfinite(spread))) return false;
           const double mean = job.mean[c] + shifted, biased = spread < 0 ? 0 : spread;
           data_of<double>(mu)[c] = mean, data_of<double>(var)[c] = biased;
           set_affine(job, c, mean, 1 / std::sqrt(biased + eps));
