@@ -25,7 +25,7 @@ test-slow: setup  ## the tests that take long
 sanitize: setup  ## the kernels' tests under the address and undefined-behaviour sanitizers
 	BATCHNORM_SANITIZE=1 $(BIN)/python setup.py --quiet build_py --build-lib build/sanitize/lib \
 	  build_ext --force --build-lib build/sanitize/lib --build-temp build/sanitize
-	PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD=$$(g++ -print-file-name=libasan.so) \
+	PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_kernels.py -k "anything or cut_into or every_fusion or update or misleads or past_the_caches or refuse"
 
 lint: setup  ## ruff and mypy
