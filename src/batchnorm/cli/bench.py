@@ -22,6 +22,7 @@ from batchnorm.bench import layers
 from batchnorm.bench.layers import ACTIVATIONS, DTYPES, LAYOUTS, SHAPES, SIDES, Case, Row, geometric_mean
 from batchnorm.bench.networks import NETWORKS, bench_network
 
+NAMES = {"ours compiled": "ours under torch.compile", "eager": "torch", "compiled": "torch under torch.compile"}
 STEPS = 9  # of each kind of layer, for --network
 
 
@@ -145,19 +146,20 @@ def draw(rows: list[Row], sides: tuple[str, ...], file: Path, title: str) -> Non
     for number, (side, color) in enumerate(zip(others, ("#4c78a8", "#9ecae9", "#bab0ac"), strict=False)):
         places = [place + number * height for place in range(len(rows))]
         values = [row.ratio(side) or 0.0 for row in rows]
-        axes.barh(places, values, height, label={"eager": "torch"}.get(side, f"torch.compile ({side})"), color=color)
+        axes.barh(places, values, height, label=NAMES[side], color=color)
         for place, value in zip(places, values, strict=True):
             axes.annotate(f"{value:.1f}", (value, place), (2, 0), textcoords="offset points", va="center", fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     names = [f"{'x'.join(map(str, row.case.shape))} {row.case.layout}" for row in rows]
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(rows))], names, fontsize=8)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("time over ours (1: as fast)")
     mean = geometric_mean([r for row in rows if (r := row.ratio("eager"))])
     axes.set_title(f"{title}: {mean:.1f} times as fast as torch" if mean else title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     if len(others) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=len(others))
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
