@@ -167,7 +167,6 @@ template <class A> void set_near_mean(const Job<A>& job) {
 }
 constexpr double FAR = 4;  // of the variance: how large the square of mean - K may be for quick sums, which then cancel
 
-
 constexpr int64_t PIECE = 1 << 16;  // bytes visited at a time on the way back
 constexpr int64_t STREAMED = 30 << 20;  // bytes read and written: what a common last-level cache holds
 constexpr int64_t STREAMED_ROW = 512;  // bytes of a row of planes that are worth the vectors cut at its ends
