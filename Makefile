@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: race bench test test-slow sanitize lint setup clean
+.PHONY: race bench test test-slow sanitize other-torch lint setup clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -27,6 +27,11 @@ sanitize: setup  ## the kernels' tests under the address and undefined-behaviour
 	  build_ext --force --build-lib build/sanitize/lib --build-temp build/sanitize
 	PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_kernels.py -k "anything or cut_into or every_fusion or update or misleads or past_the_caches or refuse"
+
+other-torch: setup  ## the same shared object under another torch: make other-torch TORCH=2.10.0 (gigabytes, as it comes with CUDA)
+	$(PYTHON) -m venv build/torch-$(TORCH)
+	build/torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy pytest pytest-timeout hypothesis expecttest onnx onnxscript
+	PYTHONPATH=src build/torch-$(TORCH)/bin/python -m pytest tests/ops tests/nn tests/surgery tests/test_functional.py tests/test_transforms.py tests/test_torch_parity.py
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

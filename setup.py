@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("src/batchnorm/ops/csrc")
@@ -48,6 +49,13 @@ class BuildKernels(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"
 
 
+class AnyPythonWheel(bdist_wheel):
+    """Tagged with the platform alone, for the same reason."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[
         Extension(
@@ -61,5 +69,5 @@ setup(
             optional=True,  # without a compiler the package runs on torch's kernels, and says so
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
 )

@@ -49,7 +49,7 @@ def test_is_torchs_class_with_torchs_arguments_first(kind):
     [
         {},
         {"affine": False},
-        {"bias": False},
+        *([{"bias": False}] if "bias" in inspect.signature(nn.BatchNorm1d).parameters else []),  # not in torch 2.10
         {"track_running_stats": False},
         {"momentum": None, "dtype": torch.float64},
     ],
@@ -70,7 +70,7 @@ def test_state_and_repr_are_torchs(kind, options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_go_both_ways(kind):
-    ours, stock = pair(kind, bias=True)
+    ours, stock = pair(kind)
     for source, target in ((ours, nn), (stock, bn)):
         file = io.BytesIO()
         torch.save(source.state_dict(), file)
@@ -213,8 +213,8 @@ def test_default_torch_fx_traces_models_and_train_and_eval_stay_live(momentum):
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_to_one_graph(training, momentum):  # pain 15: torch's own breaks with momentum=None
-    model = Block(momentum=momentum).train(training)
-    twin, x = copy.deepcopy(model), torch.randn(4, 3, 5, 5)
+    model = Block(momentum=momentum).double().train(training)  # the convolution's gradient cancels: rounding in float32
+    twin, x = copy.deepcopy(model), torch.randn(4, 3, 5, 5, dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         outputs = compiled(x), twin(x)

@@ -43,7 +43,7 @@ STOCK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNor
 
 # Settings of glibc's malloc that keep large tensors from being returned to the system and faulted in again.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-IN_A_ROW = 4  # calls of a side in its turn, after one that is not timed: caches hold what they hold in a loop
+TURN = 0.015  # seconds of calls before those that are timed, and of those: until caches hold what they hold in a loop
 WARM_UP = 12  # rounds: until the heap has the size that it keeps
 WRONG = 8.0  # times torch's own error against float64, or units of eps, whichever is more
 
@@ -177,18 +177,23 @@ def measure(case: Case, sides: tuple[str, ...], seconds: float, threads: int | N
     orders = random.Random(0)
     while len(times[sides[0]]) < 7 or time.perf_counter() < until:
         for side in orders.sample(sides, len(sides)):
-            call = calls[side]
-            call()
-            started = time.perf_counter()
-            for _ in range(IN_A_ROW):
-                call()
-            times[side].append((time.perf_counter() - started) / IN_A_ROW)
+            seconds_of(calls[side])
+            times[side].append(seconds_of(calls[side]))
     middle = {side: median(values) for side, values in times.items()}
     spread = {}
     for side, values in times.items():
         low, _, high = quantiles(values, n=4)
         spread[side] = (high - low) / middle[side]
     return Row(case, middle, spread, len(times[sides[0]]))
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Of one call, in a loop of ``TURN`` seconds."""
+    count, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < TURN or count == 0:
+        call()
+        count += 1
+    return elapsed / count
 
 
 def call_of(case: Case, side: str) -> Callable[[], object]:

@@ -56,8 +56,9 @@ class _FusedBatchNorm(_BatchNorm):
         bias: bool = True,
         activation: Activation = None,
     ) -> None:
-        no_bias = {} if bias else {"bias": False}  # torch 2.10 does not know the argument
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **no_bias)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # torch 2.10 does not know the argument
+            self.bias = None  # type: ignore[assignment]
         name, slope = parse_activation(activation)
         self.activation = (name, slope) if name == "leaky_relu" else name
 
