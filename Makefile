@@ -26,7 +26,7 @@ sanitize: setup  ## the kernels' tests under the address and undefined-behaviour
 	BATCHNORM_SANITIZE=1 $(BIN)/python setup.py --quiet build_py --build-lib build/sanitize/lib \
 	  build_ext --force --build-lib build/sanitize/lib --build-temp build/sanitize
 	PYTHONPATH=build/sanitize/lib ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  $(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_kernels.py -k "anything or cut_into or every_fusion or update or misleads or past_the_caches or refuse"
+	  $(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_kernels.py -k "anything or cut_into or every_fusion or update or misleads or past_the_caches or refuse or split"
 
 other-torch: setup  ## the same shared object under another torch: make other-torch TORCH=2.10.0 (gigabytes, as it comes with CUDA)
 	$(PYTHON) -m venv build/torch-$(TORCH)

@@ -81,6 +81,45 @@ def test_every_fusion_is_the_reference_in_every_layout(dtype, activation, with_r
             assert max(errors) <= 1, (shape, layout, errors)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "silu"])  # y is kept, the residual is kept
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_split_ops_have_the_bits_of_the_fused_ones(dtype, activation, with_residual):
+    code = schema.ACTIVATIONS.index(activation)
+    for shape in SHAPES:
+        for layout in LAYOUTS:
+            x, d_y = arrange(torch.randn(shape).to(dtype), layout), torch.randn(shape).to(dtype)
+            r = torch.randn(shape).to(dtype) if with_residual else None
+            affine = [t.detach() for t in channel_tensors(shape[1], parameter_dtype(dtype))[2:]]
+            y, mean, var = OP.forward(x, *affine, r, 1e-5, code, 0.0)
+            assert all(map(torch.equal, OP.statistics(x), (mean, var)))
+            assert torch.equal(OP.normalize(x, mean, var, *affine, r, 1e-5, code, 0.0), y)
+            given = (d_y, x, mean, var, *affine, None if r is None else y if activation == "relu" else r)
+            dx, dweight, dbias, dresidual = OP.backward(*given, 1e-5, code, 0.0, True)
+            sums = OP.gradient_sums(*given, 1e-5, code, 0.0)
+            assert all(map(torch.equal, (t.to(dbias.dtype) for t in sums), (dbias, dweight)))
+            means = (t / (x.numel() // shape[1]) for t in sums)
+            assert all(map(torch.equal, OP.input_gradient(*given, *means, 1e-5, code, 0.0), (dx, dresidual)))
+
+
+def test_split_ops_on_parts_of_a_batch_make_the_whole():
+    x, d_y, *affine = (torch.randn(s, dtype=torch.float64) for s in ((11, 5, 6, 7), (11, 5, 6, 7), (5,), (5,)))
+    y, mean, var = OP.forward(x, *affine, None, 1e-5, 1, 0.0)
+    parts, m = x.split([3, 7, 1]), 11 * 6 * 7
+    counts = [part.numel() // 5 for part in parts]
+    each = [OP.statistics(part) for part in parts]
+    merged = sum(n * mu for n, (mu, _) in zip(counts, each, strict=True)) / m
+    spread = sum(n * (v + (mu - merged) ** 2) for n, (mu, v) in zip(counts, each, strict=True)) / m
+    torch.testing.assert_close((merged, spread), (mean, var), rtol=1e-12, atol=1e-12)
+    normalized = [OP.normalize(part, merged, spread, *affine, None, 1e-5, 1, 0.0) for part in parts]
+    torch.testing.assert_close(torch.cat(normalized), y)
+    given = [(g, part, merged, spread, *affine, None) for g, part in zip(d_y.split([3, 7, 1]), parts, strict=True)]
+    sums = [sum(s) / m for s in zip(*(OP.gradient_sums(*g, 1e-5, 1, 0.0) for g in given), strict=True)]
+    dx = torch.cat([OP.input_gradient(*g, *sums, 1e-5, 1, 0.0)[0] for g in given])
+    torch.testing.assert_close(dx, OP.backward(d_y, x, mean, var, *affine, None, 1e-5, 1, 0.0, True)[0])
+
+
 @st.composite
 def tensors(draw):
     """A tensor of any rank, sizes around the widths of vectors and rows, any order in memory, any float dtype."""
@@ -200,6 +239,8 @@ WRONG = {
     "dtype of residual": ("forward", (X, None, None, X.double(), 1e-5, 0, 0.0), "residual must have x's dtype"),
     "dy": ("backward", (X[:2], X, CHANNELS, CHANNELS, None, None, None, 1e-5, 1, 0.0, True), "dy must have x's shape"),
     "kept": ("backward", (X, X, CHANNELS, CHANNELS, None, None, X[:2], 1e-5, 1, 0.0, True), "kept must have x's shape"),
+    "dz_mean": ("input_gradient", (X, X, *[CHANNELS] * 2, *[None] * 3, LESS, CHANNELS, 1e-5, 1, 0.0), "dz_mean must"),
+    "dy of sums": ("gradient_sums", (X[:2], X, *[CHANNELS] * 2, *[None] * 3, 1e-5, 1, 0.0), "dy must have x's shape"),
     "running_mean": ("train", (X, None, None, None, LESS, CHANNELS, None, 0.1, 1e-5, 0, 0.0), "running_mean must be"),
     "one of two": ("train", (X, None, None, None, CHANNELS, None, None, 0.1, 1e-5, 0, 0.0), "given together"),
     "batches": ("update_running_", (CHANNELS, CHANNELS, CHANNELS, CHANNELS, CHANNELS, 9, 0.1), "one int64"),
@@ -232,6 +273,11 @@ def op_calls():
         "normalize": (OP.normalize, (x, mean, var, weight, bias, r, 1e-5, 2, 0.0)),
         "backward": (OP.backward, (r, x, *wide, weight, bias, None, 1e-5, 1, 0.0, True)),
         "backward residual": (OP.backward, (r, cl, *wide, weight, bias, r, 1e-5, 3, SLOPE, False)),
+        "statistics": (OP.statistics, (cl,)),
+        "gradient_sums": (OP.gradient_sums, (r, x, *wide, weight, bias, None, 1e-5, 1, 0.0)),
+        "gradient_sums residual": (OP.gradient_sums, (r, cl, *wide, weight, bias, r, 1e-5, 4, 0.0)),
+        "input_gradient": (OP.input_gradient, (r, x, *wide, weight, bias, None, *wide, 1e-5, 1, 0.0)),
+        "input_gradient residual": (OP.input_gradient, (r, cl, *wide, weight, None, r, *wide, 1e-5, 4, 0.0)),
         "update": (OP.update_running_, (mean, var, torch.tensor(2), *wide, 120, 0.1)),
         "update average": (OP.update_running_, (mean, var, torch.tensor(2), *wide, 120, None)),
     }

@@ -1,8 +1,10 @@
 """The ops: signatures, fake kernels, batching rules, and the ``autograd.Function`` around them.
 
-Shapes: N examples, C channels, S places; x_NCS is (N, C, ...) of float16, bfloat16, float32 or float64. Statistics,
-(C,), are float64; gradients of parameters, (C,), are float64 beside a float64 x, else float32. Nothing is changed in
-place but by ``update_running_``. Device kernels register themselves beside: ``csrc/ops.cpp`` for CPU.
+Shapes: N examples, C channels, S places; x_NCS is (N, C, ...) of float16, bfloat16, float32 or float64. Statistics and
+sums, (C,), are float64; gradients of parameters, (C,), are float64 beside a float64 x, else float32. Nothing is changed
+in place but by ``update_running_`` and ``train``. Between ``statistics`` and ``normalize``, ``gradient_sums`` and
+``input_gradient`` comes what others have to add: other processes, say. Device kernels register themselves beside:
+``csrc/ops.cpp`` for CPU.
 
 Comes from: the equations of ``reference``. Goes to: ``ops.batch_norm``.
 Why not ``register_autograd``: ``torch.func.grad`` raises with it, ``jvp`` gives zeros, second derivatives are None.
@@ -20,7 +22,8 @@ from batchnorm.ops import reference
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh")  # ops take the index
 
 library = torch.library.Library("batchnorm", "DEF")
-library.define(
+library.define("statistics(Tensor x) -> (Tensor mean, Tensor var)")
+library.define(  # statistics and normalize in one go
     "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, int activation, float slope)"
     " -> (Tensor y, Tensor mean, Tensor var)"
 )
@@ -29,6 +32,14 @@ library.define(
     " int activation, float slope) -> Tensor"
 )
 library.define(
+    "gradient_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? kept, float eps,"
+    " int activation, float slope) -> (Tensor dz, Tensor dz_xhat)"
+)
+library.define(
+    "input_gradient(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? kept,"
+    " Tensor dz_mean, Tensor dz_xhat_mean, float eps, int activation, float slope) -> (Tensor dx, Tensor dresidual)"
+)
+library.define(  # gradient_sums and input_gradient in one go
     "backward(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? kept, float eps,"
     " int activation, float slope, bool training) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
@@ -63,14 +74,27 @@ def _per_channel(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+def _wide(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[1], dtype=torch.float64), x.new_empty(x.shape[1], dtype=torch.float64)
+
+
+def _d_residual(x: Tensor, kept: Tensor | None, activation: int) -> Tensor:
+    return x.new_empty(0) if kept is None or activation == 0 else _dense(x)
+
+
+@torch.library.register_fake("batchnorm::statistics", lib=library)
+def _(x):  # type: ignore[no-untyped-def]
+    return _wide(x)
+
+
 @torch.library.register_fake("batchnorm::forward", lib=library)
 def _(x, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
-    return _dense(x), *(x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
+    return _dense(x), *_wide(x)
 
 
 @torch.library.register_fake("batchnorm::train", lib=library)
 def _(x, weight, bias, residual, running_mean, running_var, batches, momentum, eps, activation, slope):  # type: ignore[no-untyped-def]
-    return _dense(x), *(x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
+    return _dense(x), *_wide(x)
 
 
 @torch.library.register_fake("batchnorm::normalize", lib=library)
@@ -80,8 +104,17 @@ def _(x, mean, var, weight, bias, residual, eps, activation, slope):  # type: ig
 
 @torch.library.register_fake("batchnorm::backward", lib=library)
 def _(dy, x, mean, var, weight, bias, kept, eps, activation, slope, training):  # type: ignore[no-untyped-def]
-    d_residual = x.new_empty(0) if kept is None or activation == 0 else _dense(x)
-    return _dense(x), _per_channel(x), _per_channel(x), d_residual
+    return _dense(x), _per_channel(x), _per_channel(x), _d_residual(x, kept, activation)
+
+
+@torch.library.register_fake("batchnorm::gradient_sums", lib=library)
+def _(dy, x, mean, var, weight, bias, kept, eps, activation, slope):  # type: ignore[no-untyped-def]
+    return _wide(x)
+
+
+@torch.library.register_fake("batchnorm::input_gradient", lib=library)
+def _(dy, x, mean, var, weight, bias, kept, dz_mean, dz_xhat_mean, eps, activation, slope):  # type: ignore[no-untyped-def]
+    return _dense(x), _d_residual(x, kept, activation)
 
 
 @torch.library.register_fake("batchnorm::update_running_", lib=library)
@@ -120,11 +153,17 @@ def _batched(op: Any, tensors: int, channels_of: tuple[int, ...], out_channels: 
 
 
 ops = torch.ops.batchnorm
-torch.library.register_vmap("batchnorm::forward", _batched(ops.forward, 4, (1, 0, 0, 1), (1, 0, 0)), lib=library)
-torch.library.register_vmap("batchnorm::normalize", _batched(ops.normalize, 6, (1, 0, 0, 0, 0, 1), (1,)), lib=library)
-torch.library.register_vmap(
-    "batchnorm::backward", _batched(ops.backward, 7, (1, 1, 0, 0, 0, 0, 1), (1, 0, 0, 1)), lib=library
-)
+for name, inputs, outputs in (
+    ("statistics", (1,), (0, 0)),
+    ("forward", (1, 0, 0, 1), (1, 0, 0)),
+    ("normalize", (1, 0, 0, 0, 0, 1), (1,)),
+    ("gradient_sums", (1, 1, 0, 0, 0, 0, 1), (0, 0)),
+    ("input_gradient", (1, 1, 0, 0, 0, 0, 1, 0, 0), (1, 1)),
+    ("backward", (1, 1, 0, 0, 0, 0, 1), (1, 0, 0, 1)),
+):
+    torch.library.register_vmap(
+        f"batchnorm::{name}", _batched(getattr(ops, name), len(inputs), inputs, outputs), lib=library
+    )
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ Tensor statistics_like(const Tensor& x) { return empty_channels(x.size(1), Scala
 Tensor channels_like(const Tensor& x) { return empty_channels(x.size(1), statistics_type(x)); }
 
 template <class A> A* data_of(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
+template <class A> void fill_channels(A value, const Tensor& a, const Tensor& b) {
+  for (const Tensor* t : {&a, &b}) std::fill_n(data_of<A>(*t), t->numel(), value);
+}
 
 // Where y tells dg/dz, y is kept of a layer with a residual, else the residual. As in schema.py.
 Kept kept_for(Activation activation, double slope) {
@@ -38,6 +41,29 @@ template <class A> void set_affine(const Job<A>& job, int64_t c, double mu, doub
   job.shift[c] = A(job.beta[c] - (mu - job.mean[c]) * job.scale[c]);
 }
 
+// From the sums of x - K and of its square: mean and biased variance (Algorithm 1, lines 1 and 2). False where quick sums
+// are not exact enough.
+template <class A> bool set_statistics(const Job<A>& job, int64_t c, bool quick, double& mu, double& var) {
+  const double m = double(job.g.values()), shifted = job.sum[c] / m, spread = job.product[c] / m - shifted * shifted;
+  if (quick && !(shifted * shifted <= FAR * spread && std::isfinite(spread))) return false;
+  mu = job.mean[c] + shifted, var = spread < 0 ? 0 : spread;
+  return true;
+}
+
+// mu and var of each channel of x.
+std::tuple<Tensor, Tensor> statistics(const Tensor& input) {
+  check_input(input, 0);
+  const Tensor x = dense(input), mu = statistics_like(x), var = statistics_like(x);
+  in_compute_type(x, [&]<class A>() {
+    Job<A> job(x, 0);
+    if (job.g.C * job.g.values() == 0) return fill_channels<double>(NAN, mu, var);
+    set_near_mean(job);
+    run_passes<A>({Pass::statistics, job.type, Activation::none, Kept::nothing, job.g.planes}, std::nullopt, job,
+                  [&](int64_t c, bool quick) { return set_statistics(job, c, quick, data_of<double>(mu)[c], data_of<double>(var)[c]); });
+  });
+  return {mu, var};
+}
+
 // Algorithm 1: y = g((x - mu) / sqrt(var + eps) * gamma + beta + residual), with mu and var of each channel of x.
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
@@ -49,22 +75,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   const auto g = Activation(activation);
   in_compute_type(x, [&]<class A>() {
     Job<A> job(x, slope);
-    const int64_t C = job.g.C, m = job.g.values();
-    if (C * m == 0) {
-      std::fill_n(data_of<double>(mu), C, NAN), std::fill_n(data_of<double>(var), C, NAN);
-      return;
-    }
+    if (job.g.C * job.g.values() == 0) return fill_channels<double>(NAN, mu, var);
     job.y = write(y), job.kept = r ? read(*r) : nullptr;
-    read_channels<A>(weight, C, 1, job.gamma), read_channels<A>(bias, C, 0, job.beta);
+    read_channels<A>(weight, job.g.C, 1, job.gamma), read_channels<A>(bias, job.g.C, 0, job.beta);
     set_near_mean(job);  // sums of x - K: E[x^2] - E[x]^2 alone would cancel
+    double *mean = data_of<double>(mu), *biased = data_of<double>(var);
     run_passes<A>(
         {Pass::statistics, job.type, Activation::none, Kept::nothing, job.g.planes},
-        {Pass::normalize, job.type, g, r ? Kept::residual : Kept::nothing, job.g.planes}, job, [&](int64_t c, bool quick) {
-          const double shifted = job.sum[c] / m, spread = job.product[c] / m - shifted * shifted;
-          if (quick && !(shifted * shifted <= FAR * spread && std::isfinite(spread))) return false;
-          const double mean = job.mean[c] + shifted, biased = spread < 0 ? 0 : spread;
-          data_of<double>(mu)[c] = mean, data_of<double>(var)[c] = biased;
-          set_affine(job, c, mean, 1 / std::sqrt(biased + eps));
+        Choice{Pass::normalize, job.type, g, r ? Kept::residual : Kept::nothing, job.g.planes}, job,
+        [&](int64_t c, bool quick) {
+          if (!set_statistics(job, c, quick, mean[c], biased[c])) return false;
+          set_affine(job, c, mean[c], 1 / std::sqrt(biased[c] + eps));
           return true;
         });
   });
@@ -87,55 +108,118 @@ Tensor normalize(
     read_channels<A>(weight, C, 1, job.gamma), read_channels<A>(bias, C, 0, job.beta);
     read_channels<double>(mu, C, 0, job.mu), read_channels<double>(var, C, 0, job.rstd);
     for (int64_t c = 0; c < C; ++c) set_affine(job, c, job.mu[c], 1 / std::sqrt(job.rstd[c] + eps));
-    const Choice choice{Pass::normalize, job.type, Activation(activation), r ? Kept::residual : Kept::nothing, job.g.planes};
-    write_group(leaf_for(choice), job, {0, C, C, job.g.threads}, 3, false);
+    write_all({Pass::normalize, job.type, Activation(activation), r ? Kept::residual : Kept::nothing, job.g.planes}, job);
   });
   return y;
 }
 
-// Section 3, for z = xhat * gamma + beta + residual, y = g(z): dx, dgamma, dbeta, dresidual.
-// `kept` is y or the residual (kept_for); with training = false mu and var are constants.
-// dresidual has no elements where there was no residual, or no activation: it is dy then.
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& gradient, const Tensor& input, const Tensor& mu, const Tensor& var, const MaybeTensor& weight,
-    const MaybeTensor& bias, const MaybeTensor& kept, double eps, int64_t activation, double slope, bool training) {
-  check_input(input, activation), check_channels("mean", mu, input), check_channels("var", var, input);
-  check_channels("weight", weight, input), check_channels("bias", bias, input);
-  check_like("dy", gradient, input), check_like("kept", kept, input);
-  const Tensor x = dense(input), dy = laid_out_as(gradient, x), dx = empty_as(x);
-  const Tensor dgamma = channels_like(x), dbeta = channels_like(x);
-  const auto g = Activation(activation);
-  const Kept kind = kept && g != Activation::none ? kept_for(g, slope) : Kept::nothing;
-  const MaybeTensor k = kind == Kept::nothing ? std::nullopt : MaybeTensor(laid_out_as(*kept, x));
-  const Tensor dresidual = k ? empty_as(x) : empty_channels(0, x.scalar_type());
-  in_compute_type(x, [&]<class A>() {
+// What the gradient ops have in common: z = xhat * gamma + beta + residual, y = g(z), of which `kept` is y or the residual
+// (kept_for). Checked, laid out alike.
+struct Gradient {
+  Tensor x, dy, mu, var;
+  MaybeTensor weight, bias, kept;
+  double eps, slope;
+  Activation g;
+  Kept kind;
+
+  Gradient(const Tensor& gradient, const Tensor& input, const Tensor& mu, const Tensor& var, const MaybeTensor& weight,
+           const MaybeTensor& bias, const MaybeTensor& given, double eps, int64_t activation, double slope)
+      : x(input), dy(gradient), mu(mu), var(var), weight(weight), bias(bias), eps(eps), slope(slope), g(Activation(activation)) {
+    check_input(input, activation), check_channels("mean", mu, input), check_channels("var", var, input);
+    check_channels("weight", weight, input), check_channels("bias", bias, input);
+    check_like("dy", gradient, input), check_like("kept", given, input);
+    x = dense(input), dy = laid_out_as(gradient, x);
+    kind = given && g != Activation::none ? kept_for(g, slope) : Kept::nothing;
+    if (kind != Kept::nothing) kept = laid_out_as(*given, x);
+  }
+
+  // dresidual has no elements where there was no residual, or no activation: it is dy then.
+  Tensor empty_dresidual() const { return kept ? empty_as(x) : empty_channels(0, x.scalar_type()); }
+
+  template <class A> Job<A> job() const {
     Job<A> job(x, slope);
-    const int64_t C = job.g.C, m = job.g.values();
-    if (C * m == 0) {
-      std::fill_n(data_of<A>(dgamma), C, A(0)), std::fill_n(data_of<A>(dbeta), C, A(0));
-      return;
-    }
-    job.dy = read(dy), job.dx = write(dx);
-    if (k) job.kept = read(*k), job.dresidual = write(dresidual);
+    const int64_t C = job.g.C;
+    job.dy = read(dy), job.kept = kept ? read(*kept) : nullptr;
     read_channels<A>(weight, C, 1, job.gamma), read_channels<A>(bias, C, 0, job.beta);
     read_channels<double>(mu, C, 0, job.mu), read_channels<double>(var, C, 0, job.rstd);
     for (int64_t c = 0; c < C; ++c) {
       job.rstd[c] = 1 / std::sqrt(job.rstd[c] + eps);
       set_affine(job, c, job.mu[c], job.rstd[c]);
     }
+    return job;
+  }
+
+  template <class A> Choice choice(Pass pass, const Job<A>& job) const { return {pass, job.type, g, kind, job.g.planes}; }
+};
+
+// The sums of dz and of dz * xhat. False where quick sums are not finite.
+template <class A> bool set_gradient_sums(const Job<A>& job, int64_t c, bool quick, double& dz, double& dz_xhat) {
+  if (quick && !(std::isfinite(job.sum[c]) && std::isfinite(job.product[c]))) return false;
+  const double rest = job.mu[c] - job.mean[c];  // the loops subtract what A holds of mu
+  dz = job.sum[c], dz_xhat = (job.product[c] - rest * job.sum[c]) * job.rstd[c];
+  return true;
+}
+
+// dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]), as the loops compute it: scale * dz - mean_term - (x - mean) *
+// centered_term.
+template <class A> void set_terms(const Job<A>& job, int64_t c, double dz, double dz_xhat) {
+  const double term = job.scale[c] * job.rstd[c] * dz_xhat;
+  job.mean_term[c] = A(job.scale[c] * dz - term * (job.mu[c] - job.mean[c]));
+  job.centered_term[c] = A(term);
+}
+
+// The local sums of the gradient, for who adds up those of others before `input_gradient`.
+std::tuple<Tensor, Tensor> gradient_sums(
+    const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
+    const MaybeTensor& kept, double eps, int64_t activation, double slope) {
+  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, slope);
+  const Tensor dz = statistics_like(x), dz_xhat = statistics_like(x);
+  in_compute_type(x, [&]<class A>() {
+    const Job<A> job = given.job<A>();
+    if (job.g.C * job.g.values() == 0) return fill_channels<double>(0, dz, dz_xhat);
+    run_passes<A>(given.choice(Pass::gradient_sums, job), std::nullopt, job, [&](int64_t c, bool quick) {
+      return set_gradient_sums(job, c, quick, data_of<double>(dz)[c], data_of<double>(dz_xhat)[c]);
+    });
+  });
+  return {dz, dz_xhat};
+}
+
+// dx and dresidual, with the given means of dz and of dz * xhat.
+std::tuple<Tensor, Tensor> input_gradient(
+    const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
+    const MaybeTensor& kept, const Tensor& dz_mean, const Tensor& dz_xhat_mean, double eps, int64_t activation, double slope) {
+  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, slope);
+  check_channels("dz_mean", dz_mean, x), check_channels("dz_xhat_mean", dz_xhat_mean, x);
+  const Tensor dx = empty_as(given.x), dresidual = given.empty_dresidual();
+  in_compute_type(x, [&]<class A>() {
+    Job<A> job = given.job<A>();
+    if (job.g.C * job.g.values() == 0) return;
+    job.dx = write(dx), job.dresidual = given.kept ? write(dresidual) : nullptr;
+    read_channels<double>(dz_mean, job.g.C, 0, job.sum), read_channels<double>(dz_xhat_mean, job.g.C, 0, job.product);
+    for (int64_t c = 0; c < job.g.C; ++c) set_terms(job, c, job.sum[c], job.product[c]);
+    write_all(given.choice(Pass::input_gradient, job), job);
+  });
+  return {dx, dresidual};
+}
+
+// Section 3, both in one go: dx, dgamma, dbeta, dresidual. With training = false mu and var are constants.
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
+    const MaybeTensor& kept, double eps, int64_t activation, double slope, bool training) {
+  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, slope);
+  const Tensor dx = empty_as(given.x), dgamma = channels_like(x), dbeta = channels_like(x);
+  const Tensor dresidual = given.empty_dresidual();
+  in_compute_type(x, [&]<class A>() {
+    Job<A> job = given.job<A>();
+    const double m = double(job.g.values());
+    if (job.g.C * m == 0) return fill_channels<A>(0, dgamma, dbeta);
+    job.dx = write(dx), job.dresidual = given.kept ? write(dresidual) : nullptr;
     run_passes<A>(
-        {Pass::gradient_sums, job.type, g, kind, job.g.planes}, {Pass::input_gradient, job.type, g, kind, job.g.planes}, job,
-        [&](int64_t c, bool quick) {
-          if (quick && !(std::isfinite(job.sum[c]) && std::isfinite(job.product[c]))) return false;
-          const double rest = job.mu[c] - job.mean[c];  // the loops subtract what A holds of mu
-          const double product = job.product[c] - rest * job.sum[c];
-          data_of<A>(dbeta)[c] = A(job.sum[c]);
-          data_of<A>(dgamma)[c] = A(product * job.rstd[c]);
-          if (training) {  // else the terms stay 0
-            const double term = job.scale[c] * job.rstd[c] * job.rstd[c] * product / m;
-            job.mean_term[c] = A(job.scale[c] * job.sum[c] / m - term * rest);
-            job.centered_term[c] = A(term);
-          }
+        given.choice(Pass::gradient_sums, job), given.choice(Pass::input_gradient, job), job, [&](int64_t c, bool quick) {
+          double dz, dz_xhat;
+          if (!set_gradient_sums(job, c, quick, dz, dz_xhat)) return false;
+          data_of<A>(dbeta)[c] = A(dz), data_of<A>(dgamma)[c] = A(dz_xhat);
+          if (training) set_terms(job, c, dz / m, dz_xhat / m);  // else the terms stay 0
           return true;
         });
   });
@@ -179,8 +263,11 @@ std::tuple<Tensor, Tensor, Tensor> train(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, library) {
+  library.impl("statistics", TORCH_BOX(&statistics));
   library.impl("forward", TORCH_BOX(&forward));
   library.impl("normalize", TORCH_BOX(&normalize));
+  library.impl("gradient_sums", TORCH_BOX(&gradient_sums));
+  library.impl("input_gradient", TORCH_BOX(&input_gradient));
   library.impl("backward", TORCH_BOX(&backward));
   library.impl("train", TORCH_BOX(&train));
   library.impl("update_running_", TORCH_BOX(&update_running_));

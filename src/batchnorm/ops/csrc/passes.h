@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <cstdlib>
+#include <optional>
 #include <string_view>
 
 #include "tensors.h"
@@ -131,9 +132,10 @@ template <class F> void parallel(int64_t tasks, const F& task) {
 }
 
 // First pass: job.sum and job.product of the group's channels. One part of the rows per thread, added up in order.
-template <class A> void sum_group(Leaf leaf, const Job<A>& job, Group group, int used) {
+template <class A> void sum_group(Choice choice, const Job<A>& job, Group group) {
   const Geometry& g = job.g;
-  const Lanes<A> lanes(job, used);
+  const Leaf leaf = leaf_for(choice);
+  const Lanes<A> lanes(job, choice.pass == Pass::statistics ? 1 : 3);
   const int64_t rows = group.rows(g), parts = std::min(group.threads, rows);
   const int64_t per_channel = g.planes ? LANES : g.inner;
   const int64_t width = padded(g.planes ? group.channels() * LANES : g.places());
@@ -182,8 +184,9 @@ template <class A> bool streams(const Job<A>& job) {
 }
 
 // Second pass, from the end to the beginning: what the first one read last is still in cache. Alone it goes forward.
-template <class A> void write_group(Leaf leaf, const Job<A>& job, Group group, int used, bool after_sums = true) {
-  const Lanes<A> lanes(job, used);
+template <class A> void write_group(Choice choice, const Job<A>& job, Group group, bool after_sums = true) {
+  const Leaf leaf = leaf_for(choice);
+  const Lanes<A> lanes(job, choice.pass == Pass::normalize ? 3 : 5);
   const int64_t rows = group.rows(job.g), parts = std::min(group.threads, rows);
   const int64_t step = after_sums ? std::max<int64_t>(1, PIECE / (job.g.length * job.item)) : rows;
   const bool streaming = streams(job);
@@ -198,13 +201,18 @@ template <class A> void write_group(Leaf leaf, const Job<A>& job, Group group, i
   });
 }
 
-// sums -> finish(channel, quick) -> writes, group by group. `finish` refuses quick sums that are not exact enough: then
+// The second pass alone.
+template <class A> void write_all(Choice choice, const Job<A>& job) {
+  write_group(choice, job, {0, job.g.C, job.g.C, job.g.threads}, false);
+}
+
+// sums -> finish(channel, quick) -> writes, if any, group by group. `finish` refuses quick sums that are not exact enough: then
 // the group is summed again, in double.
-template <class A, class Finish> void run_passes(Choice sums, Choice writes, const Job<A>& job, const Finish& finish) {
+template <class A, class Finish> void run_passes(Choice sums, std::optional<Choice> writes, const Job<A>& job, const Finish& finish) {
   const Geometry& g = job.g;
   const auto sum = [&](Choice choice, Group group, bool quick) {
     choice.quick = quick;
-    sum_group(leaf_for(choice), job, group, choice.pass == Pass::statistics ? 1 : 3);
+    sum_group(choice, job, group);
     bool accepted = true;
     for (int64_t c = group.begin; c < group.end; ++c) accepted &= finish(c, quick);
     return accepted;
@@ -216,7 +224,7 @@ template <class A, class Finish> void run_passes(Choice sums, Choice writes, con
     for (int64_t begin = g.C * worker / workers; begin < last; begin += g.group) {
       const Group group{begin, std::min(begin + g.group, last), last, g.apart ? 1 : g.threads};
       if (!sum(sums, group, can_be_quick)) sum(sums, group, false);
-      write_group(leaf_for(writes), job, group, writes.pass == Pass::normalize ? 3 : 5);
+      if (writes) write_group(*writes, job, group);
     }
   });
 }
