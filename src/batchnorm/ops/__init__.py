@@ -1,10 +1,11 @@
-"""The op, on the kernels that this machine has: C++ on CPU, else torch's own (aten).
+"""The op, on the kernels that this machine has: C++ on CPU, Triton on CUDA, else torch's own (aten).
 
 Shapes: as in ``schema``. Comes from: ``functional``. Goes to: ``schema`` with kernels, ``fallback``, or ``reference``.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from importlib.machinery import PathFinder
@@ -17,13 +18,14 @@ from torch.autograd import forward_ad
 
 from batchnorm.ops import fallback, reference, schema
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALVES = (torch.bfloat16, torch.float16)
 _CODES = {name: code for code, name in enumerate(schema.ACTIVATIONS)}
 
 
-def _load() -> tuple[str, ...]:
-    """Load the compiled kernels; the kinds of devices that they serve."""
+def _load_cpu() -> tuple[torch.dtype, ...]:
+    """Load the compiled kernels."""
+    if os.environ.get("TRITON_INTERPRET") == "1":  # for tests: those of CUDA, on CPU tensors
+        return _load_cuda()
     found = PathFinder.find_spec("_kernels", [str(Path(__file__).parent)])
     if found is None or found.origin is None:
         warnings.warn(
@@ -33,10 +35,36 @@ def _load() -> tuple[str, ...]:
         )
         return ()
     torch.ops.load_library(found.origin)
-    return ("cpu",)
+    return (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-DEVICES = _load()
+def _load_cuda() -> tuple[torch.dtype, ...]:
+    """Triton is imported when the first tensor on CUDA arrives."""
+    try:
+        from batchnorm.ops import cuda
+    except ImportError as error:
+        warnings.warn(
+            f"batchnorm: no Triton ({error}), so torch's own kernels run on CUDA (slower): pip install triton",
+            stacklevel=2,
+        )
+        return ()
+    cuda.register()
+    return cuda.DTYPES
+
+
+_LOADERS = {"cpu": _load_cpu, "cuda": _load_cuda}
+_SERVED: dict[str, tuple[torch.dtype, ...]] = {}
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not look inside
+def dtypes_served(device_type: str) -> tuple[torch.dtype, ...]:
+    """What kernels of ours take on such a device; loads them at the first call."""
+    if device_type not in _SERVED:
+        _SERVED[device_type] = _LOADERS.get(device_type, tuple)()
+    return _SERVED[device_type]
+
+
+dtypes_served("cpu")
 
 
 def batch_norm(
@@ -112,7 +140,10 @@ def _has_kernel(
 ) -> bool:
     """Whether a kernel of ours takes this. What torch refuses is left to torch, whose errors users know."""
     device, dtype = x.device, x.dtype
-    if device.type not in DEVICES or dtype not in _DTYPES or x.dim() < 2 or eps <= 0 or torch.compiler.is_exporting():
+    served = _SERVED.get(device.type)
+    if served is None:
+        served = dtypes_served(device.type)
+    if dtype not in served or x.dim() < 2 or eps <= 0 or torch.compiler.is_exporting():
         return False
     channels, values = x.shape[1], x.numel()
     if values == 0 or (running_mean is None) != (running_var is None):
@@ -129,7 +160,7 @@ def _has_kernel(
                 return False
         if t.dtype != expected or t.device != device or t.shape != (channels,):
             return False
-    return residual is None or (residual.device == device and residual.dtype in _DTYPES)
+    return residual is None or (residual.device == device and torch.result_type(x, residual) in served)
 
 
 def _through(
