@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import channel_tensors
 
+pytest.importorskip("triton")
+
 from batchnorm.ops import cuda
 
 pytestmark = pytest.mark.skipif(cuda.INTERPRETED, reason="the compiler is not used with TRITON_INTERPRET=1")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -373,6 +374,27 @@ def test_without_kernels_the_package_says_how_to_build_them_and_works(tmp_path):
         "bn.BatchNorm2d(3, activation='relu')(torch.randn(2, 3, 4, 4)).sum()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_without_triton_cuda_has_torchs_kernels_and_that_is_said_once(monkeypatch):
+    monkeypatch.setattr(ops, "_SERVED", {})
+    monkeypatch.setitem(sys.modules, "triton", None)  # importing it fails
+    monkeypatch.delitem(sys.modules, "batchnorm.ops.cuda", raising=False)
+    monkeypatch.delattr(ops, "cuda", raising=False)
+    with pytest.warns(UserWarning, match="pip install triton"):
+        assert ops.dtypes_served("cuda") == ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops.dtypes_served("cuda") == ()
+
+
+def test_kernels_may_be_loaded_while_a_model_is_compiled(monkeypatch):
+    served = ops.dtypes_served("cpu")
+    monkeypatch.setattr(ops, "_SERVED", {})
+    monkeypatch.setitem(ops._LOADERS, "cpu", lambda: served)
+    layer, x = bn.BatchNorm2d(3), torch.randn(4, 3, 5, 5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_codes_of_activations_are_those_of_the_kernels():

@@ -56,14 +56,16 @@ _LOADERS = {"cpu": _load_cpu, "cuda": _load_cuda}
 _SERVED: dict[str, tuple[torch.dtype, ...]] = {}
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not look inside
 def dtypes_served(device_type: str) -> tuple[torch.dtype, ...]:
     """What kernels of ours take on such a device; loads them at the first call."""
-    if device_type not in _SERVED:
-        _SERVED[device_type] = _LOADERS.get(device_type, tuple)()
-    return _SERVED[device_type]
+    served = _SERVED.get(device_type)
+    if served is None:
+        served = _SERVED[device_type] = _LOADERS.get(device_type, tuple)()
+    return served
 
 
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo: that takes as long as torch itself.
+dtypes_served._dynamo_marked_constant = True  # type: ignore[attr-defined]
 dtypes_served("cpu")
 
 
@@ -140,9 +142,7 @@ def _has_kernel(
 ) -> bool:
     """Whether a kernel of ours takes this. What torch refuses is left to torch, whose errors users know."""
     device, dtype = x.device, x.dtype
-    served = _SERVED.get(device.type)
-    if served is None:
-        served = dtypes_served(device.type)
+    served = dtypes_served(device.type)
     if dtype not in served or x.dim() < 2 or eps <= 0 or torch.compiler.is_exporting():
         return False
     channels, values = x.shape[1], x.numel()

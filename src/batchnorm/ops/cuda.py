@@ -147,6 +147,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Algorithm 1, lines 1 and 2: two launches."""
     _check_input(x)
     return _statistics(_dense(x))
 
@@ -178,6 +179,7 @@ def normalize(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     eps: float, activation: int, slope: float,
 ) -> Tensor:  # fmt: skip
+    """Algorithm 1, lines 3 and 4, with given statistics: one launch."""
     _check_input(x, activation)
     _check_channels(x, mean=mean, var=var, weight=weight, bias=bias)
     _check_like(x, residual=residual)
@@ -197,6 +199,7 @@ def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float, activation: int,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Algorithm 1: ``train`` without running statistics."""
     return train(x, weight, bias, residual, None, None, None, None, eps, activation, slope)
 
 
@@ -205,6 +208,7 @@ def train(
     running_var: Tensor | None, batches: Tensor | None, momentum: float | None, eps: float, activation: int,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Algorithm 1 and the running statistics: one launch for short channels, else three; and one for ``batches``."""
     _check_input(x, activation)
     _check_running(running_mean, running_var, batches, momentum, x, 1)
     _check_channels(x, weight=weight, bias=bias)
@@ -213,7 +217,7 @@ def train(
         batches.add_(1)
     x = _dense(x)
     k, residual = cut(x), _laid_out_as(residual, x)
-    running = _running(running_mean, running_var)
+    running = _contiguous(running_mean, running_var)
     if x.numel() == 0 or not k.whole:
         mean, var = _statistics(x, *running, batches, momentum)
         y = normalize(x, mean, var, weight, bias, residual, eps, activation, slope)
@@ -227,14 +231,10 @@ def train(
     return y, mean, var
 
 
-def _running(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Running statistics as kernels write them: one after the other in memory."""
-    return _contiguous(*tensors)
-
-
 def _write_back(written: list[Tensor | None], *tensors: Tensor | None) -> None:
+    """Into running statistics that were not contiguous, and so were copied."""
     for new, t in zip(written, tensors, strict=True):
-        if t is not None and new is not t:
+        if t is not None and new is not None and new is not t:
             t.copy_(new)
 
 
@@ -242,6 +242,7 @@ def update_running_(
     running_mean: Tensor, running_var: Tensor, batches: Tensor | None, mean: Tensor, var: Tensor, values: int,
     momentum: float | None,
 ) -> None:  # fmt: skip
+    """Algorithm 2, line 10: one launch, and one for ``batches``."""
     _check_channels(mean, 0, var=var)
     _check_running(running_mean, running_var, batches, momentum, mean, 0)
     if batches is not None:
@@ -249,7 +250,7 @@ def update_running_(
     C = len(mean)
     if values == 0 or C == 0:
         return
-    running = _running(running_mean, running_var)
+    running = _contiguous(running_mean, running_var)
     kernels.update_running[(triton.cdiv(C, PLACES),)](
         *running, batches, *_contiguous(mean, var), values, momentum, C, B=PLACES, **_OPTIONS
     )
@@ -287,6 +288,7 @@ def gradient_sums(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
     eps: float, activation: int, slope: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sums of Section 3: two launches."""
     given = _gradient(dy, x, mean, var, weight, bias, kept, activation, slope)
     return _gradient_sums(given, cut(given.x), eps, activation, slope)
 
@@ -314,6 +316,7 @@ def input_gradient(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
     dz_mean: Tensor, dz_xhat_mean: Tensor, eps: float, activation: int, slope: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """d_x of Section 3 with the sums given: one launch."""
     given = _gradient(dy, x, mean, var, weight, bias, kept, activation, slope)
     _check_channels(x, dz_mean=dz_mean, dz_xhat_mean=dz_xhat_mean)
     dz = _contiguous(dz_mean, dz_xhat_mean)
@@ -337,6 +340,7 @@ def backward(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
     eps: float, activation: int, slope: float, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Section 3: one launch for short channels, else three."""
     given = _gradient(dy, x, mean, var, weight, bias, kept, activation, slope)
     x, k = given.x, cut(given.x)
     dweight, dbias = (x.new_empty(k.C, dtype=torch.float32) for _ in range(2))
