@@ -44,6 +44,8 @@ def test_the_floor_counts_reads_and_writes():
     assert Case((2, 3, 4, 4), "channels-last").floor() == 3 + 5  # x twice, y; x and dy twice, dx
     assert Case((2, 3, 4, 4), residual=True).floor() == 3 + 5  # and r; y, dr
     assert Case((2, 3, 4, 4), training=False).floor() == 2
+    assert Case((2, 3, 4, 4), backward=False).floor() == 2
+    assert Case((2, 3, 4, 4), device="cuda").floor() == 3 + 5  # many channels at once, in any layout
     row = Row(Case((2, 3, 4, 4)), {"ours": 5.0, "copy": 3.0}, {}, 7)
     assert row.over_floor() == 1  # a copy: a read, a read for ownership, a write
 
@@ -87,6 +89,8 @@ def test_the_command_prints_a_table_and_writes_json_and_plot(tmp_path):
         (("--activation", "gelu"), "Known: none, relu"),
         (("--network", "vgg"), "Known: resnet18"),
         (("--seconds", "0"), "must be above 0"),
+        (("--table", "vgg"), "Known: cpu, resnet50-64"),
+        (("--device", "tpu"), "Known: cpu, cuda"),
         (("--json", "/nowhere/rows.json"), "there is no directory"),
     ],
 )

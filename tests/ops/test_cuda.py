@@ -59,14 +59,15 @@ def round_as_gpus_do(monkeypatch):
 @pytest.fixture(params=["one program", "parts"])
 def strategy(request, monkeypatch):
     """A channel's values in one program, or in several whose sums are merged."""
-    if INTERPRETED or GPU:
-        from batchnorm.ops import cuda
+    from batchnorm.ops import cuda
 
-        few = 1 << 30 if request.param == "one program" else 0
-        monkeypatch.setattr(cuda, "FEW", few)
-        monkeypatch.setattr(cuda, "MANY", 0)
-        monkeypatch.setattr(cuda, "TILE", 1024)  # several tiles of small tensors
-        monkeypatch.setattr(cuda, "PLACES", 256)
+    monkeypatch.setattr(cuda, "FEW", 1 << 30 if request.param == "one program" else 0)
+    monkeypatch.setattr(cuda, "MANY", 0)
+    monkeypatch.setattr(cuda, "TILE", 1024)  # several tiles of small tensors
+    monkeypatch.setattr(cuda, "PLACES", 256)
+    cuda._cut.cache_clear()
+    yield
+    cuda._cut.cache_clear()
 
 
 @pytest.fixture

@@ -24,13 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.bench.clock import TURN, rotating, seconds_of
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-SHAPES: tuple[tuple[int, ...], ...] = (
-    (32, 64, 56, 56), (32, 256, 56, 56), (32, 512, 14, 14), (128, 16, 28, 28), (64, 128, 32, 32), (48, 24, 40, 40),
-    (16, 2048, 7, 7), (8, 32, 112, 112), (256, 96, 14, 14), (4, 32, 16, 64, 64), (64, 96, 700), (4096, 512),
-    (65536, 64),
-)  # fmt: skip
 LAYOUTS = ("contiguous", "channels-last")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -43,8 +39,8 @@ STOCK = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNor
 
 # Settings of glibc's malloc that keep large tensors from being returned to the system and faulted in again.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-TURN = 0.015  # seconds of calls before those that are timed, and of those: until caches hold what they hold in a loop
 WARM_UP = 12  # rounds: until the heap has the size that it keeps
+ROUNDS = 7  # at the least
 WRONG = 8.0  # times torch's own error against float64, or units of eps, whichever is more
 
 
@@ -58,10 +54,13 @@ class Case:
     activation: str = "relu"
     residual: bool = False
     training: bool = True
+    backward: bool = True  # in training
+    device: str = "cpu"
 
     def tensor(self, seed: int) -> Tensor:
         """Random values in the case's shape, layout and dtype."""
-        x = torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)).to(DTYPES[self.dtype])
+        generator = torch.Generator(self.device).manual_seed(seed)
+        x = torch.randn(self.shape, generator=generator, device=self.device).to(DTYPES[self.dtype])
         return x if self.layout == "contiguous" else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
     def layers(self) -> tuple[nn.Module, nn.Module]:
@@ -76,15 +75,17 @@ class Case:
         if DTYPES[self.dtype] == torch.float64:
             ours, stock = ours.double(), stock.double()
         ours.load_state_dict(copy.deepcopy(stock.state_dict()))
-        return ours.train(self.training), Stock(stock, ACTIVATIONS[self.activation]()).train(self.training)
+        both = ours, Stock(stock, ACTIVATIONS[self.activation]())
+        return both[0].to(self.device).train(self.training), both[1].to(self.device).train(self.training)
 
     def floor(self) -> float:
         """Reads and writes of the whole tensor that no implementation avoids, in memory beyond the caches."""
-        large = self.layout == "channels-last" or len(self.shape) == 2  # all channels at once: too much for a cache
+        # All channels at once are too much for a cache; a GPU always works on many.
+        large = self.layout == "channels-last" or len(self.shape) == 2 or self.device == "cuda"
         again = 2 if large and self.training else 1  # x, and on the way back x and dy: once for the sums, once more
         fused = self.residual and self.activation != "none"
         forward = again + 1 + self.residual
-        return forward + (again * (2 + fused) + 1 + fused if self.training else 0)
+        return forward + (again * (2 + fused) + 1 + fused if self.training and self.backward else 0)
 
 
 class Stock(nn.Module):
@@ -118,9 +119,12 @@ class Row:
         return None if None in both else both[0] / both[1]  # type: ignore[operator]
 
     def over_floor(self) -> float | None:
-        """Ours over the time that the floor's bytes take at the speed of a copy, which moves three per value."""
+        """Ours over the time that the floor's bytes take at the speed of a copy.
+
+        A copy moves the tensor twice, on the CPU three times: what is written is read first.
+        """
         copies = self.ratio("ours", "copy")
-        return None if copies is None else 3 * copies / self.case.floor()
+        return None if copies is None else (2 if self.case.device == "cuda" else 3) * copies / self.case.floor()
 
     def as_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -136,7 +140,7 @@ def bench(
     cases: list[Case], sides: tuple[str, ...] = SIDES, *, seconds: float = 2.0, threads: int | None = None,
     keep_memory: bool = True,
 ) -> Iterator[Row]:  # fmt: skip
-    """Time the cases, each in a process of its own.
+    """Time the cases, on the CPU each in a process of its own.
 
     Args:
         cases: what to time.
@@ -152,6 +156,9 @@ def bench(
     os.environ.update(KEPT if keep_memory else {})
     try:
         for case in cases:
+            if case.device == "cuda":  # starting it takes seconds, and malloc has no part in it
+                yield measure(case, sides, seconds, threads)
+                continue
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 yield process.submit(measure, case, sides, seconds, threads).result()
     finally:
@@ -165,7 +172,10 @@ def measure(case: Case, sides: tuple[str, ...], seconds: float, threads: int | N
     """One case, in this process."""
     if threads is not None:
         torch.set_num_threads(threads)
-    error = wrong(case)
+    try:
+        error = wrong(case)
+    except torch.OutOfMemoryError:
+        error = "out of memory"
     if error is not None:
         return Row(case, {}, {}, 0, error)
     calls = {side: call_of(case, side) for side in sides}
@@ -174,11 +184,11 @@ def measure(case: Case, sides: tuple[str, ...], seconds: float, threads: int | N
             call()
     times: dict[str, list[float]] = {side: [] for side in calls}
     until = time.perf_counter() + seconds
-    orders = random.Random(0)
-    while len(times[sides[0]]) < 7 or time.perf_counter() < until:
+    orders, turn = random.Random(0), min(TURN, seconds / ROUNDS / len(sides))
+    while len(times[sides[0]]) < ROUNDS or time.perf_counter() < until:
         for side in orders.sample(sides, len(sides)):
-            seconds_of(calls[side])
-            times[side].append(seconds_of(calls[side]))
+            seconds_of(calls[side], case.device, turn)
+            times[side].append(seconds_of(calls[side], case.device, turn))
     middle = {side: median(values) for side, values in times.items()}
     spread = {}
     for side, values in times.items():
@@ -187,38 +197,40 @@ def measure(case: Case, sides: tuple[str, ...], seconds: float, threads: int | N
     return Row(case, middle, spread, len(times[sides[0]]))
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """Of one call, in a loop of ``TURN`` seconds."""
-    count, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < TURN or count == 0:
-        call()
-        count += 1
-    return elapsed / count
-
-
 def call_of(case: Case, side: str) -> Callable[[], object]:
     """One call of a side: forward, and in training backward."""
-    x = case.tensor(0)
     if side == "copy":
-        to = torch.empty_like(x)
-        return lambda: to.copy_(x)
+        pairs = rotating(lambda: [case.tensor(0), torch.empty_like(case.tensor(0))], case.device)
+
+        def copied() -> None:
+            x, to = next(pairs)
+            to.copy_(x)
+
+        return copied
     ours, stock = case.layers()
     layer: Any = ours if side.startswith("ours") else stock
+    parameters = list(layer.parameters())
     if side.endswith("compiled"):
         layer = torch.compile(layer, fullgraph=True, dynamic=False)
-    arguments = [x.requires_grad_(case.training), *([case.tensor(1).requires_grad_(case.training)] * case.residual)]
+
+    def tensors() -> list[Tensor]:
+        return [case.tensor(seed).requires_grad_(case.training) for seed in range(1 + case.residual)]
+
     if not case.training:
+        inputs = rotating(tensors, case.device)
 
         def infer() -> None:
             with torch.inference_mode():
-                layer(*arguments)
+                layer(*next(inputs))
 
         return infer
-    d_y = case.tensor(2)
-    leaves = [*arguments, *(p for p in (ours if side.startswith("ours") else stock).parameters())]
+    batches = rotating(lambda: [case.tensor(2), *tensors()], case.device)
 
     def train() -> None:
-        torch.autograd.grad(layer(*arguments), leaves, d_y)
+        d_y, *arguments = next(batches)
+        y = layer(*arguments)
+        if case.backward:
+            torch.autograd.grad(y, [*arguments, *parameters], d_y)
 
     return train
 

@@ -5,9 +5,9 @@ Comes from: ``cli/bench.py``; networks from transformers, built from their confi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from batchnorm.bench.clock import seconds_of
 from batchnorm.surgery import from_torch
 
 
@@ -38,57 +39,87 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+# What is timed: a model, and whether torch.compile is around it.
+KINDS = {
+    "cpu": {"torch": False, "ours": False},
+    "cuda": {"torch": False, "torch compiled": True, "ours": False, "ours compiled": True},
+}
+
+
 @dataclass(frozen=True)
 class NetworkRow:
-    """Median seconds of a step, their spread, and the share of batch normalization in torch's step."""
+    """Median seconds of a step, their spread, and the share of batch normalization in torch's step.
+
+    ``peak``: the most bytes that the step held on the GPU.
+    """
 
     network: str
+    batch: int
     seconds: dict[str, float]
     spread: dict[str, float]
+    peak: dict[str, int]
     share: float
     steps: int
 
 
 def bench_network(
-    name: str, *, batch: int, size: int, channels_last: bool, steps: int, report: Callable[[], object] = lambda: None
-) -> NetworkRow:
+    name: str, *, batch: int, size: int, channels_last: bool, steps: int, device: str = "cpu",
+    report: Callable[[], object] = lambda: None,
+) -> NetworkRow:  # fmt: skip
     """Time ``steps`` steps (forward, backward, SGD) with each kind of layer, in turns.
 
     Args:
         name: one of ``NETWORKS``.
         batch: examples; images are (batch, 3, size, size).
         channels_last: layout of images and weights.
+        device: "cpu", in float32; or "cuda", under autocast to bfloat16, and with torch.compile beside.
         report: called after each step.
     """
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    stock: Any = NETWORKS[name]().to(memory_format=layout).train()  # type: ignore[call-overload]
-    models = {"torch": stock, "ours": from_torch(stock)}
-    images = torch.randn(batch, 3, size, size).contiguous(memory_format=layout)
-    labels = torch.randint(stock.config.num_labels, (batch,))
+    stock: Any = NETWORKS[name]().to(device, memory_format=layout).train()  # type: ignore[call-overload]
+    plain = {"torch": stock, "ours": from_torch(stock)}
+    models = {
+        kind: torch.compile(plain[kind.split()[0]]) if compiled else plain[kind]
+        for kind, compiled in KINDS[device].items()
+    }
+    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
+    labels = torch.randint(stock.config.num_labels, (batch,), device=device)
     optimizer = torch.optim.SGD(stock.parameters(), lr=1e-4, momentum=0.9, fused=True)  # the parameters are shared
 
     def step(model: Any) -> None:
-        model(pixel_values=images, labels=labels).loss.backward()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = model(pixel_values=images, labels=labels).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     times: dict[str, list[float]] = {kind: [] for kind in models}
+    peak = dict.fromkeys(models, 0)
     for round_ in range(steps + 2):  # the first two warm up
         for kind, model in models.items():
-            started = time.perf_counter()
-            step(model)
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            took = seconds_of(partial(step, model), device, turn=0)  # one step
             if round_ > 1:
-                times[kind].append(time.perf_counter() - started)
+                times[kind].append(took)
+            if device == "cuda":
+                peak[kind] = torch.cuda.max_memory_allocated()
             report()
     spread = {}
     for kind, values in times.items():
         low, _, high = quantiles(values, n=4)
         spread[kind] = (high - low) / median(values)
-    with profile(activities=[ProfilerActivity.CPU]) as measured:
-        step(stock)
-    events = measured.key_averages()
-    total = sum(event.self_cpu_time_total for event in events)
-    normalizing = sum(event.self_cpu_time_total for event in events if "batch_norm" in event.key.lower())
     middle = {kind: median(values) for kind, values in times.items()}
-    return NetworkRow(name, middle, spread, normalizing / total, steps)
+    return NetworkRow(name, batch, middle, spread, peak, _share(partial(step, stock), device), steps)
+
+
+def _share(step: Callable[[], None], device: str) -> float:
+    """Of batch normalization in a step's time."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities) as measured:
+        step()
+    time = f"self_{'device' if device == 'cuda' else 'cpu'}_time_total"
+    events = {event.key.lower(): getattr(event, time) for event in measured.key_averages()}
+    normalizing = ("batch_norm", "batchnorm", "bn_fw", "bn_bw")  # torch's names and cuDNN's
+    return sum(t for key, t in events.items() if any(n in key for n in normalizing)) / max(sum(events.values()), 1e-9)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,8 +20,9 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from batchnorm.bench import layers
-from batchnorm.bench.layers import ACTIVATIONS, DTYPES, LAYOUTS, SHAPES, SIDES, Case, Row, geometric_mean
-from batchnorm.bench.networks import NETWORKS, bench_network
+from batchnorm.bench.layers import ACTIVATIONS, DTYPES, LAYOUTS, SIDES, Case, Row, geometric_mean
+from batchnorm.bench.networks import KINDS, NETWORKS, bench_network
+from batchnorm.bench.tables import DEFAULT, TABLES
 
 NAMES = {"ours compiled": "ours under torch.compile", "eager": "torch", "compiled": "torch under torch.compile"}
 STEPS = 9  # of each kind of layer, for --network
@@ -28,8 +30,13 @@ STEPS = 9  # of each kind of layer, for --network
 
 def bench(
     shape: Annotated[
-        list[str] | None, typer.Option(help="As 32,64,56,56; may be given again.", show_default="13 shapes")
+        list[str] | None, typer.Option(help="As 32,64,56,56; may be given again.", show_default="a table")
     ] = None,
+    table: Annotated[
+        str | None,
+        typer.Option(help=f"Of shapes: {', '.join(TABLES)}.", show_default="cpu; with --device cuda resnet50-64"),
+    ] = None,
+    device: Annotated[str, typer.Option(help=", ".join(DEFAULT))] = "cpu",
     network: Annotated[
         str | None, typer.Option(help=f"A whole network instead: {', '.join(NETWORKS)} (needs transformers).")
     ] = None,
@@ -38,6 +45,7 @@ def bench(
     activation: Annotated[str, typer.Option(help=", ".join(ACTIVATIONS))] = "relu",
     residual: Annotated[bool, typer.Option("--residual", help="Add a second tensor before the activation.")] = False,
     inference: Annotated[bool, typer.Option("--inference", help="Evaluation mode, forward alone.")] = False,
+    forward: Annotated[bool, typer.Option("--forward", help="Training mode, without backward.")] = False,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave torch.compile out: it takes long.")] = False,
     threads: Annotated[int | None, typer.Option(help="Of torch.", show_default="torch's default")] = None,
     seconds: Annotated[float, typer.Option(help="Spent on each line, after the warm-up.")] = 2.0,
@@ -56,7 +64,15 @@ def bench(
     try:
         if network is not None and network not in NETWORKS:
             raise ValueError(f'unknown network "{network}". Known: {", ".join(NETWORKS)}.')
-        cases = _cases(shape, layout, dtype, activation, residual, not inference)
+        if device not in DEFAULT:
+            raise ValueError(f'unknown device "{device}". Known: {", ".join(DEFAULT)}.')
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU here (torch.cuda.is_available() is False).")
+        if table is not None and table not in TABLES:
+            raise ValueError(f'unknown table "{table}". Known: {", ".join(TABLES)}.')
+        shapes = tuple(map(_shape, shape)) if shape else TABLES[table or DEFAULT[device]]
+        case = Case((), "", dtype, activation, residual, not inference, not forward, device)
+        cases = cases_of(shapes, layout, case)
         if seconds <= 0 or (threads is not None and threads < 1):
             raise ValueError(f"--seconds and --threads must be above 0 (got {seconds}, {threads}).")
         for file in (json_file, plot):
@@ -66,45 +82,58 @@ def bench(
         print(f"bench: {error}", file=sys.stderr)
         sys.exit(2)
     if network is not None:
-        _network(network, layout, threads, console)
+        _network(network, layout, device, threads, console)
         return
     sides = tuple(side for side in SIDES if not (no_compile and side.endswith("compiled")))
     made = layers.bench(cases, sides, seconds=seconds, threads=threads, keep_memory=not default_allocator)
     rows = list(track(made, "Timing", total=len(cases), console=Console(stderr=True), transient=True))
     what = {
-        "torch": torch.__version__, "processor": platform.processor() or platform.machine(),
-        "threads": threads or torch.get_num_threads(), "dtype": dtype, "activation": activation, "residual": residual,
-        "training": not inference, "malloc": "default" if default_allocator else "keeps freed memory",
+        "torch": torch.__version__, **machine(device, threads), "dtype": dtype, "activation": activation,
+        "residual": residual, "training": not inference, "backward": not (inference or forward),
     }  # fmt: skip
+    if device == "cpu":
+        what["malloc"] = "default" if default_allocator else "keeps freed memory"
     console.print(table_of(rows, sides))
     console.print(", ".join(f"{name} {value}" for name, value in what.items()))
     if json_file is not None:
         json_file.write_text(json.dumps({"what": what, "rows": [row.as_json() for row in rows]}, indent=1))
     if plot is not None:
-        draw(rows, sides, plot, f"BN + {activation}, {dtype}, {'training' if not inference else 'inference'}")
+        kind = "inference" if inference else "training, forward alone" if forward else "training"
+        draw(rows, sides, plot, f"BN + {'residual + ' if residual else ''}{activation}, {dtype}, {kind}")
     if any(row.error for row in rows):
         sys.exit(1)
 
 
-def _network(name: str, layout: str, threads: int | None, console: Console) -> None:
-    """A training step of a whole network, at the usual batch of 32 and size of 224."""
+def machine(device: str, threads: int | None = None) -> dict[str, Any]:
+    """What the times were taken on."""
+    if device == "cuda":
+        return {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda}
+    return {"processor": platform.processor() or platform.machine(), "threads": threads or torch.get_num_threads()}
+
+
+def _network(name: str, layout: str, device: str, threads: int | None, console: Console) -> None:
+    """A training step of a whole network, at the usual size of 224 and batch of 32, on CUDA 64 in bfloat16."""
     if threads is not None:
         torch.set_num_threads(threads)
-    table = Table(
-        "network", "layout", "torch (ms)", "spread", "ours (ms)", "spread", "torch / ours", "BN's share", box=None
-    )
+    kinds = KINDS[device]
+    table = Table("network", "layout", box=None)
+    for kind in kinds:
+        for name_of in (f"{kind} (ms)", "spread", "images/s", *(["peak (GB)"] if device == "cuda" else [])):
+            table.add_column(name_of, justify="right")
+    table.add_column("torch / ours", justify="right")
+    table.add_column("BN's share", justify="right")
     for chosen in LAYOUTS if layout == "both" else (layout,):
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task(f"{name}, {chosen}", total=2 * (STEPS + 2))
+            bar = progress.add_task(f"{name}, {chosen}", total=len(kinds) * (STEPS + 2))
             row = bench_network(
-                name, batch=32, size=224, channels_last=chosen == "channels-last", steps=STEPS,
-                report=partial(progress.advance, bar),
+                name, batch=64 if device == "cuda" else 32, size=224, channels_last=chosen == "channels-last",
+                steps=STEPS, device=device, report=partial(progress.advance, bar),
             )  # fmt: skip
-        cells = [
-            cell
-            for kind in ("torch", "ours")
-            for cell in (f"{1e3 * row.seconds[kind]:.0f}", f"{100 * row.spread[kind]:.0f}%")
-        ]
+        cells = []
+        for kind in kinds:
+            cells += [f"{1e3 * row.seconds[kind]:.0f}", f"{100 * row.spread[kind]:.0f}%"]
+            cells.append(f"{row.batch / row.seconds[kind]:.0f}")
+            cells += [f"{row.peak[kind] / 1e9:.1f}"] if device == "cuda" else []
         table.add_row(
             name, chosen, *cells, f"{row.seconds['torch'] / row.seconds['ours']:.2f}", f"{100 * row.share:.0f}%"
         )
@@ -164,19 +193,18 @@ def draw(rows: list[Row], sides: tuple[str, ...], file: Path, title: str) -> Non
     plt.close(figure)
 
 
-def _cases(
-    shapes: list[str] | None, layout: str, dtype: str, activation: str, residual: bool, training: bool
-) -> list[Case]:
-    for name, value, known in (("dtype", dtype, DTYPES), ("activation", activation, ACTIVATIONS)):
+def cases_of(shapes: tuple[tuple[int, ...], ...], layout: str, like: Case) -> list[Case]:
+    """The case ``like``, for each shape in the layouts that it has."""
+    for name, value, known in (("dtype", like.dtype, DTYPES), ("activation", like.activation, ACTIVATIONS)):
         if value not in known:
             raise ValueError(f'unknown {name} "{value}". Known: {", ".join(known)}.')
     if layout not in (*LAYOUTS, "both"):
         raise ValueError(f'unknown layout "{layout}". Known: {", ".join(LAYOUTS)}, both.')
     cases = []
-    for given in map(_shape, shapes) if shapes else SHAPES:
+    for given in shapes:
         layouts = LAYOUTS if layout == "both" else (layout,)
         for chosen in layouts if len(given) in (4, 5) else ("contiguous",):
-            cases.append(Case(given, chosen, dtype, activation, residual, training))
+            cases.append(replace(like, shape=given, layout=chosen))
     return cases
 
 

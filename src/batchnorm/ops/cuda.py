@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -57,9 +58,14 @@ _OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
 def cut(x: Tensor) -> Cut:
-    """The launch shape for a dense x, by its sizes alone."""
-    N, C, S = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    planes = S > 1 and x.is_contiguous()
+    """The launch shape for a dense x."""
+    return _cut(x.shape, x.is_contiguous(), _processors(x.device))
+
+
+@functools.lru_cache(1024)
+def _cut(shape: torch.Size, contiguous: bool, processors: int) -> Cut:
+    N, C, S = shape[0], shape[1], math.prod(shape[2:])
+    planes = S > 1 and contiguous
     if not planes:
         N, S = N * S, 1
     inner = S if planes else C
@@ -68,7 +74,6 @@ def cut(x: Tensor) -> Cut:
     A = min(triton.next_power_of_2(N), TILE // B)
     blocks = C if planes else triton.cdiv(C, B)
     tiles = triton.cdiv(N, A) * (triton.cdiv(S, B) if planes else 1)
-    processors = _processors(x.device)
     parts = max(1, min(tiles, PROGRAMS * processors // blocks, MOST_PARTS))
     whole = tiles <= FEW or (tiles <= MANY and blocks >= processors)
     return Cut(planes, N, C, S, inner // unit, unit, A, B, blocks, parts, whole)
@@ -360,7 +365,19 @@ def backward(
 OPS = (statistics, forward, normalize, gradient_sums, input_gradient, backward, train, update_running_)
 
 
+def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device."""
+
+    def launch(x: Tensor, *rest: Any) -> Any:
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return op(x, *rest)
+        return op(x, *rest)
+
+    return launch
+
+
 def register() -> None:
     """Tell torch's dispatcher."""
     for op in OPS:
-        schema.library.impl(op.__name__, op, "CPU" if INTERPRETED else "CUDA")
+        schema.library.impl(op.__name__, _on_its_device(op), "CPU" if INTERPRETED else "CUDA")
