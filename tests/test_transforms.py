@@ -34,12 +34,14 @@ def step(model, x, call=None):
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])  # y is kept, the residual is kept
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_gives_the_same_outputs_and_gradients(reentrant, activation):
+def test_checkpointing_gives_the_same_outputs_gradients_and_statistics(reentrant, activation):
     model, x = Block(activation), torch.randn(4, 3, 6, 6)
     twin = copy.deepcopy(model)
     expected = step(twin, x)
-    y, gradients, _ = step(model, x, lambda x: checkpoint(model, x, use_reentrant=reentrant))
+    y, gradients, state = step(model, x, lambda x: checkpoint(model, x, use_reentrant=reentrant))
     torch.testing.assert_close((y, gradients), expected[:2])
+    torch.testing.assert_close(state, expected[2])  # pain 8: running statistics are updated once
+    assert state["bn.num_batches_tracked"] == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,10 +4,23 @@ from importlib.metadata import version
 
 from batchnorm.functional import batch_norm
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.population import recalibrate
+from batchnorm.population import accumulate_statistics, freeze, preserve_state, recalibrate, unfreeze
 from batchnorm.racing.runner import race
 from batchnorm.racing.task import Task
 from batchnorm.surgery import from_torch
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Task", "batch_norm", "from_torch", "race", "recalibrate"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Task",
+    "accumulate_statistics",
+    "batch_norm",
+    "freeze",
+    "from_torch",
+    "preserve_state",
+    "race",
+    "recalibrate",
+    "unfreeze",
+]
 __version__ = version("batchnorm")

@@ -226,6 +226,14 @@ def test_compiles_to_one_graph(training, momentum):  # pain 15: torch's own brea
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_compiles_to_one_graph_with_a_residual_of_another_dtype():  # as under autocast
+    layer, x = bn.BatchNorm2d(3, activation="relu"), torch.randn(4, 3, 5, 5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = compiled(x.bfloat16(), x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, layer(x.bfloat16(), x))
+
+
 @pytest.mark.slow
 def test_compiles_to_native_code():
     model, x = Block(), torch.randn(4, 3, 5, 5)

@@ -25,7 +25,7 @@ class _RefuseLossyConversion:
     the attributes that it reads, this one is not torch's own. Having no ``__set__``, it makes way for a value.
     """
 
-    def __get__(self, layer: _FusedBatchNorm | None, owner: type) -> Any:
+    def __get__(self, layer: FusedBatchNorm | None, owner: type) -> Any:
         if layer is None:
             return self
         if layer.activation is None:
@@ -36,10 +36,19 @@ class _RefuseLossyConversion:
         )
 
 
-class _FusedBatchNorm(_BatchNorm):
-    """What the three layers share; they differ in the number of dimensions alone."""
+# Bits of a layer's ``frozen``: what is kept, and which parameters required a gradient before.
+_STATISTICS, _AFFINE, _WEIGHT, _BIAS = 1, 2, 4, 8
+
+
+class FusedBatchNorm(_BatchNorm):
+    """What the three layers share; they differ in the number of dimensions alone.
+
+    ``frozen_statistics``, ``frozen_affine``: see ``batchnorm.freeze``. A buffer ``frozen`` carries them in state_dicts.
+    """
 
     activation: str | tuple[str, float] | None = None
+    frozen_statistics = False
+    frozen_affine = False
     qconfig = _RefuseLossyConversion()
     _dims: tuple[int, ...]
 
@@ -67,9 +76,48 @@ class _FusedBatchNorm(_BatchNorm):
         return _forward(self, input, residual)
 
     def extra_repr(self) -> str:
-        """torch's, with the activation appended where there is one."""
+        """torch's, with the activation and what is frozen appended, where there is any."""
         activation = "" if self.activation is None else f", activation={self.activation!r}"
-        return super().extra_repr() + activation
+        kept = [what for what in ("statistics", "affine") if getattr(self, f"frozen_{what}")]
+        return super().extra_repr() + activation + (f", frozen={'+'.join(kept)}" if kept else "")
+
+    def set_frozen(self, statistics: bool, affine: bool) -> None:
+        """Keep the running statistics in train too; no gradients for weight and bias. See ``batchnorm.freeze``."""
+        noted = self._buffers.get("frozen")
+        before = 0 if noted is None else int(noted)
+        bits = statistics * _STATISTICS + affine * _AFFINE
+        for bit, parameter in ((_WEIGHT, self.weight), (_BIAS, self.bias)):
+            if parameter is None:
+                continue
+            if before & _AFFINE:
+                bits |= before & bit * affine
+                parameter.requires_grad_(not affine and bool(before & bit))
+            elif affine:
+                bits |= bit * parameter.requires_grad
+                parameter.requires_grad_(False)
+        self._note_frozen(bits)
+
+    def _note_frozen(self, bits: int) -> None:
+        self.frozen_statistics, self.frozen_affine = bool(bits & _STATISTICS), bool(bits & _AFFINE)
+        if bits:
+            tensors = (*self.buffers(recurse=False), *self.parameters(recurse=False))
+            self.register_buffer("frozen", torch.tensor(bits, device=tensors[0].device if tensors else None))
+        elif "frozen" in self._buffers:
+            del self.frozen
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """torch's; and a layer that was frozen when it was saved is frozen, one that is frozen stays so."""
+        saved = state_dict.get(f"{prefix}frozen")
+        if saved is not None:
+            bits = int(saved)
+            self.set_frozen(bool(bits & _STATISTICS), bool(bits & _AFFINE))
+            self._note_frozen(bits)
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        else:
+            kept = self._buffers.pop("frozen", None)
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            if kept is not None:
+                self._buffers["frozen"] = kept
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._dims:
@@ -83,12 +131,13 @@ class _FusedBatchNorm(_BatchNorm):
 
 
 @torch.fx.wrap  # one node in a traced graph: what hangs on shapes or on train and eval is decided when it runs
-def _forward(layer: _FusedBatchNorm, input: Tensor, residual: Tensor | None) -> Tensor:
+def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None) -> Tensor:
     layer._check_input_dim(input)
-    updates = layer.training and layer.track_running_stats
-    tracked = updates or not layer.training
+    in_train = layer.training and not layer.frozen_statistics
+    updates = in_train and layer.track_running_stats and not is_recomputing()
+    tracked = updates or not in_train
     mean, var = (layer.running_mean, layer.running_var) if tracked else (None, None)
-    training = layer.training or (mean is None and var is None)
+    training = in_train or (mean is None and var is None)
     batches = layer.num_batches_tracked if updates else None
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
     name, slope = parse_activation(layer.activation)
@@ -97,7 +146,12 @@ def _forward(layer: _FusedBatchNorm, input: Tensor, residual: Tensor | None) -> 
     )
 
 
-class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
+def is_recomputing() -> bool:
+    """Whether this forward repeats an earlier one for activation checkpointing, in either of torch's two ways."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
     """Batch normalization of (N, C) or (N, C, L): ``torch.nn.BatchNorm1d`` with an activation and a residual.
 
         y = activation(weight * (x - mu) / sqrt(var + eps) + bias + residual)
@@ -136,7 +190,7 @@ class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
     _dims = (2, 3)
 
 
-class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
+class BatchNorm2d(FusedBatchNorm, torch.nn.BatchNorm2d):
     """Batch normalization of (N, C, H, W): ``torch.nn.BatchNorm2d`` with an activation and a residual.
 
         y = activation(weight * (x - mu) / sqrt(var + eps) + bias + residual)
@@ -156,7 +210,7 @@ class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
     _dims = (4,)
 
 
-class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
+class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
     """Batch normalization of (N, C, D, H, W): ``torch.nn.BatchNorm3d`` with an activation and a residual.
 
         y = activation(weight * (x - mu) / sqrt(var + eps) + bias + residual)

@@ -95,7 +95,7 @@ def batch_norm(
     if forward_ad._current_level >= 0:  # ops have no forward-mode derivative
         return _through(reference.batch_norm, batches, tensors, training, momentum, eps, *rest)
     if residual_NCS is not None and residual_NCS.dtype != x_NCS.dtype:
-        dtype = torch.result_type(x_NCS, residual_NCS)  # as y + residual has it
+        dtype = torch.promote_types(x_NCS.dtype, residual_NCS.dtype)  # as y + residual has it
         x_NCS, residual_NCS = x_NCS.to(dtype), residual_NCS.to(dtype)
     code, eager = _CODES[activation], _is_eager()
     if not training:
@@ -160,7 +160,7 @@ def _has_kernel(
                 return False
         if t.dtype != expected or t.device != device or t.shape != (channels,):
             return False
-    return residual is None or (residual.device == device and torch.result_type(x, residual) in served)
+    return residual is None or (residual.device == device and torch.promote_types(dtype, residual.dtype) in served)
 
 
 def _through(

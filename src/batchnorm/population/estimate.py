@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from batchnorm.nn.norm import FusedBatchNorm, is_recomputing
+
 
 class Shift(NamedTuple):
     """What ``recalibrate`` found for one layer: how far its running statistics had been from the population.
@@ -27,7 +29,7 @@ class Shift(NamedTuple):
     variance_ratio: tuple[float, float]
 
 
-class _Pooled:
+class Pooled:
     """Mean and variance of all values of all batches of one layer, by the law of total variance, in float64."""
 
     def __init__(self, layer: _BatchNorm) -> None:
@@ -44,7 +46,14 @@ class _Pooled:
         self.values, self.batches = total, self.batches + 1
 
     def unbiased_var_C(self) -> Tensor:
+        """The unbiased variance of all values."""
         return self.squares_C / (self.values - 1)
+
+    def collect(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """As a forward hook of a layer with momentum 1: its running statistics are then those of the last batch."""
+        values = inputs[0].numel() // inputs[0].shape[1] if inputs[0].numel() else 0
+        if values and layer.training and not is_recomputing() and not frozen(layer):
+            self.add(values, layer.running_mean, layer.running_var)  # type: ignore[arg-type]
 
 
 def recalibrate(
@@ -65,7 +74,8 @@ def recalibrate(
 
     Args:
         model: any module; stock ``torch.nn.BatchNorm*`` layers count too. Only running statistics change;
-            ``num_batches_tracked`` becomes the number of batches read. Layers that keep none are left alone.
+            ``num_batches_tracked`` becomes the number of batches read. Layers that keep none, or whose statistics are
+            frozen, are left alone.
         batches: iterable of model inputs, each (N, ...). Read once, front to back.
         forward: ``forward(model, batch)`` runs the model on one batch; default: ``model(batch)``.
         max_batches: stop after so many; default: all.
@@ -88,9 +98,9 @@ def recalibrate(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and not frozen(module)
     }
-    pooled = {name: _Pooled(layer) for name, layer in layers.items()}
+    pooled = {name: Pooled(layer) for name, layer in layers.items()}
     modes = {module: module.training for module in model.modules()}
     saved = {
         name: (layer.momentum, {key: buffer.clone() for key, buffer in layer.named_buffers()})
@@ -106,7 +116,7 @@ def recalibrate(
             # 0 * NaN is NaN: statistics that are broken are what somebody may want to mend.
             layer.momentum = 1.0
             layer.reset_running_stats()
-            hooks.append(layer.register_forward_hook(_collector(pooled[name])))
+            hooks.append(layer.register_forward_hook(pooled[name].collect))
         with torch.no_grad():
             for batch in batches:
                 (forward or _call)(model, batch)
@@ -128,17 +138,13 @@ def recalibrate(
     return [_write(name, layer, pooled[name], saved[name][1]) for name, layer in layers.items() if pooled[name].values]
 
 
+def frozen(layer: nn.Module) -> bool:
+    """Whether ``freeze`` keeps the layer's statistics."""
+    return isinstance(layer, FusedBatchNorm) and layer.frozen_statistics
+
+
 def _call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
-
-
-def _collector(statistics: _Pooled) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-    def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        values = inputs[0].numel() // inputs[0].shape[1] if inputs[0].numel() else 0
-        if values:
-            statistics.add(values, layer.running_mean, layer.running_var)  # type: ignore[arg-type]
-
-    return hook
 
 
 def _restore(layers: dict[str, _BatchNorm], saved: dict[str, Any], *, buffers: bool) -> None:
@@ -149,7 +155,7 @@ def _restore(layers: dict[str, _BatchNorm], saved: dict[str, Any], *, buffers: b
                 buffer.copy_(old[key])
 
 
-def _write(name: str, layer: _BatchNorm, statistics: _Pooled, old: dict[str, Tensor]) -> Shift:
+def _write(name: str, layer: _BatchNorm, statistics: Pooled, old: dict[str, Tensor]) -> Shift:
     mean_C, var_C = statistics.mean_C, statistics.unbiased_var_C()
     shift_C = (old["running_mean"].double() - mean_C).abs() / var_C.sqrt()
     ratio_C = old["running_var"].double() / var_C

@@ -1,0 +1,85 @@
+"""Layers that keep their running statistics, or their affine parameters, whatever mode the model is in.
+
+Comes from: any model with our layers. Goes to: the layers' ``frozen`` state, which ``nn.norm`` heeds and saves.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.nn.norm import FusedBatchNorm
+
+
+def freeze(model: nn.Module, *, running_stats: bool = True, affine: bool = False) -> None:
+    """Keep the running statistics of every batch normalization layer as they are, in train as in eval; in place.
+
+        y = weight * (x - running_mean) / sqrt(running_var + eps) + bias, in both modes
+
+    It survives ``model.train()``, is part of the state_dict (a key ``frozen`` in each layer, which is there only as
+    long as the layer is frozen) and comes back when that is loaded. ``unfreeze`` undoes it. What was frozen before
+    stays so. ``recalibrate`` leaves frozen statistics alone.
+
+    Args:
+        model: any module; its layers must be ours.
+        running_stats: normalize with the running statistics in train too, and do not update them.
+        affine: weight and bias no longer require a gradient.
+
+    Raises:
+        TypeError: a layer is torch's own (or a subclass of it), which ``model.train()`` would set going again: turn the
+            model into ours first, by ``from_torch``. Nothing has been changed then.
+        ValueError: nothing to freeze: no layer, layers without running statistics, or neither of the two wanted.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), bn.BatchNorm2d(8))
+        >>> bn.freeze(model)
+        >>> _ = model.train()(torch.randn(4, 3, 9, 9))
+        >>> model[1].running_mean.abs().sum().item()
+        0.0
+
+    Source: what users of detection networks call frozen batch normalization.
+    """
+    if not running_stats and not affine:
+        raise ValueError("freeze: nothing to freeze with running_stats=False and affine=False.")
+    layers = _layers(model, "freeze")
+    if not layers:
+        raise ValueError(f"freeze: no batch normalization layer in {type(model).__name__}.")
+    bare = [name for name, layer in layers.items() if layer.running_mean is None]
+    if running_stats and bare:
+        raise ValueError(f"freeze: no running statistics to keep in {', '.join(bare)} (track_running_stats=False).")
+    for layer in layers.values():
+        layer.set_frozen(running_stats or layer.frozen_statistics, affine or layer.frozen_affine)
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Undo ``freeze``, in place: statistics move again in train; weight and bias require the gradient that they did.
+
+    Args:
+        model: any module. Layers that are not frozen stay as they are.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> layer = bn.BatchNorm2d(8)
+        >>> bn.freeze(layer, affine=True)
+        >>> bn.unfreeze(layer)
+        >>> layer.weight.requires_grad, "frozen" in layer.state_dict()
+        (True, False)
+    """
+    for module in model.modules():
+        if isinstance(module, FusedBatchNorm):
+            module.set_frozen(False, False)
+
+
+def _layers(model: nn.Module, verb: str) -> dict[str, FusedBatchNorm]:
+    """Our layers by name; refuses others."""
+    found = {name or "the model": m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    others = {name: type(m).__name__ for name, m in found.items() if not isinstance(m, FusedBatchNorm)}
+    if others:
+        named = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:5])
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        raise TypeError(
+            f"{verb} needs layers of batchnorm, since .train() would undo it on torch's: found {named}{more}. "
+            "Call model = batchnorm.from_torch(model) first."
+        )
+    return {name: m for name, m in found.items() if isinstance(m, FusedBatchNorm)}

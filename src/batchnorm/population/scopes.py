@@ -1,0 +1,122 @@
+"""Blocks of code around which running statistics are kept, or updated once.
+
+Comes from: any model, torch's layers or ours. Goes to: its buffers and modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.population.estimate import Pooled
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@contextmanager
+def preserve_state(model: Model) -> Iterator[Model]:
+    """Whatever happens inside leaves no trace in the model's buffers and modes, on an exception too.
+
+    Buffers have their old values afterwards, in the same tensors; those that were added are gone; every module is in
+    the mode (train or eval) that it was in. Parameters and random number generators are not looked after.
+
+    Args:
+        model: any module; given to the ``with`` statement again.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> layer = bn.BatchNorm1d(3)
+        >>> with bn.preserve_state(layer):  # try out a batch, or another domain's statistics
+        ...     _ = layer.train()(torch.randn(8, 3) + 5)
+        >>> layer.running_mean.tolist()
+        [0.0, 0.0, 0.0]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    saved = [
+        (module, dict(module._buffers), set(module._non_persistent_buffers_set),
+         {name: t.detach().clone() for name, t in module._buffers.items() if t is not None})
+        for module in model.modules()
+    ]  # fmt: skip
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for module, buffers, not_saved, values in saved:
+                module._buffers.clear()
+                module._buffers.update(buffers)
+                module._non_persistent_buffers_set.clear()
+                module._non_persistent_buffers_set.update(not_saved)
+                for name, value in values.items():
+                    module._buffers[name].copy_(value)  # type: ignore[union-attr]
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def accumulate_statistics(model: Model) -> Iterator[Model]:
+    """Several micro-batches, one update of the running statistics: as from one large batch.
+
+        running <- (1 - momentum) * running + momentum * (mean, unbiased variance of all values seen inside)
+
+    Each forward inside normalizes with its own micro-batch, as always in training; only the running statistics wait.
+    At the end they move once, and ``num_batches_tracked`` counts one. So a layer with no batch normalization before it
+    ends with exactly the large batch's running statistics; a layer after another one sees inputs that were normalized
+    per micro-batch. An exception discards what was seen. Values that are not finite leave a layer as it was. Inside,
+    the running statistics are not to be read.
+
+    Args:
+        model: any module; stock ``torch.nn.BatchNorm*`` layers count too. Given to the ``with`` statement again.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> layer, x = bn.BatchNorm1d(3), torch.randn(32, 3)
+        >>> with bn.accumulate_statistics(layer):
+        ...     for part in x.split(8):
+        ...         _ = layer(part)  # and backward
+        >>> torch.allclose(layer.running_mean, 0.1 * x.mean(0)), layer.num_batches_tracked.item()
+        (True, 1)
+
+    Source: the sums of Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    saved: list[tuple[_BatchNorm, float | None, dict[str, Tensor], Pooled]] = []
+    hooks = []
+    for layer in layers:
+        old = {name: t.clone() for name, t in layer.named_buffers()}
+        saved.append((layer, layer.momentum, old, Pooled(layer)))
+        layer.momentum = 1.0  # the layer leaves the statistics of its last batch in its buffers
+        hooks.append(layer.register_forward_pre_hook(_start_afresh))
+        hooks.append(layer.register_forward_hook(saved[-1][-1].collect))
+    done = False
+    try:
+        yield model
+        done = True
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, momentum, old, pooled in saved:
+            layer.momentum = momentum
+            for name, t in layer.named_buffers():
+                t.copy_(old[name])
+            if done and pooled.values:
+                _move(layer, pooled)
+
+
+def _start_afresh(layer: nn.Module, inputs: Any) -> None:
+    """So that nothing of an earlier batch is left: 0 * NaN is NaN."""
+    if layer.training:
+        layer.reset_running_stats()  # type: ignore[operator]
+
+
+def _move(layer: _BatchNorm, pooled: Pooled) -> None:
+    """One update of the running statistics, where that is finite."""
+    layer.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+    a = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.double()  # type: ignore[union-attr]
+    for running, batch in ((layer.running_mean, pooled.mean_C), (layer.running_var, pooled.unbiased_var_C())):
+        new = ((1 - a) * running.double() + a * batch).to(running.dtype)  # type: ignore[union-attr]
+        running.copy_(torch.where(new.isfinite(), new, running))  # type: ignore[union-attr, arg-type]
