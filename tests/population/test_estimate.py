@@ -2,9 +2,11 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import batchnorm as bn
@@ -180,14 +182,137 @@ def test_broken_eval_mode_is_mended() -> None:
 @pytest.mark.parametrize(
     ("batches", "options", "message"),
     [
+        ([], {"upstream": "population"}, "batches yielded nothing"),
+        (iter([]), {"upstream": "population"}, "several times, got an iterator"),
+        ([], {"upstream": "running"}, 'unknown upstream "running". Known: batch, population'),
+        ([], {"estimator": "ema"}, 'unknown estimator "ema". Known: pooled, batch_mean'),
+        ([], {"process_group": object()}, "init_process_group"),
         ([], {}, "batches yielded nothing"),
         ([torch.zeros(4, 4).double()], {"max_batches": 0}, r"max_batches must be at least 1 \(got 0\)"),
         ([torch.zeros(1, 4).double()], {}, "Expected more than 1 value per channel"),
     ],
 )
-def test_refused_with_nothing_changed(batches: list[Tensor], options: dict[str, int], message: str) -> None:
+def test_refused_with_nothing_changed(batches: list[Tensor], options: dict[str, object], message: str) -> None:
     model = network()
     before = state(model)
     with pytest.raises(ValueError, match=message):
         bn.recalibrate(model, batches, **options)
     assert_same(state(model), before)
+
+
+# ---- estimators, upstream, several processes -------------------------------------------------------------------------
+
+
+def test_batch_mean_is_algorithm_2_to_the_letter() -> None:
+    layer, x = bn.BatchNorm1d(3).double(), torch.randn(60, 3, dtype=torch.float64)
+    batches = x.split(20)
+    bn.recalibrate(layer, batches, estimator="batch_mean")
+    torch.testing.assert_close(layer.running_mean, torch.stack([b.mean(0) for b in batches]).mean(0))
+    torch.testing.assert_close(layer.running_var, torch.stack([b.var(0) for b in batches]).mean(0))
+    assert layer.num_batches_tracked == 3
+
+
+class Branches(nn.Module):
+    """Layers one after the other, side by side, over a skip connection, in an order that is not that of the modules."""
+
+    def __init__(self, layer: type[nn.Module]) -> None:
+        super().__init__()
+        self.last, self.left, self.right, self.first = (layer(4) for _ in range(4))
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu_()
+        both = torch.cat([self.left(x)[:, :2], self.right(self.mix(x) ** 2)[:, 2:]], 1)
+        return self.last(self.mix(both) + x)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_with_population_upstream_no_layer_depends_on_the_split(
+    layer: type[nn.Module], capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, model = torch.randn(96, 4, dtype=torch.float64) * 2 + 1, Branches(layer).double()
+    results = []
+    for size in (96, 32, 7):
+        twin = copy.deepcopy(model)
+        report = bn.recalibrate(twin, x.split(size), upstream="population")
+        assert [row.layer for row in report] == ["last", "left", "right", "first"]
+        results.append({key: value for key, value in state(twin).items() if "batches" not in key})
+        assert "3 times" in capsys.readouterr().err  # left and right in one pass
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-12)
+    twin.eval()
+    hidden = twin.first(x).relu()
+    torch.testing.assert_close(twin.left.running_mean, hidden.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(twin.right.running_var, (twin.mix(hidden) ** 2).var(0), rtol=1e-12, atol=1e-12)
+
+
+def test_with_batch_upstream_the_second_layer_does_depend_on_it() -> None:  # why the other exists
+    x, model = torch.randn(96, 4, dtype=torch.float64), Branches(bn.BatchNorm1d).double()
+    variances = []
+    for size in (96, 7):
+        bn.recalibrate(model, x.split(size))
+        variances.append(model.left.running_var.clone())
+    assert not torch.allclose(*variances, rtol=1e-3)
+
+
+def test_batches_of_a_dataloader_with_labels_are_taken_as_they_come() -> None:
+    x = torch.randn(40, 4, dtype=torch.float64)
+    data = torch.utils.data.TensorDataset(x, torch.zeros(40))
+    model = network()
+    bn.recalibrate(model, torch.utils.data.DataLoader(data, batch_size=10, shuffle=True), device="cpu", progress=True)
+    torch.testing.assert_close(model[1].running_mean, model[0](x).mean(0))
+
+
+def test_random_numbers_are_as_before() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn_like(x)
+
+    model, x = nn.Sequential(Noisy(), bn.BatchNorm1d(3)), torch.randn(20, 3)
+    torch.manual_seed(5)
+    bn.recalibrate(model, [x])
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_averaged_weights_get_their_statistics() -> None:  # pain 21
+    model, x = network(), torch.randn(64, 4, dtype=torch.float64)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for p in model.parameters():
+        p.data.mul_(-3)
+    averaged.update_parameters(model)
+    bn.recalibrate(averaged, [x])
+    torch.testing.assert_close(averaged.module[1].running_mean, averaged.module[0](x).mean(0))
+
+
+def test_a_nan_batch_before_does_not_stay() -> None:
+    layer = bn.BatchNorm1d(2)
+    layer(torch.full((4, 2), torch.nan))
+    bn.recalibrate(layer, [torch.randn(9, 2)])
+    assert layer.running_var.isfinite().all()
+
+
+def _rank(rank: int, ranks: int, file: str, sizes: list[int], estimator: str, results: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(60, 4, dtype=torch.float64)
+    mine = x.split(sizes)[rank]
+    batches = mine.split(10) if len(mine) else []
+    report = bn.recalibrate(model, batches, estimator=estimator, upstream="population", process_group=dist.group.WORLD)
+    torch.save((model.state_dict(), report), f"{results}-{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("estimator", "sizes"), [("pooled", [40, 20, 0]), ("batch_mean", [20, 40])], ids=str)
+def test_values_of_all_ranks_are_pooled(tmp_path: Path, estimator: str, sizes: list[int]) -> None:  # pain 20
+    file, results = str(tmp_path / "store"), str(tmp_path / "result")
+    torch.multiprocessing.spawn(_rank, (len(sizes), file, sizes, estimator, results), nprocs=len(sizes))
+    ranks = [torch.load(f"{results}-{rank}", weights_only=False) for rank in range(len(sizes))]
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(60, 4, dtype=torch.float64)
+    report = bn.recalibrate(model, x.split(10), estimator=estimator, upstream="population")
+    for state_of_rank, report_of_rank in ranks:
+        torch.testing.assert_close(dict(state_of_rank), dict(model.state_dict()), rtol=1e-12, atol=1e-12)
+        assert all(torch.equal(state_of_rank[key], ranks[0][0][key]) for key in state_of_rank)  # the same bits
+        assert [row.values for row in report_of_rank] == [row.values for row in report]

@@ -5,15 +5,21 @@ Comes from: any model with batch normalization layers, torch's or ours. Goes to:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
+from torch.utils import _pytree
 
-from batchnorm.nn.norm import FusedBatchNorm, is_recomputing
+from batchnorm.nn.norm import FusedBatchNorm
+from batchnorm.population.depth import depths, stages
+from batchnorm.population.estimators import ESTIMATORS, Estimator
 
 
 class Shift(NamedTuple):
@@ -29,113 +35,153 @@ class Shift(NamedTuple):
     variance_ratio: tuple[float, float]
 
 
-class Pooled:
-    """Mean and variance of all values of all batches of one layer, by the law of total variance, in float64."""
-
-    def __init__(self, layer: _BatchNorm) -> None:
-        zeros = torch.zeros(layer.num_features, dtype=torch.float64, device=layer.running_mean.device)  # type: ignore[union-attr]
-        self.values, self.batches, self.mean_C, self.squares_C = 0, 0, zeros, zeros.clone()
-
-    def add(self, values: int, mean_C: Tensor, unbiased_var_C: Tensor) -> None:
-        """Merge one batch (Chan et al. 1979): ``squares`` is the sum of squared distances from the mean."""
-        total, delta_C = self.values + values, mean_C.double() - self.mean_C
-        self.mean_C = self.mean_C + delta_C * (values / total)
-        self.squares_C = (
-            self.squares_C + unbiased_var_C.double() * (values - 1) + delta_C**2 * (self.values * values / total)
-        )
-        self.values, self.batches = total, self.batches + 1
-
-    def unbiased_var_C(self) -> Tensor:
-        """The unbiased variance of all values."""
-        return self.squares_C / (self.values - 1)
-
-    def collect(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """As a forward hook of a layer with momentum 1: its running statistics are then those of the last batch."""
-        values = inputs[0].numel() // inputs[0].shape[1] if inputs[0].numel() else 0
-        if values and layer.training and not is_recomputing() and not frozen(layer):
-            self.add(values, layer.running_mean, layer.running_var)  # type: ignore[arg-type]
-
-
 def recalibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     max_batches: int | None = None,
+    estimator: str = "pooled",
+    upstream: str = "batch",
+    process_group: dist.ProcessGroup | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
 ) -> list[Shift]:
     r"""Replace running statistics by population statistics (Ioffe & Szegedy 2015, Algorithm 2), in place.
 
-        E[x] = mean of all values seen,   Var[x] = m / (m - 1) * biased variance of all m values seen
+        pooled:      E[x] = mean of all values,     Var[x] = m / (m - 1) * biased variance of all m values
+        batch_mean:  E[x] = mean over batches of mu_B,  Var[x] = mean over batches of m_B / (m_B - 1) * var_B
 
-    The layers normalize by each batch while the pass runs, so a layer above another one sees what it saw in
-    training; everything else (dropout, say) behaves as in eval, whatever mode the model is in. Weights are not
-    touched, and modes, momentum and hooks are as before afterwards, on an exception also the statistics.
-    Sums are taken in float64.
+    Everything but batch normalization (dropout, say) behaves as in eval, whatever mode the model is in. Weights are
+    not touched; modes, momentum, hooks and torch's random numbers are as before afterwards, on an exception also the
+    statistics. Sums are taken in float64.
 
     Args:
         model: any module; stock ``torch.nn.BatchNorm*`` layers count too. Only running statistics change;
             ``num_batches_tracked`` becomes the number of batches read. Layers that keep none, or whose statistics are
             frozen, are left alone.
-        batches: iterable of model inputs, each (N, ...). Read once, front to back.
-        forward: ``forward(model, batch)`` runs the model on one batch; default: ``model(batch)``.
+        batches: iterable of model inputs, each (N, ...); of a tuple or list, as a DataLoader gives with labels, the
+            first element. Read front to back.
+        forward: ``forward(model, batch)`` runs the model on one batch; default: ``model(inputs)``.
         max_batches: stop after so many; default: all.
+        estimator: "pooled": the same for any split of the same data into batches; "batch_mean": the paper's average.
+        upstream: "batch": one pass; all layers normalize by the batch, so that a layer after another one sees what it
+            saw in training, which depends on the split. "population": layer after layer, those before it with their new
+            statistics already, as in inference: no layer depends on the split. It reads ``batches`` once for each layer
+            of the deepest chain, and says on stderr how often that is.
+        process_group: pool the values of all ranks of this group, which all must call this; the ranks may have
+            different numbers of batches. Default: this process alone, no communication.
+        device: where to put batches; default: as they come.
+        progress: show a progress bar (needs rich).
 
     Returns:
         One row per layer that was reached, in the order of ``model.named_modules()``: see ``Shift``.
 
     Raises:
-        ValueError: ``batches`` yielded nothing, ``max_batches`` is not positive, or a batch gave a layer a single
-            value per channel. Nothing has been changed then.
+        ValueError: ``batches`` yielded nothing, or is an iterator where it is read more than once; ``max_batches`` is
+            not positive; an unknown estimator or upstream; a batch gave a layer a single value per channel; a process
+            group without ``torch.distributed.init_process_group``. Nothing has been changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
-        >>> report = recalibrate(model, (torch.randn(32, 4) for _ in range(10)))
+        >>> report = recalibrate(model, [torch.randn(32, 4) for _ in range(10)])
         >>> report[0].layer, report[0].values
         ('1', 320)
     """
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches must be at least 1 (got {max_batches}).")
+    _check(batches, max_batches, estimator, upstream, process_group)
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and not frozen(module)
     }
-    pooled = {name: Pooled(layer) for name, layer in layers.items()}
-    modes = {module: module.training for module in model.modules()}
-    saved = {
-        name: (layer.momentum, {key: buffer.clone() for key, buffer in layer.named_buffers()})
-        for name, layer in layers.items()
-    }
-    hooks: list[RemovableHandle] = []
-    read = 0
-    try:
-        model.eval()
-        for name, layer in layers.items():
-            layer.train()
-            # With momentum 1 the layer itself leaves the statistics of its last batch in its buffers; afresh, since
-            # 0 * NaN is NaN: statistics that are broken are what somebody may want to mend.
-            layer.momentum = 1.0
-            layer.reset_running_stats()
-            hooks.append(layer.register_forward_hook(pooled[name].collect))
-        with torch.no_grad():
-            for batch in batches:
-                (forward or _call)(model, batch)
-                read += 1
-                if read == max_batches:
-                    break
-        if read == 0:
+    reader = _Reader(batches, max_batches, device, forward or _call, progress)
+    found: dict[str, Estimator] = {}
+    with _as_before(model, layers) as old, torch.no_grad():
+        passes = [list(layers)]
+        if upstream == "population":
+            passes = stages(_largest(depths(model, layers, reader.first), process_group), layers)
+            print(f"batchnorm: recalibrate reads the batches {len(passes)} times, once per depth", file=sys.stderr)
+        for stage in passes:
+            estimates = {name: ESTIMATORS[estimator](layers[name]) for name in stage}
+            reader.run(model, {name: layers[name] for name in stage}, estimates)
+            if process_group is not None:
+                _pool_over_ranks(list(estimates.values()), process_group)
+            for name, estimate in estimates.items():
+                _write(layers[name], estimate, old[name])
+            found |= estimates
+        if not any(estimate.values for estimate in found.values()) and not reader.read:
             raise ValueError("batches yielded nothing: recalibrate needs at least one batch of model inputs.")
-    except BaseException:
-        _restore(layers, saved, buffers=True)
-        raise
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
-        _restore(layers, saved, buffers=False)
-    _restore({name: layer for name, layer in layers.items() if not pooled[name].values}, saved, buffers=True)
-    return [_write(name, layer, pooled[name], saved[name][1]) for name, layer in layers.items() if pooled[name].values]
+    return [_shift(name, found[name], old[name]) for name in layers if name in found and found[name].values]
+
+
+def _check(
+    batches: Iterable[Any], max_batches: int | None, estimator: str, upstream: str, group: dist.ProcessGroup | None
+) -> None:
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1 (got {max_batches}).")
+    for name, value, known in (("estimator", estimator, ESTIMATORS), ("upstream", upstream, ("batch", "population"))):
+        if value not in known:
+            raise ValueError(f'unknown {name} "{value}". Known: {", ".join(known)}.')
+    if upstream == "population" and isinstance(batches, Iterator):
+        raise ValueError(
+            f'upstream="population" reads the batches several times, got an iterator ({type(batches).__name__}), which '
+            "is empty after once: pass a list or a DataLoader."
+        )
+    if group is not None and not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("process_group needs torch.distributed.init_process_group() first.")
+
+
+class _Reader:
+    """Runs the model on the batches."""
+
+    def __init__(
+        self, batches: Iterable[Any], most: int | None, device: Any, forward: Callable[..., Any], progress: bool
+    ) -> None:
+        self.batches, self.most, self.device, self.forward, self.progress = batches, most, device, forward, progress
+        self.read = 0
+
+    def first(self, model: nn.Module) -> None:
+        """The first batch alone, where there is one."""
+        for batch in islice(self.batches, 1):
+            self.forward(model, self._placed(batch))
+
+    def run(self, model: nn.Module, layers: dict[str, _BatchNorm], estimates: dict[str, Estimator]) -> None:
+        """All batches, with these layers normalizing by the batch and collected."""
+        hooks = []
+        try:
+            for name, layer in layers.items():
+                layer.train()
+                layer.momentum = 1.0  # the layer itself leaves the statistics of its last batch in its buffers
+                hooks.append(layer.register_forward_pre_hook(start_afresh))
+                hooks.append(layer.register_forward_hook(estimates[name].collect))
+            self.read = 0
+            for batch in self._shown(islice(self.batches, self.most)):
+                self.forward(model, self._placed(batch))
+                self.read += 1
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for layer in layers.values():
+                layer.eval()
+
+    def _placed(self, batch: Any) -> Any:
+        return batch if self.device is None else _pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+
+    def _shown(self, batches: Iterable[Any]) -> Iterable[Any]:
+        if not self.progress:
+            return batches
+        try:
+            from rich.progress import track
+        except ImportError as error:
+            raise ImportError("progress=True shows a bar of rich: pip install rich") from error
+        sizes = [size for size in (self.most, getattr(self.batches, "__len__", lambda: None)()) if size is not None]
+        return track(batches, "recalibrate", total=min(sizes, default=None))
+
+
+def start_afresh(layer: nn.Module, inputs: Any) -> None:
+    """As a forward pre-hook: nothing of an earlier batch is left, were it NaN (0 * NaN is NaN)."""
+    if layer.training and not frozen(layer):
+        layer.reset_running_stats()  # type: ignore[operator]
 
 
 def frozen(layer: nn.Module) -> bool:
@@ -144,22 +190,73 @@ def frozen(layer: nn.Module) -> bool:
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
-def _restore(layers: dict[str, _BatchNorm], saved: dict[str, Any], *, buffers: bool) -> None:
-    for name, layer in layers.items():
-        layer.momentum, old = saved[name]
-        if buffers:
-            for key, buffer in layer.named_buffers():
-                buffer.copy_(old[key])
+@contextmanager
+def _as_before(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """In eval; modes, momentum and random numbers come back, on an exception statistics too. Gives the old ones."""
+    modes = {module: module.training for module in model.modules()}
+    momenta = {name: layer.momentum for name, layer in layers.items()}
+    old = {name: {key: t.clone() for key, t in layer.named_buffers()} for name, layer in layers.items()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices):
+            model.eval()
+            yield old
+    except BaseException:
+        for name, layer in layers.items():
+            _restore(layer, old[name])
+        raise
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for name, layer in layers.items():
+            layer.momentum = momenta[name]
 
 
-def _write(name: str, layer: _BatchNorm, statistics: Pooled, old: dict[str, Tensor]) -> Shift:
-    mean_C, var_C = statistics.mean_C, statistics.unbiased_var_C()
+def _restore(layer: _BatchNorm, old: dict[str, Tensor]) -> None:
+    for key, buffer in layer.named_buffers():
+        buffer.copy_(old[key])
+
+
+def _largest(depth: dict[str, int], group: dist.ProcessGroup | None) -> dict[str, int]:
+    """Of all ranks, one of which may have no batch to look at."""
+    if group is None:
+        return depth
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, depth, group)
+    return {name: max(d.get(name, 0) for d in everyone) for name in set().union(*everyone)}
+
+
+def _pool_over_ranks(estimates: list[Estimator], group: dist.ProcessGroup) -> None:
+    """Every rank's estimates together, in one collective, merged in the order of ranks: the same bits everywhere."""
+    if not estimates:
+        return
+    mine = torch.cat([estimate.packed() for estimate in estimates])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group)
+    for estimate in estimates:
+        estimate.clear()
+    for packed in everyone:
+        start = 0
+        for estimate in estimates:
+            size = len(estimate.packed())
+            estimate.merge(packed[start : start + size])
+            start += size
+
+
+def _write(layer: _BatchNorm, estimate: Estimator, old: dict[str, Tensor]) -> None:
+    """The new statistics into the layer; the old ones where it was not reached."""
+    if not estimate.values:
+        return _restore(layer, old)
+    layer.running_mean.copy_(estimate.mean_C())  # type: ignore[union-attr]
+    layer.running_var.copy_(estimate.unbiased_var_C())  # type: ignore[union-attr]
+    layer.num_batches_tracked.fill_(estimate.batches)  # type: ignore[union-attr]
+
+
+def _shift(name: str, estimate: Estimator, old: dict[str, Tensor]) -> Shift:
+    mean_C, var_C = estimate.mean_C(), estimate.unbiased_var_C()
     shift_C = (old["running_mean"].double() - mean_C).abs() / var_C.sqrt()
     ratio_C = old["running_var"].double() / var_C
-    layer.running_mean.copy_(mean_C)  # type: ignore[union-attr]
-    layer.running_var.copy_(var_C)  # type: ignore[union-attr]
-    layer.num_batches_tracked.fill_(statistics.batches)  # type: ignore[union-attr]
-    return Shift(name, statistics.values, shift_C.max().item(), (ratio_C.min().item(), ratio_C.max().item()))
+    return Shift(name, estimate.values, shift_C.max().item(), (ratio_C.min().item(), ratio_C.max().item()))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.population.estimate import Pooled
+from batchnorm.population.estimate import start_afresh
+from batchnorm.population.estimators import Pooled
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,7 +91,7 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
         old = {name: t.clone() for name, t in layer.named_buffers()}
         saved.append((layer, layer.momentum, old, Pooled(layer)))
         layer.momentum = 1.0  # the layer leaves the statistics of its last batch in its buffers
-        hooks.append(layer.register_forward_pre_hook(_start_afresh))
+        hooks.append(layer.register_forward_pre_hook(start_afresh))
         hooks.append(layer.register_forward_hook(saved[-1][-1].collect))
     done = False
     try:
@@ -107,16 +108,10 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
                 _move(layer, pooled)
 
 
-def _start_afresh(layer: nn.Module, inputs: Any) -> None:
-    """So that nothing of an earlier batch is left: 0 * NaN is NaN."""
-    if layer.training:
-        layer.reset_running_stats()  # type: ignore[operator]
-
-
 def _move(layer: _BatchNorm, pooled: Pooled) -> None:
     """One update of the running statistics, where that is finite."""
     layer.num_batches_tracked.add_(1)  # type: ignore[union-attr]
     a = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.double()  # type: ignore[union-attr]
-    for running, batch in ((layer.running_mean, pooled.mean_C), (layer.running_var, pooled.unbiased_var_C())):
+    for running, batch in ((layer.running_mean, pooled.mean_C()), (layer.running_var, pooled.unbiased_var_C())):
         new = ((1 - a) * running.double() + a * batch).to(running.dtype)  # type: ignore[union-attr]
         running.copy_(torch.where(new.isfinite(), new, running))  # type: ignore[union-attr, arg-type]
