@@ -18,11 +18,11 @@ bench: setup  ## our layers beside torch's on this machine
 
 test: setup lint  ## all tests that end within minutes
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/ops/test_cuda.py
+	TRITON_INTERPRET=1 BATCHNORM_TRITON_ON_CPU=1 $(BIN)/python -m pytest -n auto tests/ops/test_cuda.py
 
 test-slow: setup  ## the tests that take long
 	$(BIN)/python -m pytest -m slow
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m slow tests/ops/test_cuda.py
+	TRITON_INTERPRET=1 BATCHNORM_TRITON_ON_CPU=1 $(BIN)/python -m pytest -n auto -m slow tests/ops/test_cuda.py
 
 sanitize: setup  ## the kernels' tests under the address and undefined-behaviour sanitizers
 	BATCHNORM_SANITIZE=1 $(BIN)/python setup.py --quiet build_py --build-lib build/sanitize/lib \

@@ -1,6 +1,7 @@
 """The Triton kernels against the reference, over the cases of the CPU kernels: on a GPU, or interpreted on the CPU.
 
-Triton reads TRITON_INTERPRET when a kernel is decorated, so these are two runs: `make test` does both.
+Triton reads TRITON_INTERPRET when a kernel is decorated, so these are two runs: `make test` does both. Interpreted, the
+kernels of CUDA take the place of the CPU's (BATCHNORM_TRITON_ON_CPU).
 """
 
 import os
@@ -25,12 +26,10 @@ from batchnorm import ops
 from batchnorm.functional import parse_activation
 from batchnorm.ops import reference, schema
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == os.environ.get("BATCHNORM_TRITON_ON_CPU") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
-pytestmark = pytest.mark.skipif(
-    not GPU and not INTERPRETED, reason="no GPU here; `make test` runs them interpreted, with TRITON_INTERPRET=1"
-)
+pytestmark = pytest.mark.skipif(not GPU and not INTERPRETED, reason="no GPU here; `make test` runs them interpreted")
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 DTYPES = (torch.float32, *HALF_DTYPES)
@@ -82,26 +81,27 @@ def test_it_is_triton_that_is_tested():
 
 
 def compare(x, residual, activation, training):
-    """Output, gradients and buffers beside the reference's: the largest error of each over the allowed one."""
+    """Output, gradients and buffers beside the reference in float64: the largest error of each over the allowed one."""
     channels, dtype = x.shape[1], x.dtype
     tensors = channel_tensors(channels, torch.float32)
     name, slope = parse_activation(activation)
     d_y, results = torch.randn(x.shape).to(dtype), []
-    for function, device in ((ops.batch_norm, DEVICE), (reference.batch_norm, "cpu")):
-        leaf = x.detach().to(device).requires_grad_()
-        other = None if residual is None else residual.detach().to(device).requires_grad_()
-        mean, var, weight, bias = (t.detach().to(device, copy=True).requires_grad_(t.requires_grad) for t in tensors)
+    for function, device, wide in ((ops.batch_norm, DEVICE, False), (reference.batch_norm, "cpu", True)):
+
+        def on(t, device=device, wide=wide):
+            return t.detach().to(device, torch.float64 if wide else None, copy=True).requires_grad_(t.requires_grad)
+
+        leaf, other = on(x).requires_grad_(), None if residual is None else on(residual).requires_grad_()
+        mean, var, weight, bias = map(on, tensors)
         y = function(leaf, mean, var, weight, bias, training, 0.1, 1e-5, name, slope, other)
         inputs = [t for t in (leaf, weight, bias, other) if t is not None]
-        results.append([t.cpu() for t in (y.detach(), *torch.autograd.grad(y, inputs, d_y.to(device)), mean, var)])
-    if residual is not None and dtype in HALF_DTYPES and name is not None:
+        results.append([t.cpu() for t in (y.detach(), *torch.autograd.grad(y, inputs, on(d_y)), mean, var)])
+    if residual is not None and name is not None:
         # Backward looks at the rounded y (as torch's does), which may lie on the other side of a kink.
         code = schema.ACTIVATIONS.index(name)
         kept = results[0][0] if schema.result_tells(code, slope) else residual
-        mean, var, weight, bias = (t.detach() for t in tensors)
-        results[1][1:5] = schema._reference_backward(
-            d_y, x, weight, bias, kept, mean, var, 1e-5, code, slope, training
-        )  # fmt: skip
+        given = (t.detach().double() for t in (d_y, x, *tensors[2:], kept, *tensors[:2]))
+        results[1][1:5] = schema._reference_backward(*given, 1e-5, code, slope, training)
     allowed = [
         KERNEL_ULP[dtype] if t.dim() > 1 else max(KERNEL_ULP[t.dtype], REFERENCE_SUM_ULP[dtype]) for t in results[0]
     ]
@@ -205,6 +205,21 @@ def test_running_statistics_are_the_reference_for_any_momentum():
         assert layer.num_batches_tracked == 3
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (4, 0, 3, 3), (4, 3, 0), (0, 3)], ids=str)
+def test_ops_take_empty_tensors(shape):  # as an empty rank has them
+    x, c = torch.empty(shape, device=DEVICE), torch.ones(shape[1], device=DEVICE)
+    assert all(t.isnan().all() for t in OP.statistics(x))
+    y, mean, var = OP.forward(x, c, c, x, 1e-5, 1, 0.0)
+    assert y.shape == OP.normalize(x, c, c, c, c, None, 1e-5, 1, 0.0).shape == shape
+    assert mean.shape == var.shape == c.shape
+    given = (x, x, c, c, c, c, x, 1e-5, 1, 0.0)
+    dx, dweight, dbias, _ = OP.backward(*given, True)
+    assert dx.shape == OP.input_gradient(*given[:7], c, c, *given[7:])[0].shape == shape
+    assert not dweight.any()
+    assert not dbias.any()
+    assert not any(t.any() for t in OP.gradient_sums(*given))
+
+
 def test_empty_batches_and_one_channel():
     layer = bn.BatchNorm2d(1, activation="relu").to(DEVICE)
     assert layer(torch.empty(0, 1, 3, 3, device=DEVICE)).shape == (0, 1, 3, 3)
@@ -271,6 +286,7 @@ def test_a_training_step_is_captured_in_a_graph():  # pain 16
         return y
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
@@ -286,16 +302,31 @@ def test_a_training_step_is_captured_in_a_graph():  # pain 16
 
 
 @on_gpu
-def test_tensors_of_more_than_2_to_the_31_values():
-    if torch.cuda.mem_get_info()[0] < 20 << 30:
-        pytest.skip("needs 20 GB")
-    for shape in ((40, 2, 30_000_000), (1 << 31, 2)):
-        x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        y = bn.batch_norm(x, training=True)
-        end = x[-1, -1].float().flatten()[-1]
-        mean, var = x[:, -1].float().mean(), x[:, -1].float().var()
-        torch.testing.assert_close(y[-1, -1].float().flatten()[-1], (end - mean) * var.rsqrt(), rtol=0.02, atol=0.02)
-        del x, y
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((40, 2, 30_000_000), "contiguous"),
+        ((1 << 31, 2), "contiguous"),
+        ((2, 2, 600_000_000), "channels_last"),
+        ((1, 1, 3_000_000_000), "contiguous"),
+    ],
+)
+def test_tensors_of_more_than_2_to_the_31_values(shape, layout):
+    if torch.cuda.mem_get_info()[0] < 45 << 30:
+        pytest.skip("needs 45 GB of GPU memory")
+    x = arrange(torch.randn(shape, device="cuda", dtype=torch.bfloat16), layout).mul_(3).add_(5)
+    d_y = torch.ones_like(x)
+    y, mean, var = OP.forward(x, None, None, None, 1e-5, 1, 0.0)
+    torch.testing.assert_close((mean, var), (torch.full_like(mean, 5), torch.full_like(var, 9)), rtol=1e-2, atol=1e-2)
+    dx, _, dbias, _ = OP.backward(d_y, x, mean, var, None, None, None, 1e-5, 1, 0.0, False)
+    for part in (slice(None, 1), slice(-1, None)):  # in examples and, where there are some, in places
+        for places in (slice(None, 1000), slice(-1000, None)) if x.dim() > 2 else (slice(None),):
+            at = (part, slice(None), places)[: x.dim()]
+            z = (x[at].double() - 5) / 3
+            torch.testing.assert_close(y[at].double(), z.clamp(min=0), rtol=0.02, atol=0.02)
+            sure = z.abs() > 0.02
+            torch.testing.assert_close(dx[at].double()[sure], (z > 0).double()[sure] / 3, rtol=0.02, atol=0)
+    torch.testing.assert_close(dbias.double(), torch.full_like(mean, x.numel() / shape[1] / 2), rtol=0.01, atol=0)
 
 
 @on_gpu

@@ -1,5 +1,6 @@
 """The Triton kernels through the compiler for real GPUs, where there is none: what the interpreter would let pass."""
 
+import os
 import re
 
 import pytest
@@ -10,7 +11,9 @@ pytest.importorskip("triton")
 
 from batchnorm.ops import cuda
 
-pytestmark = pytest.mark.skipif(cuda.INTERPRETED, reason="the compiler is not used with TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the compiler is not used with TRITON_INTERPRET=1"
+)
 
 
 @pytest.fixture(params=[80, 90], ids="sm_{}".format)
@@ -61,15 +64,28 @@ def widths(code, access):
 SPLIT, WHOLE = (64, 64, 56, 56), (8, 2048, 7, 7)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
-def test_large_tensors_are_read_and_written_16_bytes_at_a_time(compiled, layout):
-    call(torch.empty(SPLIT, dtype=torch.bfloat16, memory_format=layout), 1, True)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [(SPLIT, torch.contiguous_format), (SPLIT, torch.channels_last), ((1, 64, 128, 128), torch.contiguous_format)],
+    ids=str,
+)
+def test_large_tensors_are_read_and_written_16_bytes_at_a_time(compiled, shape, layout):
+    call(torch.empty(shape, dtype=torch.bfloat16, memory_format=layout), 1, True)
     kernels = dict(compiled)
-    assert list(kernels) == ["sum_x", "merge_x", "write_y", "sum_dz", "merge_dz", "write_dx"]
-    for name in ("sum_x", "write_y", "sum_dz", "write_dx"):
-        assert max(widths(kernels[name], "ld")) == 128, name
-        if "write" in name:
-            assert max(widths(kernels[name], "st")) == 128, name
+    accesses = {
+        "sum_x": ("ld", 1),
+        "write_y": ("ld st", 2),
+        "sum_dz": ("ld", 3),
+        "write_dx": ("ld st", 3),
+        "forward": ("ld st", 2),
+    }
+    assert set(kernels) in ({"sum_x", "merge_x", "write_y", "sum_dz", "merge_dz", "write_dx"}, {"forward", "backward"})
+    for name, code in kernels.items():
+        if name in accesses:
+            kinds, tensors = accesses[name]
+            for kind in kinds.split():
+                wide = [width for width in widths(code, kind) if width == 128]
+                assert len(wide) * 8 * 256 >= cuda.TILE * (tensors if kind == "ld" else 1), (name, kind)
 
 
 def test_one_program_does_all_of_a_short_channel(compiled):
@@ -95,7 +111,19 @@ def test_split_ops_and_average_statistics(compiled):
     assert {"sum_x", "merge_x", "update_running", "sum_dz", "merge_dz", "write_dx"} <= {name for name, _ in compiled}
 
 
-def test_another_batch_size_compiles_nothing_again(compiled):
+@pytest.mark.parametrize(
+    "shape", [(1 << 31, 2), ((1 << 31) - 1, 2), (1, 1, 3_000_000_000), (3, 2, 800_000_000)], ids=str
+)
+def test_sizes_beyond_32_bits(compiled, shape):
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    channels = [torch.empty(shape[1], device="meta") for _ in range(4)]
+    cuda.train(x, *channels[:2], None, *channels[2:], None, 0.1, 1e-5, 1, 0.0)
+    cuda.backward(x, x, *channels, None, 1e-5, 1, 0.0, True)
+    assert [name for name, _ in compiled] == ["sum_x", "merge_x", "write_y", "sum_dz", "merge_dz", "write_dx"]
+    assert cuda.cut(x).big == (max(shape) > 1 << 30)
+
+
+def test_a_smaller_last_batch_compiles_nothing_again(compiled):
     for size in (64, 61, 17):
         call(torch.empty((size, 64, 56, 56), dtype=torch.bfloat16), 1, False)
     assert len({code for _, code in compiled}) == 6

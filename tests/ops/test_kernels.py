@@ -381,7 +381,7 @@ def test_without_triton_cuda_has_torchs_kernels_and_that_is_said_once(monkeypatc
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it fails
     monkeypatch.delitem(sys.modules, "batchnorm.ops.cuda", raising=False)
     monkeypatch.delattr(ops, "cuda", raising=False)
-    with pytest.warns(UserWarning, match="pip install triton"):
+    with pytest.warns(UserWarning, match="Triton does not run here .*pip install triton"):
         assert ops.dtypes_served("cuda") == ()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

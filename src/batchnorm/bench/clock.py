@@ -14,6 +14,7 @@ from torch import Tensor
 
 TURN = 0.015  # seconds of calls before those that are timed, and of those: until caches hold what they hold in a loop
 COLD = 256 << 20  # bytes that a side's calls go through on CUDA before they come back: more than its caches hold
+COPIES = 64  # at the most
 
 
 def seconds_of(call: Callable[[], object], device: str, turn: float = TURN) -> float:
@@ -45,10 +46,13 @@ def _on_cuda(call: Callable[[], object], turn: float) -> float:
 
 
 def rotating(make: Callable[[], list[Tensor]], device: str) -> Iterator[list[Tensor]]:
-    """The same tensors over and over; on CUDA copies of them in turns, so that they are not found in its caches."""
+    """The same tensors over and over; on CUDA copies of them in turns, so that they are not found in its caches.
+
+    What a call allocates is not rotated: results smaller than those caches may be written there, on all sides alike.
+    """
     first = make()
     size = sum(t.nbytes for t in first)
-    copies = max(1, -(-COLD // size)) if device == "cuda" and size else 1
+    copies = min(COPIES, -(-COLD // size)) if device == "cuda" and size else 1
     return cycle(
         [first, *([t.detach().clone().requires_grad_(t.requires_grad) for t in first] for _ in range(copies - 1))]
     )

@@ -172,12 +172,16 @@ def measure(case: Case, sides: tuple[str, ...], seconds: float, threads: int | N
     """One case, in this process."""
     if threads is not None:
         torch.set_num_threads(threads)
+    if any(side.endswith("compiled") for side in sides):
+        torch.compiler.reset()  # it compiles a layer for a few shapes only
     try:
         error = wrong(case)
-    except torch.OutOfMemoryError:
-        error = "out of memory"
-    if error is not None:
-        return Row(case, {}, {}, 0, error)
+        return _timed(case, sides, seconds) if error is None else Row(case, {}, {}, 0, error)
+    except Exception as failure:  # one side out of memory, say; the other cases go on
+        return Row(case, {}, {}, 0, f"{type(failure).__name__}: {str(failure).splitlines()[0]}")
+
+
+def _timed(case: Case, sides: tuple[str, ...], seconds: float) -> Row:
     calls = {side: call_of(case, side) for side in sides}
     for _ in range(WARM_UP):
         for call in calls.values():
@@ -200,11 +204,10 @@ def measure(case: Case, sides: tuple[str, ...], seconds: float, threads: int | N
 def call_of(case: Case, side: str) -> Callable[[], object]:
     """One call of a side: forward, and in training backward."""
     if side == "copy":
-        pairs = rotating(lambda: [case.tensor(0), torch.empty_like(case.tensor(0))], case.device)
+        tensors_of_copy, to = rotating(lambda: [case.tensor(0)], case.device), torch.empty_like(case.tensor(0))
 
         def copied() -> None:
-            x, to = next(pairs)
-            to.copy_(x)
+            to.copy_(next(tensors_of_copy)[0])
 
         return copied
     ours, stock = case.layers()

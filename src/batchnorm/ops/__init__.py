@@ -24,8 +24,8 @@ _CODES = {name: code for code, name in enumerate(schema.ACTIVATIONS)}
 
 def _load_cpu() -> tuple[torch.dtype, ...]:
     """Load the compiled kernels."""
-    if os.environ.get("TRITON_INTERPRET") == "1":  # for tests: those of CUDA, on CPU tensors
-        return _load_cuda()
+    if os.environ.get("BATCHNORM_TRITON_ON_CPU") == "1":  # for tests, with TRITON_INTERPRET=1
+        return _load_cuda("CPU")
     found = PathFinder.find_spec("_kernels", [str(Path(__file__).parent)])
     if found is None or found.origin is None:
         warnings.warn(
@@ -38,17 +38,19 @@ def _load_cpu() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _load_cuda() -> tuple[torch.dtype, ...]:
-    """Triton is imported when the first tensor on CUDA arrives."""
+def _load_cuda(key: str = "CUDA") -> tuple[torch.dtype, ...]:
+    """Triton is imported, and tried, when the first tensor on CUDA arrives."""
     try:
         from batchnorm.ops import cuda
-    except ImportError as error:
+
+        cuda.register(key)
+    except Exception as error:  # no Triton, no C compiler for it, a GPU that it does not know
         warnings.warn(
-            f"batchnorm: no Triton ({error}), so torch's own kernels run on CUDA (slower): pip install triton",
+            f"batchnorm: Triton does not run here ({type(error).__name__}: {error}), so torch's own kernels run on "
+            "CUDA (slower). It needs: pip install triton, and a C compiler (apt-get install gcc).",
             stacklevel=2,
         )
         return ()
-    cuda.register()
     return cuda.DTYPES
 
 

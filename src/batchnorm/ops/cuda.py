@@ -18,7 +18,6 @@ from batchnorm.ops import cuda_kernels as kernels
 from batchnorm.ops import schema
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 goes through torch's own kernels
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the same kernels on CPU tensors, for tests
 
 # ---- launch shapes ---------------------------------------------------------------------------------------------------
 
@@ -42,6 +41,7 @@ class Cut(NamedTuple):
     unit: int
     A: int
     B: int
+    big: bool  # sizes of 2^31 or nearly
     blocks: int  # of channels
     parts: int
     whole: bool  # one program takes all of its channels' values
@@ -50,7 +50,7 @@ class Cut(NamedTuple):
     def sizes(self) -> dict[str, Any]:
         return {
             "N": self.N, "C": self.C, "S": self.S, "inner": self.inner,
-            "PLANES": self.planes, "UNIT": self.unit, "A": self.A, "B": self.B, **_OPTIONS,
+            "PLANES": self.planes, "UNIT": self.unit, "BIG": self.big, "A": self.A, "B": self.B, **_OPTIONS,
         }  # fmt: skip
 
 
@@ -70,13 +70,15 @@ def _cut(shape: torch.Size, contiguous: bool, processors: int) -> Cut:
         N, S = N * S, 1
     inner = S if planes else C
     unit = math.gcd(inner, 16)
-    B = min(triton.next_power_of_2(inner), PLACES if planes else ROW)
-    A = min(triton.next_power_of_2(N), TILE // B)
+    most = triton.next_power_of_2(max(N, 1))
+    B = min(triton.next_power_of_2(max(inner, 1)), max(PLACES, TILE // most) if planes else ROW)
+    A = min(most, TILE // B)
     blocks = C if planes else triton.cdiv(C, B)
     tiles = triton.cdiv(N, A) * (triton.cdiv(S, B) if planes else 1)
-    parts = max(1, min(tiles, PROGRAMS * processors // blocks, MOST_PARTS))
+    big = max(N, S) > (1 << 31) - 2 * TILE
+    parts = max(1, min(tiles, PROGRAMS * processors // max(blocks, 1), MOST_PARTS))
     whole = tiles <= FEW or (tiles <= MANY and blocks >= processors)
-    return Cut(planes, N, C, S, inner // unit, unit, A, B, blocks, parts, whole)
+    return Cut(planes, N, C, S, inner // max(unit, 1), unit, A, B, big, blocks, parts, whole)
 
 
 @functools.cache
@@ -139,7 +141,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _laid_out_as(t: Tensor | None, x: Tensor) -> Tensor | None:
-    if t is None or t.stride() == x.stride():
+    if t is None or all(a == b or size == 1 for a, b, size in zip(t.stride(), x.stride(), x.shape, strict=True)):
         return t
     return torch.empty_like(x).copy_(t)
 
@@ -377,7 +379,10 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     return launch
 
 
-def register() -> None:
-    """Tell torch's dispatcher."""
+def register(key: str = "CUDA") -> None:
+    """Tell torch's dispatcher, once a first kernel has run: Triton needs a C compiler and the driver for that."""
+    if key == "CUDA":
+        values = torch.ones(1, device="cuda")
+        update_running_(values, values.clone(), None, values, values, 2, 0.5)
     for op in OPS:
-        schema.library.impl(op.__name__, _on_its_device(op), "CPU" if INTERPRETED else "CUDA")
+        schema.library.impl(op.__name__, _on_its_device(op), key)

@@ -29,12 +29,15 @@ RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, SIGMOID, TANH = (tl.constexpr(code) fo
 
 
 @triton.jit
-def _size(N, C, S, inner, PLANES: tl.constexpr, UNIT: tl.constexpr):
-    """C and S, the one along memory as a multiple of UNIT."""
+def _size(N, C, S, inner, PLANES: tl.constexpr, UNIT: tl.constexpr, BIG: tl.constexpr):
+    """N, C and S, the one along memory as a multiple of UNIT; in 64 bits where 32 may not do."""
+    wide = tl.full([], UNIT, tl.int64) if BIG else UNIT
+    if BIG:
+        N = N.to(tl.int64)
     if PLANES:
-        return C, inner * UNIT
+        return N, C, inner * wide
     else:
-        return inner * UNIT, S
+        return N, inner * wide, S
 
 
 @triton.jit
@@ -135,8 +138,8 @@ def _derivative(z, ACTIVATION: tl.constexpr, slope):
         return sigmoid * (1 - sigmoid)
     else:
         tl.static_assert(ACTIVATION == TANH)
-        tanh = _tanh(z)
-        return 1 - tanh * tanh
+        e = tl.exp(-2 * tl.abs(z))  # 1 - tanh(z)^2 would cancel
+        return 4 * e / ((1 + e) * (1 + e))
 
 
 @triton.jit
@@ -184,7 +187,8 @@ def _blend(running, batch, a, channels, ok):
 def _update_running(running_mean, running_var, batches, mu, var, values, momentum, channels, ok):
     """Algorithm 2, line 10; without a momentum the plain average over all batches, which count this one already."""
     if running_mean is not None:
-        a = (1 / tl.load(batches).to(tl.float64)) if momentum is None else momentum
+        # A number comes in float32: 1 - a must add up to 1 with that one.
+        a = (1 / tl.load(batches).to(tl.float64)) if momentum is None else momentum * tl.full([], 1, tl.float64)
         _blend(running_mean, mu, a, channels, ok)
         _blend(running_var, var * (values.to(tl.float64) / (values - 1).to(tl.float64)), a, channels, ok)
 
@@ -200,7 +204,7 @@ def _sum_x(x, N, C, S, part, parts, PLANES: tl.constexpr, A: tl.constexpr, B: tl
     first = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     K = _over_values(first, PLANES) / count.to(tl.float32)
     sums, squares = tl.zeros([A, B], tl.float32), tl.zeros([A, B], tl.float32)
-    values = tl.full([], 0, tl.int32)
+    values = tl.full([], 0, tl.int64)
     for t in range(part, tiles, parts):
         offsets, mask, count = _tile(t, N, C, S, PLANES, A, B)
         d = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) - K[None, :]
@@ -285,17 +289,18 @@ def _write_dx(
 
 
 def _kernel(function: Any) -> Any:
-    """A kernel that is not compiled again for another batch size."""
+    """A kernel that is not compiled again for each batch size: ``cut`` rounds them to powers of two."""
     here = set(inspect.signature(function).parameters)
     return triton.jit(function, do_not_specialize=sorted(here & {"N", "values", "parts"}))
 
 
 @_kernel
 def sum_x(
-    x, partial, N, C, S, inner, PLANES: tl.constexpr, UNIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr
+    x, partial, N, C, S, inner, PLANES: tl.constexpr, UNIT: tl.constexpr, BIG: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and squared distances of each part into partial, (3, parts, C). Reads n."""
-    C, S = _size(N, C, S, inner, PLANES, UNIT)
+    N, C, S = _size(N, C, S, inner, PLANES, UNIT, BIG)
     channels, ok = _channels(C, PLANES, B)
     part, parts = tl.program_id(1), tl.num_programs(1)
     m, mean, squares = _sum_x(x, N, C, S, part, parts, PLANES, A, B)
@@ -329,10 +334,11 @@ def merge_x(
 @_kernel
 def write_y(
     x, residual, y, mu, var, weight, bias, eps, slope, N, C, S, inner,
-    ACTIVATION: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    ACTIVATION: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, BIG: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """y from given statistics. Reads n, or 2 n with a residual; writes n."""
-    C, S = _size(N, C, S, inner, PLANES, UNIT)
+    N, C, S = _size(N, C, S, inner, PLANES, UNIT, BIG)
     channels, ok = _channels(C, PLANES, B)
     mu, var = _load_channels(mu, channels, ok, 0.0), _load_channels(var, channels, ok, 1.0)
     mean, scale, shift, _ = _affine(mu, var, weight, bias, eps, channels, ok)
@@ -343,11 +349,12 @@ def write_y(
 @_kernel
 def forward(
     x, residual, y, mu, var, weight, bias, running_mean, running_var, batches, momentum, eps, slope, N, C, S, inner,
-    values, ACTIVATION: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    values, ACTIVATION: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, BIG: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """All of a training step's forward, one program per block of channels. Reads 2 n (the second time mostly from
     cache), or 3 n with a residual; writes n."""
-    C, S = _size(N, C, S, inner, PLANES, UNIT)
+    N, C, S = _size(N, C, S, inner, PLANES, UNIT, BIG)
     channels, ok = _channels(C, PLANES, B)
     m, mean64, squares = _sum_x(x, N, C, S, 0, 1, PLANES, A, B)
     variance = squares / m
@@ -362,11 +369,11 @@ def forward(
 def sum_dz(
     dy, x, kept, partial, mu, var, weight, bias, eps, slope, N, C, S, inner,
     ACTIVATION: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr,
+    BIG: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Sums of dz and of dz * (x - mean) of each part into partial, (2, parts, C). Reads 2 n, or 3 n with a residual and
     an activation."""
-    C, S = _size(N, C, S, inner, PLANES, UNIT)
+    N, C, S = _size(N, C, S, inner, PLANES, UNIT, BIG)
     channels, ok = _channels(C, PLANES, B)
     mu, var = _load_channels(mu, channels, ok, 0.0), _load_channels(var, channels, ok, 1.0)
     mean, scale, shift, _ = _affine(mu, var, weight, bias, eps, channels, ok)
@@ -408,11 +415,11 @@ def merge_dz(
 def write_dx(
     dy, x, kept, dx, dresidual, mu, var, weight, bias, dz, dz_xhat, values, eps, slope, N, C, S, inner,
     TRAINING: tl.constexpr, ACTIVATION: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr,
+    BIG: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """dx and dresidual, with the sums over ``values`` values. Reads 2 n, or 3 n with a residual and an activation;
     writes n, or 2 n."""
-    C, S = _size(N, C, S, inner, PLANES, UNIT)
+    N, C, S = _size(N, C, S, inner, PLANES, UNIT, BIG)
     channels, ok = _channels(C, PLANES, B)
     mu, var = _load_channels(mu, channels, ok, 0.0), _load_channels(var, channels, ok, 1.0)
     mean, scale, shift, rstd = _affine(mu, var, weight, bias, eps, channels, ok)
@@ -432,11 +439,11 @@ def write_dx(
 def backward(
     dy, x, kept, dx, dresidual, mu, var, weight, bias, dweight, dbias, values, eps, slope, N, C, S, inner,
     TRAINING: tl.constexpr, ACTIVATION: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr,
+    BIG: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """All of the gradient, one program per block of channels. Reads 4 n (the second two mostly from cache), or 6 n with
     a residual and an activation; writes n, or 2 n."""
-    C, S = _size(N, C, S, inner, PLANES, UNIT)
+    N, C, S = _size(N, C, S, inner, PLANES, UNIT, BIG)
     channels, ok = _channels(C, PLANES, B)
     mu, var = _load_channels(mu, channels, ok, 0.0), _load_channels(var, channels, ok, 1.0)
     mean, scale, shift, rstd = _affine(mu, var, weight, bias, eps, channels, ok)
