@@ -12,6 +12,7 @@ def main() -> None:
 
         from batchnorm.cli.bench import bench
         from batchnorm.cli.race import race
+        from batchnorm.cli.recalibrate import recalibrate
     except ModuleNotFoundError as error:
         print(f"batchnorm: the command line needs {error.name}: pip install 'batchnorm[race]'", file=sys.stderr)
         sys.exit(2)
@@ -23,4 +24,5 @@ def main() -> None:
     )
     app.command()(race)
     app.command()(bench)
+    app.command()(recalibrate)
     app()

@@ -1,0 +1,96 @@
+"""``batchnorm recalibrate``: population statistics for a checkpoint.
+
+Comes from: the options; a model and batches that the user's functions make. Goes to: ``population``; a new checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from batchnorm.population import recalibrate as run
+from batchnorm.population.checkpoint import Checkpoint
+from batchnorm.population.estimate import Shift
+
+
+def recalibrate(
+    checkpoint: Annotated[Path, typer.Option(help="A file of torch.save, or *.safetensors.")],
+    model: Annotated[str, typer.Option(help="Your function that returns the model: package.module:function.")],
+    batches: Annotated[
+        str, typer.Option(help="Your function that returns batches, a DataLoader of training data, say.")
+    ],
+    out: Annotated[Path, typer.Option(help="Where the new checkpoint goes.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where a file is, the input too.")] = False,
+    key: Annotated[
+        str | None, typer.Option(help="Where the model's state is in the checkpoint.", show_default="it is looked for")
+    ] = None,
+    max_batches: Annotated[int | None, typer.Option(help="Read so many.", show_default="all")] = None,
+    estimator: Annotated[str, typer.Option(help="pooled, or batch_mean.")] = "pooled",
+    upstream: Annotated[str, typer.Option(help="batch, or population (reads the batches once per depth).")] = "batch",
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+) -> None:
+    """Write a checkpoint again with population statistics in place of the moving averages; weights stay as they are."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        if not checkpoint.is_file():
+            raise ValueError(f"--checkpoint {checkpoint}: there is no such file.")
+        if out.exists() and not overwrite:
+            raise ValueError(f"--out {out} is there already: name another one, or pass --overwrite.")
+        if not out.absolute().parent.is_dir():
+            raise ValueError(f"--out {out}: there is no directory {out.absolute().parent}.")
+        if out.suffix != checkpoint.suffix and ".safetensors" in (out.suffix, checkpoint.suffix):
+            raise ValueError(f"--out {out}: {checkpoint.suffix} stays {checkpoint.suffix}, its format is kept.")
+        content = Checkpoint(checkpoint, key)
+        network = _made("--model", model)
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"--model {model} returned a {type(network).__name__}, not a torch.nn.Module.")
+        content.load_into(network)
+        network.to(torch.device(device))
+        report = run(
+            network, _made("--batches", batches), max_batches=max_batches, estimator=estimator, upstream=upstream,
+            device=device, progress=sys.stderr.isatty(),
+        )  # fmt: skip
+        if not report:
+            raise ValueError(f"--model {model}: no layer with running statistics was reached.")
+    except ValueError as error:
+        print(f"recalibrate: {error}", file=sys.stderr)
+        sys.exit(2)
+    content.update_from(network)
+    content.write(out)
+    console.print(table_of(report))
+    console.print(
+        f"{out}: {len(report)} layers recalibrated, on up to {max(row.values for row in report):,} values each"
+    )
+
+
+def _made(option: str, spec: str) -> Any:
+    """What the user's function returns."""
+    module, colon, function = spec.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"{option} {spec}: expected a function of yours, package.module:function.")
+    if os.getcwd() not in sys.path:  # as `python -m` does: a user's module lies where the user stands
+        sys.path.insert(0, os.getcwd())
+    try:
+        make: Callable[[], Any] = pkgutil.resolve_name(spec)
+        return make()
+    except Exception as error:
+        raise ValueError(f"{option} {spec}: {type(error).__name__}: {error}") from error
+
+
+def table_of(report: list[Shift]) -> Table:
+    """How far each layer's moving averages had been from the population."""
+    table = Table("layer", "values", "mean off by (deviations)", "variance over the population's", box=None)
+    for row in report:
+        low, high = row.variance_ratio
+        table.add_row(row.layer, f"{row.values:,}", f"{row.mean_shift:.3g}", f"{low:.3g} to {high:.3g}")
+    return table
