@@ -45,7 +45,8 @@ def test_modules_outputs_gradients_and_buffers(info, dtype, training):
             y_stock.backward(d_y)
             assert list(ours.state_dict()) == list(stock.state_dict())
             parameters = zip(ours.parameters(), stock.parameters(), strict=True)
-            pairs = [(a.grad, b.grad) for a, b in parameters] + list(zip(ours.buffers(), stock.buffers(), strict=True))
+            buffers = [(getattr(ours, name), buffer) for name, buffer in stock.named_buffers()]
+            pairs = [(a.grad, b.grad) for a, b in parameters] + buffers
             for a, b in [(y_ours, y_stock), (x_ours.grad, x_stock.grad), *pairs]:
                 assert ulps(a, b, dtype) <= ATEN_ULP[dtype]
 
@@ -138,7 +139,8 @@ def test_adversarial_batches(path, name, dtype, mean, deviation, m):  # pain 19
     for what, a, t, e in zip(names, actual, torchs, expected, strict=True):
         allowed = ADVERSARIAL_ULP if path == "reference" else max(ADVERSARIAL_ULP, ulps(t, e, dtype))
         if what == "running_var" and e.max() > torch.finfo(torch.float32).max:
-            assert a.isinf().all()  # float32 cannot hold it
+            # float32 cannot hold it: infinite, or left out by a layer, which does not take up what is not finite
+            assert a.isinf().all() if path == "reference" else torch.equal(a, channels[1])
         else:
             assert ulps(a, e, dtype) <= allowed, what
 

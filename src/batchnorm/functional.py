@@ -176,6 +176,7 @@ def normalize(
     slope: float,
     residual: Tensor | None,
     batches: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> Tensor:
     """What ``batch_norm`` and the layers share: ``ops.batch_norm``, with advice in torch's errors."""
     if residual is not None and residual.shape != input.shape:
@@ -197,6 +198,7 @@ def normalize(
             slope,
             residual,
             batches,
+            skipped,
         )
     except (RuntimeError, ValueError) as error:
         advice = next((advice for words, advice in _ADVICE.items() if words in str(error)), None)

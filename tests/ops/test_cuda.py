@@ -205,6 +205,23 @@ def test_running_statistics_are_the_reference_for_any_momentum():
         assert layer.num_batches_tracked == 3
 
 
+@pytest.mark.usefixtures("strategy")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_what_is_not_finite_stays_out_of_the_running_statistics(momentum, layout):  # pain 11
+    layer, clean = (bn.BatchNorm2d(3, momentum=momentum).to(DEVICE) for _ in range(2))
+    batches = [arrange(torch.randn(9, 3, 5, 5), layout).to(DEVICE) for _ in range(3)]
+    for x in (batches[0], batches[2]):
+        clean(x)
+    batches[1][4, 1, 2, 2] = torch.inf
+    for x in batches:
+        layer(x)
+    torch.testing.assert_close(layer.running_mean[1], clean.running_mean[1])
+    torch.testing.assert_close(layer.running_var[1], clean.running_var[1])
+    assert layer.running_mean.isfinite().all()
+    assert layer.skipped_batches.tolist() == [0, 1, 0]
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (4, 0, 3, 3), (4, 3, 0), (0, 3)], ids=str)
 def test_ops_take_empty_tensors(shape):  # as an empty rank has them
     x, c = torch.empty(shape, device=DEVICE), torch.ones(shape[1], device=DEVICE)

@@ -50,7 +50,9 @@ def call(x, activation, residual):
     channels = [t.detach() for t in channel_tensors(x.shape[1], torch.float32)]
     mean, var, weight, bias = channels
     r = torch.empty_like(x) if residual else None
-    cuda.train(x, weight, bias, r, mean, var, torch.tensor(0), 0.1, 1e-5, activation, 0.01)
+    cuda.train(
+        x, weight, bias, r, mean, var, torch.tensor(0), torch.zeros(x.shape[1]).long(), 0.1, 1e-5, activation, 0.01
+    )
     given = (torch.empty_like(x), x, mean.double(), var.double(), weight, bias, r, 1e-5, activation, 0.01)
     cuda.backward(*given, True)
 
@@ -104,8 +106,8 @@ def test_every_activation_and_dtype(compiled, activation):
 def test_split_ops_and_average_statistics(compiled):
     x, mean, var = torch.empty(SPLIT), torch.zeros(64), torch.ones(64)
     cuda.statistics(x)
-    cuda.update_running_(mean, var, torch.tensor(0), mean.double(), var.double(), 9, None)
-    cuda.train(x, None, None, None, mean, var, torch.tensor(0), None, 1e-5, 0, 0.0)
+    cuda.update_running_(mean, var, torch.tensor(0), None, mean.double(), var.double(), 9, None)
+    cuda.train(x, None, None, None, mean, var, torch.tensor(0), torch.zeros(64).long(), None, 1e-5, 0, 0.0)
     cuda.gradient_sums(x, x, mean, var, None, None, None, 1e-5, 1, 0.0)
     cuda.input_gradient(x, x, mean, var, None, None, None, mean, var, 1e-5, 1, 0.0)
     assert {"sum_x", "merge_x", "update_running", "sum_dz", "merge_dz", "write_dx"} <= {name for name, _ in compiled}
@@ -117,7 +119,7 @@ def test_split_ops_and_average_statistics(compiled):
 def test_sizes_beyond_32_bits(compiled, shape):
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     channels = [torch.empty(shape[1], device="meta") for _ in range(4)]
-    cuda.train(x, *channels[:2], None, *channels[2:], None, 0.1, 1e-5, 1, 0.0)
+    cuda.train(x, *channels[:2], None, *channels[2:], None, None, 0.1, 1e-5, 1, 0.0)
     cuda.backward(x, x, *channels, None, 1e-5, 1, 0.0, True)
     assert [name for name, _ in compiled] == ["sum_x", "merge_x", "write_y", "sum_dz", "merge_dz", "write_dx"]
     assert cuda.cut(x).big == (max(shape) > 1 << 30)

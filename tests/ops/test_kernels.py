@@ -242,10 +242,11 @@ WRONG = {
     "kept": ("backward", (X, X, CHANNELS, CHANNELS, None, None, X[:2], 1e-5, 1, 0.0, True), "kept must have x's shape"),
     "dz_mean": ("input_gradient", (X, X, *[CHANNELS] * 2, *[None] * 3, LESS, CHANNELS, 1e-5, 1, 0.0), "dz_mean must"),
     "dy of sums": ("gradient_sums", (X[:2], X, *[CHANNELS] * 2, *[None] * 3, 1e-5, 1, 0.0), "dy must have x's shape"),
-    "running_mean": ("train", (X, None, None, None, LESS, CHANNELS, None, 0.1, 1e-5, 0, 0.0), "running_mean must be"),
-    "one of two": ("train", (X, None, None, None, CHANNELS, None, None, 0.1, 1e-5, 0, 0.0), "given together"),
-    "batches": ("update_running_", (CHANNELS, CHANNELS, CHANNELS, CHANNELS, CHANNELS, 9, 0.1), "one int64"),
-    "no momentum": ("update_running_", (CHANNELS, CHANNELS, None, CHANNELS, CHANNELS, 9, None), "number of batches"),
+    "running_mean": ("train", (X, None, None, None, LESS, CHANNELS, None, None, 0.1, 1e-5, 0, 0.0), "running_mean"),
+    "one of two": ("train", (X, None, None, None, CHANNELS, None, None, None, 0.1, 1e-5, 0, 0.0), "given together"),
+    "batches": ("update_running_", (CHANNELS, CHANNELS, CHANNELS, None, CHANNELS, CHANNELS, 9, 0.1), "one int64"),
+    "no momentum": ("update_running_", (CHANNELS, CHANNELS, None, None, CHANNELS, CHANNELS, 9, None), "number of"),
+    "skipped": ("update_running_", (*[CHANNELS] * 2, None, LESS.long(), *[CHANNELS] * 2, 9, 0.1), r"skipped must"),
 }  # fmt: skip
 
 
@@ -269,8 +270,14 @@ def op_calls():
         "forward": (OP.forward, (x, weight, bias, None, 1e-5, 1, 0.0)),
         "forward residual": (OP.forward, (cl, None, None, r, 1e-5, 4, 0.0)),
         "forward (N, C)": (OP.forward, (torch.randn(6, 3).bfloat16(), weight, bias, None, 1e-5, 0, 0.0)),
-        "train": (OP.train, (x, weight, bias, None, mean, var, torch.tensor(2), 0.1, 1e-5, 1, 0.0)),
-        "train without running statistics": (OP.train, (x, weight, bias, r, None, None, None, None, 1e-5, 1, 0.0)),
+        "train": (
+            OP.train,
+            (x, weight, bias, None, mean, var, torch.tensor(2), torch.zeros(3).long(), 0.1, 1e-5, 1, 0.0),
+        ),
+        "train without running statistics": (
+            OP.train,
+            (x, weight, bias, r, None, None, None, None, None, 1e-5, 1, 0.0),
+        ),
         "normalize": (OP.normalize, (x, mean, var, weight, bias, r, 1e-5, 2, 0.0)),
         "backward": (OP.backward, (r, x, *wide, weight, bias, None, 1e-5, 1, 0.0, True)),
         "backward residual": (OP.backward, (r, cl, *wide, weight, bias, r, 1e-5, 3, SLOPE, False)),
@@ -279,8 +286,8 @@ def op_calls():
         "gradient_sums residual": (OP.gradient_sums, (r, cl, *wide, weight, bias, r, 1e-5, 4, 0.0)),
         "input_gradient": (OP.input_gradient, (r, x, *wide, weight, bias, None, *wide, 1e-5, 1, 0.0)),
         "input_gradient residual": (OP.input_gradient, (r, cl, *wide, weight, None, r, *wide, 1e-5, 4, 0.0)),
-        "update": (OP.update_running_, (mean, var, torch.tensor(2), *wide, 120, 0.1)),
-        "update average": (OP.update_running_, (mean, var, torch.tensor(2), *wide, 120, None)),
+        "update": (OP.update_running_, (mean, var, torch.tensor(2), None, *wide, 120, 0.1)),
+        "update average": (OP.update_running_, (mean, var, torch.tensor(2), torch.zeros(3).long(), *wide, 120, None)),
     }
 
 

@@ -7,6 +7,7 @@ Comes from: user code, in place of ``torch.nn.BatchNorm*``. Goes to: ``functiona
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class FusedBatchNorm(_BatchNorm):
     activation: str | tuple[str, float] | None = None
     frozen_statistics = False
     frozen_affine = False
+    _told = 0
     qconfig = _RefuseLossyConversion()
     _dims: tuple[int, ...]
 
@@ -70,10 +72,50 @@ class FusedBatchNorm(_BatchNorm):
             self.bias = None  # type: ignore[assignment]
         name, slope = parse_activation(activation)
         self.activation = (name, slope) if name == "leaky_relu" else name
+        self.count_skipped()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(BN(input) + residual): batch statistics in train, running ones in eval (where tracked)."""
         return _forward(self, input, residual)
+
+    def train(self, mode: bool = True) -> Any:
+        """torch's; when training ends it is said what did not enter the running statistics."""
+        if not mode and self.training:
+            self.tell_skipped()
+        return super().train(mode)
+
+    def reset_running_stats(self) -> None:
+        """torch's, and no batch was skipped."""
+        super().reset_running_stats()
+        self._told = 0
+        skipped = self._buffers.get("skipped_batches")  # torch calls this before there is one
+        if skipped is not None:
+            skipped.zero_()
+
+    def count_skipped(self) -> None:
+        """Have a buffer, (C,), not saved, that counts the batches whose statistics were not finite."""
+        mean = self.running_mean
+        zeros = None if mean is None else torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
+        self.register_buffer("skipped_batches", zeros, persistent=False)
+
+    def tell_skipped(self) -> None:
+        """Warn, once, of batches that were not finite since it was last said. Waits for the device."""
+        skipped = self._buffers.get("skipped_batches")
+        if type(skipped) is not Tensor or skipped.is_meta or not len(skipped) or torch.compiler.is_compiling():
+            return
+        most = int(skipped.max())
+        if most > self._told:
+            self._told = most
+            warnings.warn(
+                f"batchnorm: {most} batches were not finite in {int((skipped > 0).sum())} channels of "
+                f"{type(self).__name__}({self.num_features}). Its running statistics left them out; the weights may "
+                "have suffered: look at the data, the loss scale and the learning rate.",
+                stacklevel=3,
+            )
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self.tell_skipped()
+        super()._save_to_state_dict(*arguments)
 
     def extra_repr(self) -> str:
         """torch's, with the activation and what is frozen appended, where there is any."""
@@ -139,10 +181,23 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None) -> T
     mean, var = (layer.running_mean, layer.running_var) if tracked else (None, None)
     training = in_train or (mean is None and var is None)
     batches = layer.num_batches_tracked if updates else None
+    skipped = layer._buffers.get("skipped_batches") if updates else None
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
     name, slope = parse_activation(layer.activation)
     return normalize(
-        input, mean, var, layer.weight, layer.bias, training, momentum, layer.eps, name, slope, residual, batches
+        input,
+        mean,
+        var,
+        layer.weight,
+        layer.bias,
+        training,
+        momentum,
+        layer.eps,
+        name,
+        slope,
+        residual,
+        batches,
+        skipped,
     )
 
 

@@ -84,18 +84,20 @@ def batch_norm(
     slope: float = 0.01,
     residual_NCS: Tensor | None = None,
     batches: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> Tensor:
     """y = g(BN(x) + residual), with batch statistics in training, else with the running ones.
 
     In training the running statistics, where given, are updated in place. y has torch's type of x + residual.
     ``batches`` counts this one; with momentum=None the running statistics are then the plain average over all.
+    With ``skipped``, (C,), a channel's running statistics never take up what is not finite: it is counted there.
     """
     tensors = (x_NCS, running_mean_C, running_var_C, gamma_C, beta_C)
     rest = (activation, slope, residual_NCS)
     if not _has_kernel(*tensors, residual_NCS, training, eps) or (momentum is None and batches is None):
-        return _through(fallback.batch_norm, batches, tensors, training, momentum, eps, *rest)
+        return _through(fallback.batch_norm, batches, skipped, tensors, training, momentum, eps, *rest)
     if forward_ad._current_level >= 0:  # ops have no forward-mode derivative
-        return _through(reference.batch_norm, batches, tensors, training, momentum, eps, *rest)
+        return _through(reference.batch_norm, batches, skipped, tensors, training, momentum, eps, *rest)
     if residual_NCS is not None and residual_NCS.dtype != x_NCS.dtype:
         dtype = torch.promote_types(x_NCS.dtype, residual_NCS.dtype)  # as y + residual has it
         x_NCS, residual_NCS = x_NCS.to(dtype), residual_NCS.to(dtype)
@@ -110,13 +112,24 @@ def batch_norm(
     if eager:
         train = schema.eager_forward if torch.is_grad_enabled() else _train_without_gradient
         return train(
-            x_NCS, gamma_C, beta_C, residual_NCS, running_mean_C, running_var_C, batches, momentum, eps, code, slope
+            x_NCS,
+            gamma_C,
+            beta_C,
+            residual_NCS,
+            running_mean_C,
+            running_var_C,
+            batches,
+            skipped,
+            momentum,
+            eps,
+            code,
+            slope,
         )
     y, mean, var = schema.Forward.apply(x_NCS, gamma_C, beta_C, residual_NCS, eps, code, slope)
     if running_mean_C is not None and running_var_C is not None:
         values = x_NCS.numel() // x_NCS.shape[1]
         update = torch.ops.batchnorm.update_running_.default if torch.compiler.is_compiling() else _update
-        update(running_mean_C, running_var_C, batches, mean, var, values, momentum)
+        update(running_mean_C, running_var_C, batches, skipped, mean, var, values, momentum)
     elif batches is not None:
         batches.add_(1)
     return y
@@ -168,25 +181,28 @@ def _has_kernel(
 def _through(
     function: Callable[..., Tensor],
     batches: Tensor | None,
+    skipped: Tensor | None,
     tensors: tuple[Any, ...],
     training: bool,
     momentum: float | None,
     *rest: Any,
 ) -> Tensor:
-    """Through the fallback or the reference, which know neither the counter nor momentum=None."""
+    """Through the fallback or the reference, which know neither the counters nor momentum=None."""
     x, running_mean, running_var, weight, bias = tensors
     if batches is not None:
         batches.add_(1)
-    if momentum is not None or batches is None or running_mean is None or running_var is None:
+    guarded = skipped is not None and training and running_mean is not None and not torch.compiler.is_exporting()
+    averaged = momentum is None and batches is not None and running_mean is not None and running_var is not None
+    if not guarded and not averaged:
         momentum = 0.0 if batches is not None and momentum is None else momentum  # None alone is torch's error
         return function(*tensors, training, momentum, *rest)
-    # The average over all batches. The counter stays a tensor: as a number it would wait for the device and break
-    # graphs. momentum=1.0 gives the batch alone, or, for an empty batch, the running statistics as they are.
+    # momentum=1.0 gives the batch alone, or, for an empty batch, the running statistics as they are.
     zero = x.new_zeros(running_mean.shape, dtype=running_mean.dtype)  # batched by vmap as x is
     mean, var = running_mean.detach() + zero, running_var.detach() + zero
+    if guarded:  # 0 * NaN is NaN
+        mean, var = mean.nan_to_num(), var.nan_to_num()
     y = function(x, mean, var, weight, bias, training, 1.0, *rest)
-    running_mean.add_((mean - running_mean) / batches)
-    running_var.add_((var - running_var) / batches)
+    _blend(running_mean, running_var, batches, skipped if guarded else None, mean, var, momentum)
     return y
 
 
@@ -194,14 +210,36 @@ def _update(
     running_mean: Tensor,
     running_var: Tensor,
     batches: Tensor | None,
+    skipped: Tensor | None,
     mean: Tensor,
     var: Tensor,
     values: int,
     momentum: float | None,
 ) -> None:
-    """running <- (1 - a) * running + a * batch, in torch's own ops, which know what torch.func allows."""
+    """The op ``update_running_`` in torch's own ops, which know what torch.func allows."""
     if batches is not None:
         batches.add_(1)
-    for running, batch in ((running_mean, mean), (running_var, var * (values / (values - 1)))):
-        a = momentum if momentum is not None else 1 / batches  # type: ignore[operator]
-        running.add_((batch - running) * a)
+    _blend(running_mean, running_var, batches, skipped, mean, var * (values / (values - 1)), momentum)
+
+
+def _blend(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor | None,
+    skipped: Tensor | None,
+    mean: Tensor,
+    unbiased_var: Tensor,
+    momentum: float | None,
+) -> None:
+    """running <- (1 - a) * running + a * batch. The counts stay tensors: as numbers they would break graphs."""
+    a: Any = momentum
+    if momentum is None and batches is not None:
+        a = 1 / (batches if skipped is None else batches - skipped)
+    steps = [((new - old) * a).to(old.dtype) for old, new in ((running_mean, mean), (running_var, unbiased_var))]
+    if skipped is not None:
+        good = (running_mean + steps[0]).isfinite() & (running_var + steps[1]).isfinite()
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+            skipped.add_((~good).to(skipped.dtype))  # torch.func allows no change of what a function did not get
+        steps = [step.where(good, 0.0) for step in steps]
+    running_mean.add_(steps[0])
+    running_var.add_(steps[1])

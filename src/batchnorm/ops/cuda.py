@@ -123,13 +123,17 @@ def _check_like(x: Tensor, **tensors: Tensor | None) -> None:
 
 
 def _check_running(
-    mean: Tensor | None, var: Tensor | None, batches: Tensor | None, momentum: float | None, x: Tensor, channel: int
-) -> None:
+    mean: Tensor | None, var: Tensor | None, batches: Tensor | None, skipped: Tensor | None, momentum: float | None,
+    x: Tensor, channel: int,
+) -> None:  # fmt: skip
     _check_channels(x, channel, running_mean=mean, running_var=var)
     _check((mean is None) == (var is None), "running_mean and running_var must be given together")
     _check(momentum is not None or batches is not None or mean is None, "momentum=None needs the number of batches")
     fits = batches is None or (batches.device == x.device and batches.numel() == 1 and batches.dtype == torch.int64)
     _check(fits, f"batches must be one int64 on {x.device}")
+    C = x.shape[channel]
+    fits = skipped is None or (skipped.device, skipped.shape, skipped.dtype) == (x.device, (C,), torch.int64)
+    _check(fits, f"skipped must be ({C},) of int64 on {x.device}")
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------------
@@ -160,18 +164,16 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _statistics(x: Tensor, *running: Any) -> tuple[Tensor, Tensor]:
-    """Mean and variance of a dense x; ``running``: mean, var, batches, momentum, updated on the way."""
+    """Mean and variance of a dense x; ``running``: mean, var, batches, skipped, momentum, updated on the way."""
     mean, var, k = _wide(x), _wide(x), cut(x)
     if x.numel() == 0:
         return mean.fill_(torch.nan), var.fill_(torch.nan)
     partial = x.new_empty((3, k.parts, k.C), dtype=torch.float64)
     kernels.sum_x[k.blocks, k.parts](x, partial, **k.sizes)
-    running_mean, running_var, batches, momentum = running or (None,) * 4
+    running = running or (None,) * 5
     grid, shape = _merge(k)
     values = x.numel() // k.C
-    kernels.merge_x[grid](
-        partial, mean, var, running_mean, running_var, batches, momentum, k.C, k.parts, values, **shape
-    )
+    kernels.merge_x[grid](partial, mean, var, *running, k.C, k.parts, values, **shape)
     return mean, var
 
 
@@ -207,17 +209,17 @@ def forward(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Algorithm 1: ``train`` without running statistics."""
-    return train(x, weight, bias, residual, None, None, None, None, eps, activation, slope)
+    return train(x, weight, bias, residual, None, None, None, None, None, eps, activation, slope)
 
 
 def train(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, batches: Tensor | None, momentum: float | None, eps: float, activation: int,
-    slope: float,
+    running_var: Tensor | None, batches: Tensor | None, skipped: Tensor | None, momentum: float | None, eps: float,
+    activation: int, slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Algorithm 1 and the running statistics: one launch for short channels, else three; and one for ``batches``."""
     _check_input(x, activation)
-    _check_running(running_mean, running_var, batches, momentum, x, 1)
+    _check_running(running_mean, running_var, batches, skipped, momentum, x, 1)
     _check_channels(x, weight=weight, bias=bias)
     _check_like(x, residual=residual)
     if batches is not None:
@@ -225,13 +227,14 @@ def train(
     x = _dense(x)
     k, residual = cut(x), _laid_out_as(residual, x)
     running = _contiguous(running_mean, running_var)
+    counts = batches, skipped, momentum
     if x.numel() == 0 or not k.whole:
-        mean, var = _statistics(x, *running, batches, momentum)
+        mean, var = _statistics(x, *running, *counts)
         y = normalize(x, mean, var, weight, bias, residual, eps, activation, slope)
     else:
         y, mean, var = torch.empty_like(x), _wide(x), _wide(x)
         kernels.forward[k.blocks, 1](
-            x, residual, y, mean, var, *_contiguous(weight, bias), *running, batches, momentum, eps, slope,
+            x, residual, y, mean, var, *_contiguous(weight, bias), *running, *counts, eps, slope,
             values=x.numel() // k.C, ACTIVATION=activation, **k.sizes,
         )  # fmt: skip
     _write_back(running, running_mean, running_var)
@@ -246,12 +249,12 @@ def _write_back(written: list[Tensor | None], *tensors: Tensor | None) -> None:
 
 
 def update_running_(
-    running_mean: Tensor, running_var: Tensor, batches: Tensor | None, mean: Tensor, var: Tensor, values: int,
-    momentum: float | None,
+    running_mean: Tensor, running_var: Tensor, batches: Tensor | None, skipped: Tensor | None, mean: Tensor,
+    var: Tensor, values: int, momentum: float | None,
 ) -> None:  # fmt: skip
     """Algorithm 2, line 10: one launch, and one for ``batches``."""
     _check_channels(mean, 0, var=var)
-    _check_running(running_mean, running_var, batches, momentum, mean, 0)
+    _check_running(running_mean, running_var, batches, skipped, momentum, mean, 0)
     if batches is not None:
         batches.add_(1)
     C = len(mean)
@@ -259,7 +262,7 @@ def update_running_(
         return
     running = _contiguous(running_mean, running_var)
     kernels.update_running[(triton.cdiv(C, PLACES),)](
-        *running, batches, *_contiguous(mean, var), values, momentum, C, B=PLACES, **_OPTIONS
+        *running, batches, skipped, *_contiguous(mean, var), values, momentum, C, B=PLACES, **_OPTIONS
     )
     _write_back(running, running_mean, running_var)
 
@@ -383,6 +386,6 @@ def register(key: str = "CUDA") -> None:
     """Tell torch's dispatcher, once a first kernel has run: Triton needs a C compiler and the driver for that."""
     if key == "CUDA":
         values = torch.ones(1, device="cuda")
-        update_running_(values, values.clone(), None, values, values, 2, 0.5)
+        update_running_(values, values.clone(), None, None, values, values, 2, 0.5)
     for op in OPS:
         schema.library.impl(op.__name__, _on_its_device(op), key)

@@ -177,20 +177,37 @@ def _affine(mu, var, weight, bias, eps, channels, ok):
 
 @triton.jit
 def _blend(running, batch, a, channels, ok):
-    """running <- (1 - a) * running + a * batch, in running's dtype."""
+    """(1 - a) * running + a * batch, as running's dtype holds it."""
     old = tl.load(running + channels, mask=ok, other=0.0).to(tl.float64)
-    new = (1 - a) * old + a * batch
-    tl.store(running + channels, new.to(tl.float32).to(running.dtype.element_ty), mask=ok)
+    return ((1 - a) * old + a * batch).to(tl.float32).to(running.dtype.element_ty)
 
 
 @triton.jit
-def _update_running(running_mean, running_var, batches, mu, var, values, momentum, channels, ok):
-    """Algorithm 2, line 10; without a momentum the plain average over all batches, which count this one already."""
+def _is_finite(t):
+    wide = t.to(tl.float32)
+    return wide - wide == 0
+
+
+@triton.jit
+def _update_running(running_mean, running_var, batches, skipped, mu, var, values, momentum, channels, ok):
+    """Algorithm 2, line 10; without a momentum the plain average over all batches, which count this one already. With
+    ``skipped``, a channel that would not stay finite is left as it is, and counts one there."""
     if running_mean is not None:
-        # A number comes in float32: 1 - a must add up to 1 with that one.
-        a = (1 / tl.load(batches).to(tl.float64)) if momentum is None else momentum * tl.full([], 1, tl.float64)
-        _blend(running_mean, mu, a, channels, ok)
-        _blend(running_var, var * (values.to(tl.float64) / (values - 1).to(tl.float64)), a, channels, ok)
+        left_out = tl.zeros(channels.shape, tl.int64)
+        if skipped is not None:
+            left_out = tl.load(skipped + channels, mask=ok, other=0)
+        if momentum is None:
+            a = 1 / (tl.load(batches) - left_out).to(tl.float64)
+        else:  # it comes in float32: 1 - a must add up to 1 with that
+            a = momentum * tl.full([], 1, tl.float64)
+        mean = _blend(running_mean, mu, a, channels, ok)
+        variance = _blend(running_var, var * (values.to(tl.float64) / (values - 1).to(tl.float64)), a, channels, ok)
+        if skipped is not None:
+            good = _is_finite(mean) & _is_finite(variance)
+            tl.store(skipped + channels, left_out + tl.where(good, 0, 1), mask=ok)
+            ok = ok & good
+        tl.store(running_mean + channels, mean, mask=ok)
+        tl.store(running_var + channels, variance, mask=ok)
 
 
 # ---- the passes of one program ---------------------------------------------------------------------------------------
@@ -312,7 +329,8 @@ def sum_x(
 
 @_kernel
 def merge_x(
-    partial, mu, var, running_mean, running_var, batches, momentum, C, parts, values, P: tl.constexpr, B: tl.constexpr
+    partial, mu, var, running_mean, running_var, batches, skipped, momentum, C, parts, values,
+    P: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The parts of B channels at once -> mu, var, and the running statistics. Grid (blocks of channels,)."""
     channels = tl.program_id(0) * B + tl.arange(0, B)
@@ -328,7 +346,7 @@ def merge_x(
     variance = tl.sum(squares + m * distance * distance, axis=0) / total
     tl.store(mu + channels, mean, mask=ok)
     tl.store(var + channels, variance, mask=ok)
-    _update_running(running_mean, running_var, batches, mean, variance, values, momentum, channels, ok)
+    _update_running(running_mean, running_var, batches, skipped, mean, variance, values, momentum, channels, ok)
 
 
 @_kernel
@@ -348,8 +366,8 @@ def write_y(
 
 @_kernel
 def forward(
-    x, residual, y, mu, var, weight, bias, running_mean, running_var, batches, momentum, eps, slope, N, C, S, inner,
-    values, ACTIVATION: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, BIG: tl.constexpr,
+    x, residual, y, mu, var, weight, bias, running_mean, running_var, batches, skipped, momentum, eps, slope, N, C, S,
+    inner, values, ACTIVATION: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, BIG: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """All of a training step's forward, one program per block of channels. Reads 2 n (the second time mostly from
@@ -360,7 +378,7 @@ def forward(
     variance = squares / m
     tl.store(mu + channels, mean64, mask=ok)
     tl.store(var + channels, variance, mask=ok)
-    _update_running(running_mean, running_var, batches, mean64, variance, values, momentum, channels, ok)
+    _update_running(running_mean, running_var, batches, skipped, mean64, variance, values, momentum, channels, ok)
     mean, scale, shift, _ = _affine(mean64, variance, weight, bias, eps, channels, ok)
     _write_y(x, residual, y, mean, scale, shift, slope, N, C, S, 0, 1, ACTIVATION, PLANES, A, B)
 
@@ -463,10 +481,10 @@ def backward(
 
 @_kernel
 def update_running(
-    running_mean, running_var, batches, mu, var, values, momentum, C, B: tl.constexpr
+    running_mean, running_var, batches, skipped, mu, var, values, momentum, C, B: tl.constexpr
 ):  # fmt: skip
     """The op ``update_running_``. Grid (blocks of channels,)."""
     channels = tl.program_id(0) * B + tl.arange(0, B)
     ok = channels < C
     mu, var = _load_channels(mu, channels, ok, 0.0), _load_channels(var, channels, ok, 1.0)
-    _update_running(running_mean, running_var, batches, mu, var, values, momentum, channels, ok)
+    _update_running(running_mean, running_var, batches, skipped, mu, var, values, momentum, channels, ok)

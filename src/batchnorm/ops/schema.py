@@ -45,11 +45,12 @@ library.define(  # gradient_sums and input_gradient in one go
 )
 library.define(  # forward and update_running_ in one call
     "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " Tensor(c!)? batches, float? momentum, float eps, int activation, float slope)"
+    " Tensor(c!)? batches, Tensor(d!)? skipped, float? momentum, float eps, int activation, float slope)"
     " -> (Tensor y, Tensor mean, Tensor var)"
 )
 library.define(
-    "update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, Tensor mean, Tensor var,"
+    "update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, Tensor(d!)? skipped,"
+    " Tensor mean, Tensor var,"
     " int values, float? momentum) -> ()"
 )
 
@@ -93,7 +94,7 @@ def _(x, weight, bias, residual, eps, activation, slope):  # type: ignore[no-unt
 
 
 @torch.library.register_fake("batchnorm::train", lib=library)
-def _(x, weight, bias, residual, running_mean, running_var, batches, momentum, eps, activation, slope):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, residual, running_mean, running_var, batches, skipped, momentum, eps, activation, slope):  # type: ignore[no-untyped-def]
     return _dense(x), *_wide(x)
 
 
@@ -118,7 +119,7 @@ def _(dy, x, mean, var, weight, bias, kept, dz_mean, dz_xhat_mean, eps, activati
 
 
 @torch.library.register_fake("batchnorm::update_running_", lib=library)
-def _(running_mean, running_var, batches, mean, var, values, momentum):  # type: ignore[no-untyped-def]
+def _(running_mean, running_var, batches, skipped, mean, var, values, momentum):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -198,16 +199,18 @@ class EagerForward(torch.autograd.Function):
     """``Forward`` and the running statistics in one piece, which takes half the time. Not for torch.func."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, running_mean, running_var, batches, momentum, eps, activation, slope):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, weight, bias, residual, running_mean, running_var, batches, skipped, momentum, eps, activation, slope
+    ):
         y, mean, var = ops.train.default(
-            x, weight, bias, residual, running_mean, running_var, batches, momentum, eps, activation, slope
+            x, weight, bias, residual, running_mean, running_var, batches, skipped, momentum, eps, activation, slope
         )
         _keep(ctx, x, mean, var, weight, bias, residual, y, (eps, activation, slope, True))
         return y
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return *_gradients(ctx, dy), None, None, None, None, None, None, None
+        return *_gradients(ctx, dy), None, None, None, None, None, None, None, None
 
 
 # Without what `Function.apply` does in Python for torch.func.

@@ -79,8 +79,9 @@ def recalibrate(
 
     Raises:
         ValueError: ``batches`` yielded nothing, or is an iterator where it is read more than once; ``max_batches`` is
-            not positive; an unknown estimator or upstream; a batch gave a layer a single value per channel; a process
-            group without ``torch.distributed.init_process_group``. Nothing has been changed then.
+            not positive; an unknown estimator or upstream; a batch gave a layer a single value per channel, or one that
+            is not finite; a process group without ``torch.distributed.init_process_group``. Nothing has been changed
+            then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -94,6 +95,9 @@ def recalibrate(
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and not frozen(module)
     }
+    for layer in layers.values():
+        if isinstance(layer, FusedBatchNorm):
+            layer.tell_skipped()
     reader = _Reader(batches, max_batches, device, forward or _call, progress)
     found: dict[str, Estimator] = {}
     with _as_before(model, layers) as old, torch.no_grad():
@@ -107,6 +111,10 @@ def recalibrate(
             if process_group is not None:
                 _pool_over_ranks(list(estimates.values()), process_group)
             for name, estimate in estimates.items():
+                if not (estimate.mean_C().isfinite() & estimate.unbiased_var_C().isfinite()).all() and estimate.values:
+                    raise ValueError(
+                        f"layer {name} saw values that are not finite: look at the batches and the weights."
+                    )
                 _write(layers[name], estimate, old[name])
             found |= estimates
         if not any(estimate.values for estimate in found.values()) and not reader.read:

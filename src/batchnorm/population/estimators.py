@@ -32,7 +32,10 @@ class Estimator:
         values = inputs[0].numel() // inputs[0].shape[1] if inputs[0].numel() else 0
         if values and layer.training and not getattr(layer, "frozen_statistics", False) and not is_recomputing():
             running: Any = layer
-            self.add(values, running.running_mean.double(), running.running_var.double())
+            mean_C, var_C = running.running_mean.double(), running.running_var.double()
+            if getattr(layer, "skipped_batches", None) is not None:  # there the buffers do not hold the batch
+                mean_C = mean_C.masked_fill(running.skipped_batches > 0, torch.nan)
+            self.add(values, mean_C, var_C)
 
     def add(self, values: int, mean_C: Tensor, unbiased_var_C: Tensor) -> None:
         """One batch."""

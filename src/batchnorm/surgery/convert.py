@@ -50,4 +50,5 @@ def from_torch(model: Model) -> Model:
     for module in converted.modules():
         if type(module) in _OURS:
             module.__class__ = _OURS[type(module)]
+            module.count_skipped()  # type: ignore[operator]
     return converted

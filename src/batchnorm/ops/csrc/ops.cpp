@@ -226,36 +226,43 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   return {dx, dgamma, dbeta, dresidual};
 }
 
-// running <- (1 - a) * running + a * batch with the unbiased variance (Algorithm 2, line 10); a = momentum, or 1 / batches
-// for the plain average. `batches` counts this one first.
+// running <- (1 - a) * running + a * batch with the unbiased variance (Algorithm 2, line 10); a = momentum, or 1 over the
+// number of batches for the plain average. `batches` counts this one first. With `skipped`, a channel that would not stay
+// finite is left as it is, and counts one there.
 void update_running_(
-    const Tensor& running_mean, const Tensor& running_var, const MaybeTensor& batches, const Tensor& mu, const Tensor& var,
-    int64_t values, std::optional<double> momentum) {
-  check_channels("var", var, mu, 0), check_running(running_mean, running_var, batches, momentum, mu, 0);
+    const Tensor& running_mean, const Tensor& running_var, const MaybeTensor& batches, const MaybeTensor& skipped,
+    const Tensor& mu, const Tensor& var, int64_t values, std::optional<double> momentum) {
+  check_channels("var", var, mu, 0), check_running(running_mean, running_var, batches, skipped, momentum, mu, 0);
   const int64_t count = batches ? ++*data_of<int64_t>(*batches) : 0;
   if (values == 0) return;
-  const double a = momentum ? *momentum : 1.0 / double(count), unbiased = double(values) / double(values - 1);
-  const auto blend = [a](const Tensor& running, const Tensor& batch, double factor) {
-    const Type type = type_of(running), from = type_of(batch);
-    const int64_t C = running.size(0), stride = running.stride(0);
-    void* to = running.mutable_data_ptr();
-    const void* data = batch.const_data_ptr();
-    for (int64_t c = 0; c < C; ++c)
-      set_number(to, type, c * stride, (1 - a) * number_at(to, type, c * stride) + a * factor * number_at(data, from, c));
+  const double unbiased = double(values) / double(values - 1);
+  const auto blended = [](const Tensor& running, const Tensor& batch, double factor, double a, int64_t c) {
+    const double old = number_at(running.const_data_ptr(), type_of(running), c * running.stride(0));
+    return rounded((1 - a) * old + a * factor * number_at(batch.const_data_ptr(), type_of(batch), c), type_of(running));
   };
-  blend(running_mean, mu, 1), blend(running_var, var, unbiased);
+  for (int64_t c = 0; c < mu.size(0); ++c) {
+    int64_t* left_out = skipped ? data_of<int64_t>(*skipped) + c * skipped->stride(0) : nullptr;
+    const double a = momentum ? *momentum : 1.0 / double(count - (left_out ? *left_out : 0));
+    const double mean = blended(running_mean, mu, 1, a, c), variance = blended(running_var, var, unbiased, a, c);
+    if (left_out && !(std::isfinite(mean) && std::isfinite(variance))) {
+      ++*left_out;
+      continue;
+    }
+    set_number(running_mean.mutable_data_ptr(), type_of(running_mean), c * running_mean.stride(0), mean);
+    set_number(running_var.mutable_data_ptr(), type_of(running_var), c * running_var.stride(0), variance);
+  }
 }
 
 // forward, and the running statistics with it.
 std::tuple<Tensor, Tensor, Tensor> train(
     const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
-    const MaybeTensor& running_mean, const MaybeTensor& running_var, const MaybeTensor& batches,
+    const MaybeTensor& running_mean, const MaybeTensor& running_var, const MaybeTensor& batches, const MaybeTensor& skipped,
     std::optional<double> momentum, double eps, int64_t activation, double slope) {
-  check_input(x, activation), check_running(running_mean, running_var, batches, momentum, x, 1);
+  check_input(x, activation), check_running(running_mean, running_var, batches, skipped, momentum, x, 1);
   auto results = forward(x, weight, bias, residual, eps, activation, slope);
   const auto& [y, mu, var] = results;
-  if (running_mean && running_var)
-    update_running_(*running_mean, *running_var, batches, mu, var, x.size(1) ? x.numel() / x.size(1) : 0, momentum);
+  const int64_t values = x.size(1) ? x.numel() / x.size(1) : 0;
+  if (running_mean && running_var) update_running_(*running_mean, *running_var, batches, skipped, mu, var, values, momentum);
   else if (batches) ++*data_of<int64_t>(*batches);
   return results;
 }

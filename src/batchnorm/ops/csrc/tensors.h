@@ -83,6 +83,13 @@ void set_number(void* data, Type type, int64_t i, double value) {
   }
 }
 
+// What the type holds of a value.
+double rounded(double value, Type type) {
+  double storage = 0;
+  set_number(&storage, type, 0, value);
+  return number_at(&storage, type, 0);
+}
+
 // (C,) of any float type -> A; `otherwise` where there is no tensor.
 template <class A> void read_channels(const MaybeTensor& t, int64_t C, A otherwise, A* to) {
   if (!t) {
@@ -180,13 +187,16 @@ void check_like(const char* name, const MaybeTensor& t, const Tensor& x) {
   STD_TORCH_CHECK(t->scalar_type() == x.scalar_type(), "batchnorm: ", name, " must have x's dtype");
 }
 void check_running(
-    const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& batches, std::optional<double> momentum,
-    const Tensor& x, int64_t channel) {
+    const MaybeTensor& mean, const MaybeTensor& var, const MaybeTensor& batches, const MaybeTensor& skipped,
+    std::optional<double> momentum, const Tensor& x, int64_t channel) {
   check_channels("running_mean", mean, x, channel), check_channels("running_var", var, x, channel);
   STD_TORCH_CHECK(!mean == !var, "batchnorm: running_mean and running_var must be given together");
   STD_TORCH_CHECK(momentum || batches || !mean, "batchnorm: momentum=None needs the number of batches");
   STD_TORCH_CHECK(!batches || (batches->is_cpu() && batches->numel() == 1 && batches->scalar_type() == ScalarType::Long),
                   "batchnorm: batches must be one int64 on the CPU");
+  STD_TORCH_CHECK(!skipped || (skipped->is_cpu() && skipped->dim() == 1 && skipped->size(0) == x.size(channel) &&
+                               skipped->scalar_type() == ScalarType::Long),
+                  "batchnorm: skipped must be (", x.size(channel), ",) of int64 on the CPU");
 }
 
 }  // namespace
