@@ -22,6 +22,10 @@ from batchnorm.population.depth import depths, stages
 from batchnorm.population.estimators import ESTIMATORS, Estimator
 
 
+class NotFinite(ValueError):
+    """A layer saw values that are not finite: there are no statistics of them."""
+
+
 class Shift(NamedTuple):
     """What ``recalibrate`` found for one layer: how far its running statistics had been from the population.
 
@@ -112,7 +116,7 @@ def recalibrate(
                 _pool_over_ranks(list(estimates.values()), process_group)
             for name, estimate in estimates.items():
                 if not (estimate.mean_C().isfinite() & estimate.unbiased_var_C().isfinite()).all() and estimate.values:
-                    raise ValueError(
+                    raise NotFinite(
                         f"layer {name} saw values that are not finite: look at the batches and the weights."
                     )
                 _write(layers[name], estimate, old[name])

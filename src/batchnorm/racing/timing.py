@@ -6,10 +6,13 @@ Comes from: the runs of a plan. Goes to: ``score.py``, which multiplies by steps
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median, quantiles
 
+from batchnorm.population.estimate import NotFinite
 from batchnorm.racing.task import Task
 from batchnorm.racing.trainer import Run, Trainer
 
@@ -46,7 +49,9 @@ def _summary(seconds: list[float], trainer: Trainer) -> StepTime:
     preparations = []
     for _ in range(4):
         started = time.perf_counter()
-        trainer.prepare(trainer.model)
+        with suppress(NotFinite), warnings.catch_warnings():  # a contender that diverged takes as long
+            warnings.simplefilter("ignore")
+            trainer.prepare(trainer.model)
         preparations.append(time.perf_counter() - started)
     low, mid, high = quantiles(seconds, n=4)
     return StepTime(mid, (low, high), median(preparations[1:]), len(seconds))  # the first one warms up

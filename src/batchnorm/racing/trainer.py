@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from batchnorm.population import recalibrate
+from batchnorm.population.estimate import NotFinite
 from batchnorm.racing.contenders import Contender
 from batchnorm.racing.task import Task
 
@@ -233,7 +234,13 @@ def train(task: Task, run: Run, checkpoint: Path | None = None) -> Iterator[Even
             if trainer.step_count % report_every == 0:
                 yield Progress(trainer.step_count, sum(losses[-report_every:]) / report_every)
         trained = time.perf_counter()
-        score = trainer.evaluate() if trainer.rank == 0 else math.nan
+        try:
+            score = trainer.evaluate() if trainer.rank == 0 else math.nan
+        except NotFinite:  # of the layers' inputs, before the loss shows it
+            if trainer.ranks > 1:  # the others know nothing of it and would wait
+                raise
+            yield Diverged(trainer.step_count)
+            return
         training_seconds += trained - started
         evaluation_seconds += time.perf_counter() - trained
         epochs = trainer.step_count * task.batch_size / len(task.train)
