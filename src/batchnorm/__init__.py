@@ -3,16 +3,20 @@
 from importlib.metadata import version
 
 from batchnorm.functional import batch_norm
-from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d, Ghost, Renorm, Synced
 from batchnorm.population import accumulate_statistics, freeze, preserve_state, recalibrate, unfreeze
 from batchnorm.racing.runner import race
 from batchnorm.racing.task import Task
 from batchnorm.surgery import from_torch
 
 __all__ = [
+    "Batch",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Ghost",
+    "Renorm",
+    "Synced",
     "Task",
     "accumulate_statistics",
     "batch_norm",

@@ -7,11 +7,14 @@ Comes from: user code and the layers of ``batchnorm.nn``. Goes to: ``batchnorm.o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from batchnorm import ops
+from batchnorm.ops import split
 
 # None, a name, ("leaky_relu", slope), or a torch.nn module of one of these kinds.
 Activation = str | tuple[str, float] | nn.Module | None
@@ -73,6 +76,7 @@ def batch_norm(
     *,
     activation: Activation = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
     return_statistics: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -90,6 +94,7 @@ def batch_norm(
     *,
     activation: Activation = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
     return_statistics: Literal[True],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
@@ -106,6 +111,7 @@ def batch_norm(
     *,
     activation: Activation = None,
     residual: Tensor | None = None,
+    mask: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Normalize each channel, add a residual, apply an activation (Ioffe & Szegedy 2015, Algorithm 1).
@@ -128,6 +134,9 @@ def batch_norm(
         activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", or the torch.nn
             module of one of them. ("leaky_relu", 0.2) gives a slope; without one it is 0.01, as in torch.
         residual: of input's shape; added before the activation, with type promotion as in ``y + residual``.
+        mask: bool, (N, ...) or (N, 1, ...) with input's places, True where a place counts (the opposite of
+            attention's ``key_padding_mask``). The others enter no statistics, get no gradient, and are 0 in y. A batch
+            without any place that counts leaves the running statistics alone.
         return_statistics: change nothing in place, return ``(y, new_running_mean, new_running_var)`` instead. The
             new statistics carry no gradient; in evaluation they equal the given ones. Made for ``torch.func``: under
             ``vmap`` the running statistics need not be batched.
@@ -136,9 +145,9 @@ def batch_norm(
         y, of input's shape and memory format.
 
     Raises:
-        ValueError: one value per channel in training, eps too small, an unknown activation, a residual of another
-            shape, return_statistics without running statistics.
-        TypeError: a module that is not one of the activations.
+        ValueError: one value per channel in training, eps too small, an unknown activation, a residual or a mask of
+            another shape, return_statistics without running statistics.
+        TypeError: a module that is not one of the activations; a mask that is not bool.
         RuntimeError: sizes or dtypes of the (C,) tensors do not fit input.
 
     Example:
@@ -159,7 +168,14 @@ def batch_norm(
         # The new tensors are batched wherever input is: what vmap asks of tensors that are updated in place.
         running_mean = running_mean.detach() + input.new_zeros(running_mean.shape, dtype=running_mean.dtype)
         running_var = running_var.detach() + input.new_zeros(running_var.shape, dtype=running_var.dtype)
-    y = normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, name, slope, residual)
+    if mask is None:
+        y = normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, name, slope, residual)
+    else:
+        mask, affine = as_mask(mask, input), split.Affine(weight, bias, residual, eps, name, slope)
+        if training:
+            y = normalize_by(split.of_batch, input, running_mean, running_var, affine, mask, momentum)
+        else:
+            y = normalize_masked(input, running_mean, running_var, affine, mask)
     return y if not return_statistics else (y, running_mean, running_var)  # type: ignore[return-value]
 
 
@@ -180,10 +196,7 @@ def normalize(
 ) -> Tensor:
     """What ``batch_norm`` and the layers share: ``ops.batch_norm``, with advice in torch's errors."""
     if residual is not None and residual.shape != input.shape:
-        raise ValueError(
-            f"residual must have the shape of input, {tuple(input.shape)}, got {tuple(residual.shape)}: "
-            "expand it, or add it yourself."
-        )
+        raise ValueError(_other_shape(residual, input))
     try:
         return ops.batch_norm(
             input,
@@ -201,7 +214,77 @@ def normalize(
             skipped,
         )
     except (RuntimeError, ValueError) as error:
-        advice = next((advice for words, advice in _ADVICE.items() if words in str(error)), None)
+        advice = _advice(error, input)
         if advice is None:
             raise
-        raise type(error)(f"{error}: got input {tuple(input.shape)} of {input.dtype}; {advice}.") from error
+        raise type(error)(advice) from error
+
+
+def normalize_by(
+    source: Callable[[Tensor, split.Affine, Tensor | None], tuple[Tensor, split.Moments]],
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    affine: split.Affine,
+    mask: Tensor | None,
+    momentum: float | None,
+    batches: Tensor | None = None,
+    skipped: Tensor | None = None,
+    one_value: bool = False,
+) -> Tensor:
+    """Training with statistics that ``source`` gives with y; ``one_value`` per channel may be enough for it."""
+    residual = affine.residual_NCS
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(_other_shape(residual, input))
+    try:
+        split.check(input, running_mean, running_var, affine, one_value)
+    except (RuntimeError, ValueError) as error:
+        advice = _advice(error, input)
+        if advice is None:
+            raise
+        raise type(error)(advice) from error
+    y, moments = source(input, affine, mask)
+    if running_mean is not None and running_var is not None:
+        split.update_running_(running_mean, running_var, batches, skipped, moments, momentum)
+    return y
+
+
+def normalize_masked(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, affine: split.Affine, mask: Tensor
+) -> Tensor:
+    """Evaluation, with 0 and no gradient where the mask is False, whatever is there."""
+    weight, bias, residual, eps, name, slope = affine
+    input, residual = input.where(mask, 0), None if residual is None else residual.where(mask, 0)
+    y = normalize(input, running_mean, running_var, weight, bias, False, 0.0, eps, name, slope, residual)
+    return y.where(mask, 0)
+
+
+def as_mask(mask: Tensor, input: Tensor) -> Tensor:
+    """The mask as (N, 1, ...), beside input."""
+    places = input.shape[2:]
+    allowed = (input.shape[:1] + places, (input.shape[0], 1, *places))
+    if tuple(mask.shape) not in {tuple(shape) for shape in allowed}:
+        raise ValueError(
+            f"mask must be {' or '.join(str(tuple(shape)) for shape in allowed)} for input {tuple(input.shape)}, got "
+            f"{tuple(mask.shape)}: one value for each place of each example."
+        )
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be bool, True where a place counts, got {mask.dtype}: pass mask.bool() or mask > 0."
+        )
+    if mask.device != input.device:
+        raise ValueError(f"mask must be on the device of input, {input.device}, got {mask.device}.")
+    return mask.reshape(allowed[1])
+
+
+def _other_shape(residual: Tensor, input: Tensor) -> str:
+    return (
+        f"residual must have the shape of input, {tuple(input.shape)}, got {tuple(residual.shape)}: "
+        "expand it, or add it yourself."
+    )
+
+
+def _advice(error: Exception, input: Tensor) -> str | None:
+    """torch's words, what arrived and what to do."""
+    advice = next((advice for words, advice in _ADVICE.items() if words in str(error)), None)
+    return None if advice is None else f"{error}: got input {tuple(input.shape)} of {input.dtype}; {advice}."

@@ -104,6 +104,50 @@ def test_split_ops_have_the_bits_of_the_fused_ones(dtype, activation, with_resid
             assert all(map(torch.equal, OP.input_gradient(*given, *means, 1e-5, code, 0.0), (dx, dresidual)))
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_ops_on_groups_are_those_on_each_group(dtype, activation, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape, size, groups in (
+            ((33, 17), 5, 7),
+            ((11, 16, 33, 35), 4, 3),
+            ((9, 3, 5), 8, 1),
+            ((9, 4, 6, 3), 2, 4),
+        ):
+            for layout in ("contiguous", "channels_last", "transposed"):
+                check_groups(arrange(torch.randn(shape).to(dtype), layout), size, groups, activation)
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_groups(x, size, groups, activation):
+    """To one unit of rounding: the threads that share a group cut its sums elsewhere."""
+    code, channels = schema.ACTIVATIONS.index(activation), x.shape[1]
+    d_y, r = torch.randn(x.shape).to(x.dtype), torch.randn(x.shape).to(x.dtype)
+    affine = [t.detach() for t in channel_tensors(channels, parameter_dtype(x.dtype))[2:]]
+    y, mean, var = OP.forward_groups(x, *affine, r, size, groups, 1e-5, code, 0.0)
+    assert y.stride() == torch.ops.batchnorm.forward(x, *affine, r, 1e-5, code, 0.0)[0].stride()
+    kept = None if activation is None else y if activation == "relu" else r
+    dx, dweight, dbias, dresidual = OP.backward_groups(d_y, x, mean, var, *affine, kept, size, groups, 1e-5, code, 0.0)
+    parts = []
+    for i in range(groups):
+        part = slice(i * size, None if i == groups - 1 else (i + 1) * size)
+        expected, *moments = OP.forward(x[part], *affine, r[part], 1e-5, code, 0.0)
+        assert ulps(y[part], expected) <= 1
+        assert all(ulps(a[i], b, torch.float32) <= 1 for a, b in zip((mean, var), moments, strict=True))
+        given = (d_y[part], x[part], mean[i], var[i], *affine, None if kept is None else kept[part])
+        parts.append(OP.backward(*given, 1e-5, code, 0.0, True))
+    for found, each in ((dx, 0), (dresidual, 3)):
+        expected = torch.cat([p[each] for p in parts])
+        assert ulps(found, expected, least=1.0) <= 1 if found.numel() else not expected.numel()
+    assert ulps(dweight, sum(p[1].double() for p in parts)) <= groups
+    assert ulps(dbias, sum(p[2].double() for p in parts)) <= groups
+
+
 def test_split_ops_on_parts_of_a_batch_make_the_whole():
     x, d_y, *affine = (torch.randn(s, dtype=torch.float64) for s in ((11, 5, 6, 7), (11, 5, 6, 7), (5,), (5,)))
     y, mean, var = OP.forward(x, *affine, None, 1e-5, 1, 0.0)
@@ -246,6 +290,11 @@ WRONG = {
     "one of two": ("train", (X, None, None, None, CHANNELS, None, None, None, 0.1, 1e-5, 0, 0.0), "given together"),
     "batches": ("update_running_", (CHANNELS, CHANNELS, CHANNELS, None, CHANNELS, CHANNELS, 9, 0.1), "one int64"),
     "no momentum": ("update_running_", (CHANNELS, CHANNELS, None, None, CHANNELS, CHANNELS, 9, None), "number of"),
+    "groups": ("forward_groups", (X, None, None, None, 2, 3, 1e-5, 0, 0.0), "3 groups of 2 examples do not fit into 4"),
+    "size of groups": ("forward_groups", (X, None, None, None, 0, 1, 1e-5, 0, 0.0), "1 groups of 0 examples"),
+    "a row for each": (
+        "backward_groups", (X, X, *[CHANNELS] * 2, *[None] * 3, 2, 2, 1e-5, 0, 0.0), r"mean must be \(2, 3\).*got \(3\)"
+    ),
     "skipped": ("update_running_", (*[CHANNELS] * 2, None, LESS.long(), *[CHANNELS] * 2, 9, 0.1), r"skipped must"),
 }  # fmt: skip
 
@@ -265,6 +314,7 @@ def op_calls():
     x, r = torch.randn(4, 3, 5, 6), torch.randn(4, 3, 5, 6)
     mean, var, weight, bias = (t.detach() for t in channel_tensors(3, torch.float32))
     wide = (mean.double(), var.double())
+    rows = [t.expand(2, 3).contiguous() for t in wide]
     cl = x.contiguous(memory_format=torch.channels_last)
     return {
         "forward": (OP.forward, (x, weight, bias, None, 1e-5, 1, 0.0)),
@@ -286,6 +336,9 @@ def op_calls():
         "gradient_sums residual": (OP.gradient_sums, (r, cl, *wide, weight, bias, r, 1e-5, 4, 0.0)),
         "input_gradient": (OP.input_gradient, (r, x, *wide, weight, bias, None, *wide, 1e-5, 1, 0.0)),
         "input_gradient residual": (OP.input_gradient, (r, cl, *wide, weight, None, r, *wide, 1e-5, 4, 0.0)),
+        "forward_groups": (OP.forward_groups, (cl, weight, None, r, 3, 2, 1e-5, 4, 0.0)),
+        "backward_groups": (OP.backward_groups, (r, x, *rows, weight, bias, None, 3, 2, 1e-5, 1, 0.0)),
+        "backward_groups residual": (OP.backward_groups, (r, cl, *rows, weight, bias, r, 3, 2, 1e-5, 4, 0.0)),
         "update": (OP.update_running_, (mean, var, torch.tensor(2), None, *wide, 120, 0.1)),
         "update average": (OP.update_running_, (mean, var, torch.tensor(2), torch.zeros(3).long(), *wide, 120, None)),
     }

@@ -1,5 +1,6 @@
-"""Layers: drop-in subclasses of torch's own."""
+"""Layers: drop-in subclasses of torch's own, and where their training statistics come from."""
 
 from batchnorm.nn.norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.statistics import Batch, Ghost, Renorm, Synced
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = ["Batch", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Ghost", "Renorm", "Synced"]

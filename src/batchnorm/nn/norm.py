@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.functional import Activation, normalize, parse_activation
+from batchnorm.functional import Activation, as_mask, normalize, normalize_by, normalize_masked, parse_activation
+from batchnorm.nn.statistics import Batch, Renorm, Running, Statistics, Synced
+from batchnorm.ops.split import Affine
 
 _LAYOUTS = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
 
 
 class _RefuseLossyConversion:
-    """The attribute ``qconfig``: missing, until set, but an error on a layer with an activation.
+    """The attribute ``qconfig``: missing, until set, but an error on a layer with an activation or other statistics.
 
     ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` takes any subclass and drops what it adds without a word. Of
     the attributes that it reads, this one is not torch's own. Having no ``__set__``, it makes way for a value.
@@ -29,6 +31,12 @@ class _RefuseLossyConversion:
     def __get__(self, layer: FusedBatchNorm | None, owner: type) -> Any:
         if layer is None:
             return self
+        if type(layer.statistics) is not Batch:
+            raise TypeError(
+                f"SyncBatchNorm.convert_sync_batchnorm and quantization drop the statistics of {owner.__name__}"
+                f"(statistics={layer.statistics!r}): use batchnorm.convert_sync_batchnorm, and revert_sync_batchnorm "
+                "before you quantize."
+            )
         if layer.activation is None:
             raise AttributeError("qconfig")  # goes on to Module.__getattr__, which words it
         raise TypeError(
@@ -36,6 +44,8 @@ class _RefuseLossyConversion:
             f"(activation={layer.activation!r}): build the layer without it, with a module for it behind."
         )
 
+
+_BATCH = Batch()
 
 # Bits of a layer's ``frozen``: what is kept, and which parameters required a gradient before.
 _STATISTICS, _AFFINE, _WEIGHT, _BIAS = 1, 2, 4, 8
@@ -48,6 +58,9 @@ class FusedBatchNorm(_BatchNorm):
     """
 
     activation: str | tuple[str, float] | None = None
+    statistics: Statistics = _BATCH
+    before: Running | None = None  # of Renorm: the running statistics that the last batch was corrected towards
+    counts: list[Tensor] | None = None  # where someone wants to know how many values a batch had
     frozen_statistics = False
     frozen_affine = False
     _told = 0
@@ -66,6 +79,7 @@ class FusedBatchNorm(_BatchNorm):
         *,
         bias: bool = True,
         activation: Activation = None,
+        statistics: Statistics = _BATCH,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # torch 2.10 does not know the argument
@@ -73,10 +87,26 @@ class FusedBatchNorm(_BatchNorm):
         name, slope = parse_activation(activation)
         self.activation = (name, slope) if name == "leaky_relu" else name
         self.count_skipped()
+        self.set_statistics(statistics)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """activation(BN(input) + residual): batch statistics in train, running ones in eval (where tracked)."""
-        return _forward(self, input, residual)
+        return _forward(self, input, residual, mask)
+
+    def set_statistics(self, statistics: Statistics) -> None:
+        """Where training statistics come from, from now on; with the buffer that ``Renorm`` counts steps in."""
+        if not isinstance(statistics, Statistics):
+            raise TypeError(
+                f"statistics takes a value, Batch(), Ghost(size), Renorm() or Synced(), got {statistics!r}."
+            )
+        if isinstance(statistics, Renorm):
+            if self.running_mean is None:
+                raise ValueError("Renorm corrects towards the running statistics: it needs track_running_stats=True.")
+            if "renorm_steps" not in self._buffers:
+                self.register_buffer("renorm_steps", torch.tensor(0, device=self.running_mean.device))
+        elif "renorm_steps" in self._buffers:
+            del self.renorm_steps
+        self.statistics = statistics
 
     def train(self, mode: bool = True) -> Any:
         """torch's; when training ends it is said what did not enter the running statistics."""
@@ -118,10 +148,11 @@ class FusedBatchNorm(_BatchNorm):
         super()._save_to_state_dict(*arguments)
 
     def extra_repr(self) -> str:
-        """torch's, with the activation and what is frozen appended, where there is any."""
+        """torch's, with the activation, other statistics and what is frozen appended, where there is any."""
         activation = "" if self.activation is None else f", activation={self.activation!r}"
+        source = "" if type(self.statistics) is Batch else f", statistics={self.statistics!r}"
         kept = [what for what in ("statistics", "affine") if getattr(self, f"frozen_{what}")]
-        return super().extra_repr() + activation + (f", frozen={'+'.join(kept)}" if kept else "")
+        return super().extra_repr() + activation + source + (f", frozen={'+'.join(kept)}" if kept else "")
 
     def set_frozen(self, statistics: bool, affine: bool) -> None:
         """Keep the running statistics in train too; no gradients for weight and bias. See ``batchnorm.freeze``."""
@@ -147,19 +178,31 @@ class FusedBatchNorm(_BatchNorm):
         elif "frozen" in self._buffers:
             del self.frozen
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """torch's; and a layer that was frozen when it was saved is frozen, one that is frozen stays so."""
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        *rest: Any,
+    ) -> None:
+        """torch's; a layer that was frozen when it was saved is frozen, one that is frozen stays so.
+
+        ``renorm_steps`` may be missing, and may be there for a layer that does not count steps.
+        """
         saved = state_dict.get(f"{prefix}frozen")
         if saved is not None:
             bits = int(saved)
             self.set_frozen(bool(bits & _STATISTICS), bool(bits & _AFFINE))
             self._note_frozen(bits)
-            super()._load_from_state_dict(state_dict, prefix, *rest)
-        else:
-            kept = self._buffers.pop("frozen", None)
-            super()._load_from_state_dict(state_dict, prefix, *rest)
-            if kept is not None:
-                self._buffers["frozen"] = kept
+        absent = [name for name in ("frozen", "renorm_steps") if f"{prefix}{name}" not in state_dict]
+        kept = {name: self._buffers.pop(name) for name in absent if name in self._buffers}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *rest)
+        self._buffers.update(kept)
+        if f"{prefix}renorm_steps" in unexpected:
+            unexpected.remove(f"{prefix}renorm_steps")
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._dims:
@@ -173,7 +216,7 @@ class FusedBatchNorm(_BatchNorm):
 
 
 @torch.fx.wrap  # one node in a traced graph: what hangs on shapes or on train and eval is decided when it runs
-def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None) -> Tensor:
+def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
     layer._check_input_dim(input)
     in_train = layer.training and not layer.frozen_statistics
     updates = in_train and layer.track_running_stats and not is_recomputing()
@@ -184,21 +227,48 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None) -> T
     skipped = layer._buffers.get("skipped_batches") if updates else None
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
     name, slope = parse_activation(layer.activation)
-    return normalize(
-        input,
-        mean,
-        var,
-        layer.weight,
-        layer.bias,
-        training,
-        momentum,
-        layer.eps,
-        name,
-        slope,
-        residual,
-        batches,
-        skipped,
-    )
+    if mask is None and (not in_train or type(layer.statistics) is Batch):
+        return normalize(
+            input,
+            mean,
+            var,
+            layer.weight,
+            layer.bias,
+            training,
+            momentum,
+            layer.eps,
+            name,
+            slope,
+            residual,
+            batches,
+            skipped,
+        )
+    affine = Affine(layer.weight, layer.bias, residual, layer.eps, name, slope)
+    mask = None if mask is None else as_mask(mask, input)
+    if not training:
+        return normalize_masked(input, mean, var, affine, mask)  # type: ignore[arg-type]
+    source = layer.statistics if in_train else _BATCH
+    running, counts = _before(layer, source, updates), layer.counts
+
+    def normalized(x: Tensor, affine: Affine, mask: Tensor | None) -> Any:
+        y, moments = source.normalize(x, affine, mask, running)
+        if counts is not None:
+            counts.append(moments.values)
+        return y, moments
+
+    y = normalize_by(normalized, input, mean, var, affine, mask, momentum, batches, skipped, isinstance(source, Synced))
+    if updates and isinstance(source, Renorm):
+        layer.renorm_steps.add_(1)  # type: ignore[operator]
+    return y
+
+
+def _before(layer: FusedBatchNorm, source: Statistics, updates: bool) -> Running | None:
+    """What ``Renorm`` corrects towards: the statistics before this batch, in a repeated forward too."""
+    if not isinstance(source, Renorm):
+        return None
+    if updates or layer.before is None:
+        layer.before = Running(layer.running_mean, layer.running_var, layer.renorm_steps).copied()  # type: ignore[arg-type]
+    return layer.before
 
 
 def is_recomputing() -> bool:
@@ -216,6 +286,10 @@ class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
     running variance towards the unbiased one). In eval mu and var are the running statistics, or the batch's with
     ``track_running_stats=False``.
 
+    ``layer(x, mask=mask)``, in train and eval, takes a bool mask (N, ...) or (N, 1, ...) of x's places, True where a
+    place counts (the opposite of attention's ``key_padding_mask``): the others enter no statistics, get no gradient
+    and are 0 in y. A batch without any place that counts leaves running statistics and ``num_batches_tracked`` alone.
+
     Args:
         num_features: C.
         eps: added to the variance.
@@ -227,11 +301,14 @@ class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
         activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", or the ``torch.nn``
             module of one of them; ("leaky_relu", slope) for another slope than 0.01. Not in the state_dict, which is
             torch's.
+        statistics: where training statistics come from: ``Batch()``, ``Ghost(size)``, ``Renorm()`` or ``Synced()``.
 
     Raises:
-        ValueError: another number of dimensions, or one value per channel in train; an unknown activation.
-        TypeError: a module that is not one of the activations; also from torch's ``convert_sync_batchnorm`` on a
-            layer with an activation, which it would drop (as ``torch.nn.utils.fuse_conv_bn_eval`` does, silently).
+        ValueError: another number of dimensions, one value per channel in train, an unknown activation, a residual or
+            a mask of another shape.
+        TypeError: a module that is not one of the activations, a mask that is not bool, a ``statistics`` that is not
+            one of the above; also from torch's ``convert_sync_batchnorm`` on a layer with an activation or other
+            statistics, which it would drop (as ``torch.nn.utils.fuse_conv_bn_eval`` does, silently).
 
     Example:
         >>> import torch, batchnorm as bn

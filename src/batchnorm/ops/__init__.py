@@ -94,14 +94,14 @@ def batch_norm(
     """
     tensors = (x_NCS, running_mean_C, running_var_C, gamma_C, beta_C)
     rest = (activation, slope, residual_NCS)
-    if not _has_kernel(*tensors, residual_NCS, training, eps) or (momentum is None and batches is None):
+    if not has_kernel(*tensors, residual_NCS, training, eps) or (momentum is None and batches is None):
         return _through(fallback.batch_norm, batches, skipped, tensors, training, momentum, eps, *rest)
     if forward_ad._current_level >= 0:  # ops have no forward-mode derivative
         return _through(reference.batch_norm, batches, skipped, tensors, training, momentum, eps, *rest)
     if residual_NCS is not None and residual_NCS.dtype != x_NCS.dtype:
         dtype = torch.promote_types(x_NCS.dtype, residual_NCS.dtype)  # as y + residual has it
         x_NCS, residual_NCS = x_NCS.to(dtype), residual_NCS.to(dtype)
-    code, eager = _CODES[activation], _is_eager()
+    code, eager = _CODES[activation], is_eager()
     if not training:
         if torch.is_grad_enabled():  # backward must not read live buffers, which a later step changes
             running_mean_C, running_var_C = running_mean_C.clone(), running_var_C.clone()  # type: ignore[union-attr]
@@ -140,12 +140,12 @@ def _train_without_gradient(*arguments: Any) -> Tensor:
     return y
 
 
-def _is_eager() -> bool:
+def is_eager() -> bool:
     """No torch.compile and no torch.func around."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
-def _has_kernel(
+def has_kernel(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -202,7 +202,7 @@ def _through(
     if guarded:  # 0 * NaN is NaN
         mean, var = mean.nan_to_num(), var.nan_to_num()
     y = function(x, mean, var, weight, bias, training, 1.0, *rest)
-    _blend(running_mean, running_var, batches, skipped if guarded else None, mean, var, momentum)
+    blend_(running_mean, running_var, batches, skipped if guarded else None, mean, var, momentum)
     return y
 
 
@@ -219,10 +219,10 @@ def _update(
     """The op ``update_running_`` in torch's own ops, which know what torch.func allows."""
     if batches is not None:
         batches.add_(1)
-    _blend(running_mean, running_var, batches, skipped, mean, var * (values / (values - 1)), momentum)
+    blend_(running_mean, running_var, batches, skipped, mean, var * (values / (values - 1)), momentum)
 
 
-def _blend(
+def blend_(
     running_mean: Tensor,
     running_var: Tensor,
     batches: Tensor | None,
@@ -234,7 +234,7 @@ def _blend(
     """running <- (1 - a) * running + a * batch. The counts stay tensors: as numbers they would break graphs."""
     a: Any = momentum
     if momentum is None and batches is not None:
-        a = 1 / (batches if skipped is None else batches - skipped)
+        a = 1 / (batches if skipped is None else batches - skipped).clamp(min=1)
     steps = [((new - old) * a).to(old.dtype) for old, new in ((running_mean, mean), (running_var, unbiased_var))]
     if skipped is not None:
         good = (running_mean + steps[0]).isfinite() & (running_var + steps[1]).isfinite()

@@ -1,4 +1,4 @@
-"""The op through torch's own kernels (aten): what runs where there is no kernel of ours.
+"""The op through torch's own kernels (aten): what runs where there is no kernel of ours. And the ops it is cut into.
 
 Shapes: N examples, C channels, S places (none for (N, C)). x_NCS is (N, C, ...).
 Derivatives come from aten: first and second order are right. The third order in training is not, since aten
@@ -11,8 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from batchnorm.ops import reference, schema
+from batchnorm.ops.reference import over_NS, per_channel
 
 # In place where the gradient needs the result alone: no memory besides y. For the others, in place would copy y for
 # backward. (leaky_relu finds its gradient in the result only for slopes that keep the sign.)
@@ -48,3 +52,47 @@ def batch_norm(
     if residual_NCS is not None:
         y = y + residual_NCS
     return y if activation is None else ACTIVATIONS[activation](y, slope)
+
+
+# ---- the pieces, as ``schema`` has them: equations instead of kernels ------------------------------------------------
+
+
+def statistics(x_NCS: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance in float64."""
+    var_C, mean_C = torch.var_mean(reference.widen(x_NCS), over_NS(x_NCS), correction=0)
+    return mean_C.double(), var_C.double()
+
+
+def normalize(
+    x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, gamma_C: Tensor | None, beta_C: Tensor | None,
+    residual_NCS: Tensor | None, eps: float, activation: int, slope: float,
+) -> Tensor:  # fmt: skip
+    """y by the given statistics."""
+    z = reference.normalize(reference.widen(x_NCS), mean_C, var_C, gamma_C, beta_C, eps)
+    z = z if residual_NCS is None else z + residual_NCS
+    name = schema.ACTIVATIONS[activation]
+    return (z if name is None else ACTIVATIONS[name](z, slope)).to(x_NCS.dtype)
+
+
+def gradient_sums(
+    dy_NCS: Tensor, x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, gamma_C: Tensor | None, beta_C: Tensor | None,
+    kept_NCS: Tensor | None, eps: float, activation: int, slope: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sums of dz and of dz * xhat, in float64."""
+    x = reference.widen(x_NCS)
+    d_z = schema.reference_d_z(dy_NCS, x, mean_C, var_C, gamma_C, beta_C, kept_NCS, eps, activation, slope)
+    xhat = reference.normalize(x, mean_C, var_C, None, None, eps)
+    return d_z.sum(over_NS(x)).double(), (d_z * xhat).sum(over_NS(x)).double()
+
+
+def input_gradient(
+    dy_NCS: Tensor, x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, gamma_C: Tensor | None, beta_C: Tensor | None,
+    kept_NCS: Tensor | None, dz_mean_C: Tensor, dz_xhat_mean_C: Tensor, eps: float, activation: int, slope: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]), and dresidual = dz."""
+    x = reference.widen(x_NCS)
+    d_z = schema.reference_d_z(dy_NCS, x, mean_C, var_C, gamma_C, beta_C, kept_NCS, eps, activation, slope)
+    xhat = reference.normalize(x, mean_C, var_C, None, None, eps)
+    scale_C = (var_C + eps).rsqrt() * (1 if gamma_C is None else gamma_C)
+    d_x = d_z - per_channel(dz_mean_C, x) - xhat * per_channel(dz_xhat_mean_C, x)
+    return (d_x * per_channel(scale_C, x)).to(x_NCS.dtype), d_z.to(x_NCS.dtype)

@@ -53,6 +53,14 @@ def statistics(x_NCS: Tensor) -> tuple[Tensor, Tensor]:
     return mu_C, var_C
 
 
+def masked_statistics(x_NCS: Tensor, mask_N1S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance of each channel where the mask is True (0 for nowhere), and over how many values."""
+    n = mask_N1S.sum(over_NS(x_NCS), dtype=x_NCS.dtype)
+    mu_C = x_NCS.where(mask_N1S, 0).sum(over_NS(x_NCS)) / n.clamp(min=1)
+    centered = (x_NCS - per_channel(mu_C, x_NCS)).where(mask_N1S, 0)
+    return mu_C, (centered**2).sum(over_NS(x_NCS)) / n.clamp(min=1), n
+
+
 def chosen_statistics(
     x_NCS: Tensor, running_mean_C: Tensor | None, running_var_C: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,15 @@ library.define(  # gradient_sums and input_gradient in one go
     "backward(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? kept, float eps,"
     " int activation, float slope, bool training) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
+library.define(  # forward for each `size` examples, and for what is left: mean and var are (groups, C)
+    "forward_groups(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, int size, int groups, float eps,"
+    " int activation, float slope) -> (Tensor y, Tensor mean, Tensor var)"
+)
+library.define(
+    "backward_groups(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? kept,"
+    " int size, int groups, float eps, int activation, float slope)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
+)
 library.define(  # forward and update_running_ in one call
     "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
     " Tensor(c!)? batches, Tensor(d!)? skipped, float? momentum, float eps, int activation, float slope)"
@@ -116,6 +125,17 @@ def _(dy, x, mean, var, weight, bias, kept, eps, activation, slope):  # type: ig
 @torch.library.register_fake("batchnorm::input_gradient", lib=library)
 def _(dy, x, mean, var, weight, bias, kept, dz_mean, dz_xhat_mean, eps, activation, slope):  # type: ignore[no-untyped-def]
     return _dense(x), _d_residual(x, kept, activation)
+
+
+@torch.library.register_fake("batchnorm::forward_groups", lib=library)
+def _(x, weight, bias, residual, size, groups, eps, activation, slope):  # type: ignore[no-untyped-def]
+    mean = x.new_empty(groups, x.shape[1], dtype=torch.float64)
+    return _dense(x), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("batchnorm::backward_groups", lib=library)
+def _(dy, x, mean, var, weight, bias, kept, size, groups, eps, activation, slope):  # type: ignore[no-untyped-def]
+    return _dense(x), _per_channel(x), _per_channel(x), _d_residual(x, kept, activation)
 
 
 @torch.library.register_fake("batchnorm::update_running_", lib=library)
@@ -251,10 +271,13 @@ class EagerNormalize(Normalize):
 
 def _keep(ctx: Any, x: Any, mean: Any, var: Any, weight: Any, bias: Any, residual: Any, y: Any, scalars: Any) -> None:
     """For backward: x and (C,) values; with a residual and an activation also y or the residual."""
-    _, activation, slope, _ = scalars
-    kept = None if residual is None or activation == 0 else y if result_tells(activation, slope) else residual
-    ctx.save_for_backward(x, mean, var, weight, bias, kept)
+    ctx.save_for_backward(x, mean, var, weight, bias, kept(residual, y, *scalars[1:3]))
     ctx.scalars, ctx.has_residual = scalars, residual is not None
+
+
+def kept(residual: Tensor | None, y: Tensor, activation: int, slope: float) -> Tensor | None:
+    """What backward is told of a layer with a residual and an activation."""
+    return None if residual is None or activation == 0 else y if result_tells(activation, slope) else residual
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -263,13 +286,14 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweight, dbias, dresidual = run(dy, x, mean, var, weight, bias, kept, *ctx.scalars)
     return (
         dx,
-        _as(dweight, weight),
-        _as(dbias, bias),
+        as_parameter(dweight, weight),
+        as_parameter(dbias, bias),
         None if not ctx.has_residual else dy if kept is None else dresidual,
     )
 
 
-def _as(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+def as_parameter(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """A gradient in its parameter's dtype; none without one."""
     if parameter is None:
         return None
     return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
@@ -319,20 +343,26 @@ def _reference_backward(
     mean: Tensor, var: Tensor, eps: float, activation: int, slope: float, training: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The op ``backward`` in differentiable steps; in training mean and var are functions of x again."""
-    name, wide = ACTIVATIONS[activation], reference.widen(x)
-    kept = None if kept is None else kept.to(wide.dtype)
+    wide = reference.widen(x)
     if training:
         mean, var = reference.statistics(wide)
-    d_z = dy.to(wide.dtype)
-    if name is not None:
-        derivative = reference.ACTIVATIONS[name][1]
-        if kept is None or not result_tells(activation, slope):
-            z = reference.normalize(wide, mean, var, weight, bias, eps)
-            d_z = d_z * derivative(z if kept is None else z + kept, slope)
-        elif name in _FROM_RESULT:
-            d_z = d_z * _FROM_RESULT[name](kept)
-        else:
-            d_z = d_z * derivative(kept, slope)
+    d_z = reference_d_z(dy, wide, mean, var, weight, bias, kept, eps, activation, slope)
     dx, dweight, dbias = reference.backward(d_z, wide, mean, var, weight, eps, training)
-    d_residual = x.new_empty(0) if kept is None or name is None else d_z.to(x.dtype)
+    d_residual = x.new_empty(0) if kept is None or activation == 0 else d_z.to(x.dtype)
     return dx.to(x.dtype), dweight.to(_per_channel(x).dtype), dbias.to(_per_channel(x).dtype), d_residual
+
+
+def reference_d_z(
+    dy: Tensor, wide: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
+    kept: Tensor | None, eps: float, activation: int, slope: float,
+) -> Tensor:  # fmt: skip
+    """dy through the activation, in the dtype of sums, as x is here; ``kept`` as the ops have it."""
+    name, d_z = ACTIVATIONS[activation], dy.to(wide.dtype)
+    if name is None:
+        return d_z
+    kept = None if kept is None else kept.to(wide.dtype)
+    derivative = reference.ACTIVATIONS[name][1]
+    if kept is None or not result_tells(activation, slope):
+        z = reference.normalize(wide, mean, var, weight, bias, eps)
+        return d_z * derivative(z if kept is None else z + kept, slope)
+    return d_z * (_FROM_RESULT[name](kept) if name in _FROM_RESULT else derivative(kept, slope))

@@ -14,6 +14,10 @@ ScalarType statistics_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 Tensor statistics_like(const Tensor& x) { return empty_channels(x.size(1), ScalarType::Double); }
+Tensor statistics_like(const Tensor& x, int64_t groups) {
+  const int64_t sizes[] = {groups, x.size(1)}, strides[] = {x.size(1), 1};
+  return empty(2, sizes, strides, ScalarType::Double);
+}
 Tensor channels_like(const Tensor& x) { return empty_channels(x.size(1), statistics_type(x)); }
 
 template <class A> A* data_of(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
@@ -55,7 +59,7 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& input) {
   check_input(input, 0);
   const Tensor x = dense(input), mu = statistics_like(x), var = statistics_like(x);
   in_compute_type(x, [&]<class A>() {
-    Job<A> job(x, 0);
+    Job<A> job(x, whole(x), 0);
     if (job.g.C * job.g.values() == 0) return fill_channels<double>(NAN, mu, var);
     set_near_mean(job);
     run_passes<A>({Pass::statistics, job.type, Activation::none, Kept::nothing, job.g.planes}, std::nullopt, job,
@@ -64,7 +68,26 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& input) {
   return {mu, var};
 }
 
-// Algorithm 1: y = g((x - mu) / sqrt(var + eps) * gamma + beta + residual), with mu and var of each channel of x.
+// Algorithm 1 for one part of the examples: y = g((x - mu) / sqrt(var + eps) * gamma + beta + residual), with mu and var of
+// each channel of the part.
+template <class A>
+void normalize_part(
+    const Tensor& x, Part part, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
+    Activation g, double slope, const Tensor& y, double* mu, double* var) {
+  Job<A> job(x, part, slope);
+  job.y = job.out(y), job.kept = residual ? job.in(*residual) : nullptr;
+  read_channels<A>(weight, job.g.C, 1, job.gamma), read_channels<A>(bias, job.g.C, 0, job.beta);
+  set_near_mean(job);  // sums of x - K: E[x^2] - E[x]^2 alone would cancel
+  run_passes<A>(
+      {Pass::statistics, job.type, Activation::none, Kept::nothing, job.g.planes},
+      Choice{Pass::normalize, job.type, g, residual ? Kept::residual : Kept::nothing, job.g.planes}, job,
+      [&](int64_t c, bool quick) {
+        if (!set_statistics(job, c, quick, mu[c], var[c])) return false;
+        set_affine(job, c, mu[c], 1 / std::sqrt(var[c] + eps));
+        return true;
+      });
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
     int64_t activation, double slope) {
@@ -72,22 +95,38 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   check_like("residual", residual, input);
   const Tensor x = dense(input), y = empty_as(x), mu = statistics_like(x), var = statistics_like(x);
   const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
-  const auto g = Activation(activation);
   in_compute_type(x, [&]<class A>() {
-    Job<A> job(x, slope);
-    if (job.g.C * job.g.values() == 0) return fill_channels<double>(NAN, mu, var);
-    job.y = write(y), job.kept = r ? read(*r) : nullptr;
-    read_channels<A>(weight, job.g.C, 1, job.gamma), read_channels<A>(bias, job.g.C, 0, job.beta);
-    set_near_mean(job);  // sums of x - K: E[x^2] - E[x]^2 alone would cancel
-    double *mean = data_of<double>(mu), *biased = data_of<double>(var);
-    run_passes<A>(
-        {Pass::statistics, job.type, Activation::none, Kept::nothing, job.g.planes},
-        Choice{Pass::normalize, job.type, g, r ? Kept::residual : Kept::nothing, job.g.planes}, job,
-        [&](int64_t c, bool quick) {
-          if (!set_statistics(job, c, quick, mean[c], biased[c])) return false;
-          set_affine(job, c, mean[c], 1 / std::sqrt(biased[c] + eps));
-          return true;
-        });
+    if (x.numel() == 0) return fill_channels<double>(NAN, mu, var);
+    normalize_part<A>(x, whole(x), weight, bias, r, eps, Activation(activation), slope, y, data_of<double>(mu), data_of<double>(var));
+  });
+  return {y, mu, var};
+}
+
+// Each group of examples, `size` of them and in the last what is left, by itself: body(group, part). Many groups are shared
+// out among the threads, few are done by all threads together.
+template <class Body> void for_each_group(const Tensor& x, int64_t size, int64_t groups, const Body& body) {
+  const int64_t threads = torch::stable::get_num_threads(), workers = groups >= 2 * threads ? threads : 1;
+  parallel(workers, [&](int64_t worker) {
+    for (int64_t i = groups * worker / workers; i < groups * (worker + 1) / workers; ++i)
+      body(i, Part{i * size, i + 1 < groups ? size : x.size(0) - i * size, workers == 1 ? threads : 1});
+  });
+}
+
+// forward for each group: mu and var are (groups, C).
+std::tuple<Tensor, Tensor, Tensor> forward_groups(
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, int64_t size,
+    int64_t groups, double eps, int64_t activation, double slope) {
+  check_input(input, activation), check_channels("weight", weight, input), check_channels("bias", bias, input);
+  check_like("residual", residual, input), check_groups(input, size, groups);
+  const Tensor x = dense(input), y = empty_as(x), mu = statistics_like(x, groups), var = statistics_like(x, groups);
+  const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
+  in_compute_type(x, [&]<class A>() {
+    if (x.numel() == 0) return fill_channels<double>(NAN, mu, var);
+    for_each_group(x, size, groups, [&](int64_t i, Part part) {
+      const int64_t first = i * x.size(1);
+      normalize_part<A>(x, part, weight, bias, r, eps, Activation(activation), slope, y, data_of<double>(mu) + first,
+                        data_of<double>(var) + first);
+    });
   });
   return {y, mu, var};
 }
@@ -101,10 +140,10 @@ Tensor normalize(
   const Tensor x = dense(input), y = empty_as(x);
   const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
   in_compute_type(x, [&]<class A>() {
-    Job<A> job(x, slope);
+    Job<A> job(x, whole(x), slope);
     const int64_t C = job.g.C;
     if (C * job.g.values() == 0) return;
-    job.y = write(y), job.kept = r ? read(*r) : nullptr;
+    job.y = job.out(y), job.kept = r ? job.in(*r) : nullptr;
     read_channels<A>(weight, C, 1, job.gamma), read_channels<A>(bias, C, 0, job.beta);
     read_channels<double>(mu, C, 0, job.mu), read_channels<double>(var, C, 0, job.rstd);
     for (int64_t c = 0; c < C; ++c) set_affine(job, c, job.mu[c], 1 / std::sqrt(job.rstd[c] + eps));
@@ -125,8 +164,7 @@ struct Gradient {
   Gradient(const Tensor& gradient, const Tensor& input, const Tensor& mu, const Tensor& var, const MaybeTensor& weight,
            const MaybeTensor& bias, const MaybeTensor& given, double eps, int64_t activation, double slope)
       : x(input), dy(gradient), mu(mu), var(var), weight(weight), bias(bias), eps(eps), slope(slope), g(Activation(activation)) {
-    check_input(input, activation), check_channels("mean", mu, input), check_channels("var", var, input);
-    check_channels("weight", weight, input), check_channels("bias", bias, input);
+    check_input(input, activation), check_channels("weight", weight, input), check_channels("bias", bias, input);
     check_like("dy", gradient, input), check_like("kept", given, input);
     x = dense(input), dy = laid_out_as(gradient, x);
     kind = given && g != Activation::none ? kept_for(g, slope) : Kept::nothing;
@@ -136,12 +174,13 @@ struct Gradient {
   // dresidual has no elements where there was no residual, or no activation: it is dy then.
   Tensor empty_dresidual() const { return kept ? empty_as(x) : empty_channels(0, x.scalar_type()); }
 
-  template <class A> Job<A> job() const {
-    Job<A> job(x, slope);
+  // Of one part of the examples, whose mu and var are this row of theirs.
+  template <class A> Job<A> job(Part part, int64_t row = 0) const {
+    Job<A> job(x, part, slope);
     const int64_t C = job.g.C;
-    job.dy = read(dy), job.kept = kept ? read(*kept) : nullptr;
+    job.dy = job.in(dy), job.kept = kept ? job.in(*kept) : nullptr;
     read_channels<A>(weight, C, 1, job.gamma), read_channels<A>(bias, C, 0, job.beta);
-    read_channels<double>(mu, C, 0, job.mu), read_channels<double>(var, C, 0, job.rstd);
+    read_channels<double>(mu, C, 0, job.mu, row), read_channels<double>(var, C, 0, job.rstd, row);
     for (int64_t c = 0; c < C; ++c) {
       job.rstd[c] = 1 / std::sqrt(job.rstd[c] + eps);
       set_affine(job, c, job.mu[c], job.rstd[c]);
@@ -173,9 +212,10 @@ std::tuple<Tensor, Tensor> gradient_sums(
     const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
     const MaybeTensor& kept, double eps, int64_t activation, double slope) {
   const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, slope);
+  check_channels("mean", mu, x), check_channels("var", var, x);
   const Tensor dz = statistics_like(x), dz_xhat = statistics_like(x);
   in_compute_type(x, [&]<class A>() {
-    const Job<A> job = given.job<A>();
+    const Job<A> job = given.job<A>(whole(x));
     if (job.g.C * job.g.values() == 0) return fill_channels<double>(0, dz, dz_xhat);
     run_passes<A>(given.choice(Pass::gradient_sums, job), std::nullopt, job, [&](int64_t c, bool quick) {
       return set_gradient_sums(job, c, quick, data_of<double>(dz)[c], data_of<double>(dz_xhat)[c]);
@@ -189,12 +229,13 @@ std::tuple<Tensor, Tensor> input_gradient(
     const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
     const MaybeTensor& kept, const Tensor& dz_mean, const Tensor& dz_xhat_mean, double eps, int64_t activation, double slope) {
   const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, slope);
+  check_channels("mean", mu, x), check_channels("var", var, x);
   check_channels("dz_mean", dz_mean, x), check_channels("dz_xhat_mean", dz_xhat_mean, x);
   const Tensor dx = empty_as(given.x), dresidual = given.empty_dresidual();
   in_compute_type(x, [&]<class A>() {
-    Job<A> job = given.job<A>();
+    Job<A> job = given.job<A>(whole(x));
     if (job.g.C * job.g.values() == 0) return;
-    job.dx = write(dx), job.dresidual = given.kept ? write(dresidual) : nullptr;
+    job.dx = job.out(dx), job.dresidual = given.kept ? job.out(dresidual) : nullptr;
     read_channels<double>(dz_mean, job.g.C, 0, job.sum), read_channels<double>(dz_xhat_mean, job.g.C, 0, job.product);
     for (int64_t c = 0; c < job.g.C; ++c) set_terms(job, c, job.sum[c], job.product[c]);
     write_all(given.choice(Pass::input_gradient, job), job);
@@ -202,28 +243,56 @@ std::tuple<Tensor, Tensor> input_gradient(
   return {dx, dresidual};
 }
 
-// Section 3, both in one go: dx, dgamma, dbeta, dresidual. With training = false mu and var are constants.
+// Section 3 for one part of the examples, both in one go. With training = false mu and var are constants.
+template <class A>
+void gradient_of_part(
+    const Gradient& given, Part part, int64_t row, bool training, const Tensor& dx, const Tensor& dresidual, double* dgamma,
+    double* dbeta) {
+  Job<A> job = given.job<A>(part, row);
+  const double m = double(job.g.values());
+  job.dx = job.out(dx), job.dresidual = given.kept ? job.out(dresidual) : nullptr;
+  run_passes<A>(
+      given.choice(Pass::gradient_sums, job), given.choice(Pass::input_gradient, job), job, [&](int64_t c, bool quick) {
+        if (!set_gradient_sums(job, c, quick, dbeta[c], dgamma[c])) return false;
+        if (training) set_terms(job, c, dbeta[c] / m, dgamma[c] / m);  // else the terms stay 0
+        return true;
+      });
+}
+
+// dx, dgamma, dbeta, dresidual; each group has a row of mu and var of its own.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Gradient& given, int64_t size, int64_t groups, bool training) {
+  const Tensor& x = given.x;
+  const int64_t C = x.size(1);
+  const Tensor dx = empty_as(x), dgamma = channels_like(x), dbeta = channels_like(x), dresidual = given.empty_dresidual();
+  in_compute_type(x, [&]<class A>() {
+    if (x.numel() == 0) return fill_channels<A>(0, dgamma, dbeta);
+    const Array<double> sums(2 * groups * C);
+    for_each_group(x, size, groups, [&](int64_t i, Part part) {
+      gradient_of_part<A>(given, part, i, training, dx, dresidual, &sums[2 * i * C], &sums[(2 * i + 1) * C]);
+    });
+    for (int64_t c = 0; c < C; ++c) {
+      double gamma = 0, beta = 0;
+      for (int64_t i = 0; i < groups; ++i) gamma += sums[2 * i * C + c], beta += sums[(2 * i + 1) * C + c];
+      data_of<A>(dgamma)[c] = A(gamma), data_of<A>(dbeta)[c] = A(beta);
+    }
+  });
+  return {dx, dgamma, dbeta, dresidual};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
     const MaybeTensor& kept, double eps, int64_t activation, double slope, bool training) {
   const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, slope);
-  const Tensor dx = empty_as(given.x), dgamma = channels_like(x), dbeta = channels_like(x);
-  const Tensor dresidual = given.empty_dresidual();
-  in_compute_type(x, [&]<class A>() {
-    Job<A> job = given.job<A>();
-    const double m = double(job.g.values());
-    if (job.g.C * m == 0) return fill_channels<A>(0, dgamma, dbeta);
-    job.dx = write(dx), job.dresidual = given.kept ? write(dresidual) : nullptr;
-    run_passes<A>(
-        given.choice(Pass::gradient_sums, job), given.choice(Pass::input_gradient, job), job, [&](int64_t c, bool quick) {
-          double dz, dz_xhat;
-          if (!set_gradient_sums(job, c, quick, dz, dz_xhat)) return false;
-          data_of<A>(dbeta)[c] = A(dz), data_of<A>(dgamma)[c] = A(dz_xhat);
-          if (training) set_terms(job, c, dz / m, dz_xhat / m);  // else the terms stay 0
-          return true;
-        });
-  });
-  return {dx, dgamma, dbeta, dresidual};
+  check_channels("mean", mu, x), check_channels("var", var, x);
+  return gradients(given, x.size(0), 1, training);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_groups(
+    const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
+    const MaybeTensor& kept, int64_t size, int64_t groups, double eps, int64_t activation, double slope) {
+  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, slope);
+  check_groups(x, size, groups), check_rows("mean", mu, x, groups), check_rows("var", var, x, groups);
+  return gradients(given, size, groups, true);
 }
 
 // running <- (1 - a) * running + a * batch with the unbiased variance (Algorithm 2, line 10); a = momentum, or 1 over the
@@ -276,6 +345,8 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, library) {
   library.impl("gradient_sums", TORCH_BOX(&gradient_sums));
   library.impl("input_gradient", TORCH_BOX(&input_gradient));
   library.impl("backward", TORCH_BOX(&backward));
+  library.impl("forward_groups", TORCH_BOX(&forward_groups));
+  library.impl("backward_groups", TORCH_BOX(&backward_groups));
   library.impl("train", TORCH_BOX(&train));
   library.impl("update_running_", TORCH_BOX(&update_running_));
 }

@@ -41,11 +41,18 @@ Leaf leaf_for(Choice choice) {
 
 int64_t padded(int64_t count) { return (count + LANES_OF_FLOAT - 1) / LANES_OF_FLOAT * LANES_OF_FLOAT; }
 
+// The examples of a tensor that are normalized together, and the threads for them.
+struct Part {
+  int64_t first, examples, threads;
+};
+Part whole(const Tensor& x) { return {0, x.size(0), torch::stable::get_num_threads()}; }
+
 // What the passes of one op have in common: where the data lies, and the values of each channel.
 template <class A> struct Job {
   Geometry g;
   Type type;
   int64_t item;  // bytes of a value in memory
+  int64_t offset, total;  // of the part's first value; values of the whole tensor
   const char *x = nullptr, *dy = nullptr, *kept = nullptr;
   char *y = nullptr, *dx = nullptr, *dresidual = nullptr;
   double slope = 0;
@@ -54,14 +61,19 @@ template <class A> struct Job {
   A *mean, *scale, *shift, *mean_term, *centered_term, *gamma, *beta;
   double *sum, *product, *mu, *rstd;
 
-  Job(const Tensor& tensor, double slope)
-      : g(geometry_of(tensor)), type(type_of(tensor)), item(size_of(type)), x(read(tensor)), slope(slope),
-        values(7 * padded(g.C)), wide(4 * padded(g.C)) {
+  Job(const Tensor& tensor, Part part, double slope)
+      : g(geometry_of(tensor, part.examples, part.threads)), type(type_of(tensor)), item(size_of(type)),
+        offset(part.first * g.C * g.S), total(tensor.numel()), x(in(tensor)), slope(slope), values(7 * padded(g.C)),
+        wide(4 * padded(g.C)) {
     A* next = values.get();
     for (A** p : {&mean, &scale, &shift, &mean_term, &centered_term, &gamma, &beta}) *p = next, next += padded(g.C);
     double* next_wide = wide.get();
     for (double** p : {&sum, &product, &mu, &rstd}) *p = next_wide, next_wide += padded(g.C);
   }
+
+  // The part's place in a tensor that lies as x does.
+  const char* in(const Tensor& t) const { return static_cast<const char*>(t.const_data_ptr()) + offset * item; }
+  char* out(const Tensor& t) const { return static_cast<char*>(t.mutable_data_ptr()) + offset * item; }
 };
 
 // The first of a job's per-channel arrays as rows want them: as they are for planes, else spread over the places of a row.
@@ -177,7 +189,7 @@ constexpr int64_t STREAMED_ROW = 512;  // bytes of a row of planes that are wort
 template <class A> bool streams(const Job<A>& job) {
   const Geometry& g = job.g;
   const int64_t tensors = !!job.x + !!job.dy + !!job.kept + !!job.y + !!job.dx + !!job.dresidual;
-  if (tensors * g.N * g.C * g.S * job.item < STREAMED) return false;
+  if (tensors * job.total * job.item < STREAMED) return false;
   if (g.planes) return g.length * job.item >= STREAMED_ROW;
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % VECTOR == 0; };
   return g.length * job.item % VECTOR == 0 && aligned(job.y) && aligned(job.dx) && aligned(job.dresidual);

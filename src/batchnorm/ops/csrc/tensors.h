@@ -90,15 +90,15 @@ double rounded(double value, Type type) {
   return number_at(&storage, type, 0);
 }
 
-// (C,) of any float type -> A; `otherwise` where there is no tensor.
-template <class A> void read_channels(const MaybeTensor& t, int64_t C, A otherwise, A* to) {
+// (C,), or a row of (groups, C), of any float type -> A; `otherwise` where there is no tensor.
+template <class A> void read_channels(const MaybeTensor& t, int64_t C, A otherwise, A* to, int64_t row = 0) {
   if (!t) {
     std::fill_n(to, C, otherwise);
     return;
   }
-  const int64_t stride = t->stride(0);
+  const int64_t stride = t->stride(t->dim() - 1), first = t->dim() > 1 ? row * t->stride(0) : 0;
   with_type(t->const_data_ptr(), type_of(*t), [&](const auto* from) {
-    for (int64_t c = 0; c < C; ++c) to[c] = A(number(from[c * stride]));
+    for (int64_t c = 0; c < C; ++c) to[c] = A(number(from[first + c * stride]));
   });
 }
 
@@ -136,9 +136,6 @@ Tensor empty_channels(int64_t C, ScalarType dtype) {
   return empty(1, &C, &stride, dtype);
 }
 
-const char* read(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
-char* write(const Tensor& t) { return static_cast<char*>(t.mutable_data_ptr()); }
-
 Tensor dense(const Tensor& x) {
   return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x);
 }
@@ -151,11 +148,11 @@ Tensor laid_out_as(const Tensor& t, const Tensor& x) {
   return copy;
 }
 
-Geometry geometry_of(const Tensor& x) {
+Geometry geometry_of(const Tensor& x, int64_t examples, int64_t threads) {
   int64_t S = 1;
   for (int64_t d = 2; d < x.dim(); ++d) S *= x.size(d);
   const bool channels_last = S == 1 || !x.is_contiguous();
-  return cut(x.size(0), x.size(1), S, channels_last, size_of(type_of(x)), torch::stable::get_num_threads());
+  return cut(examples, x.size(1), S, channels_last, size_of(type_of(x)), threads);
 }
 
 // ---- what the ops refuse ---------------------------------------------------------------------------------------------
@@ -177,6 +174,17 @@ void check_channels(const char* name, const MaybeTensor& t, const Tensor& x, int
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(channel), "batchnorm: ", name, " must be (", x.size(channel),
                   ",), one value for each channel, got ", shape_of(*t));
   type_of(*t);
+}
+// (groups, C)
+void check_rows(const char* name, const Tensor& t, const Tensor& x, int64_t groups) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == groups && t.size(1) == x.size(1), "batchnorm: ", name,
+                  " must be (", groups, ", ", x.size(1), "), one row for each group, got ", shape_of(t));
+  type_of(t);
+}
+void check_groups(const Tensor& x, int64_t size, int64_t groups) {
+  const int64_t N = x.size(0);
+  STD_TORCH_CHECK(size > 0 && groups > 0 && (N == 0 ? groups == 1 : (groups - 1) * size < N), "batchnorm: ", groups,
+                  " groups of ", size, " examples do not fit into ", N);
 }
 void check_like(const char* name, const MaybeTensor& t, const Tensor& x) {
   if (!t) return;

@@ -1,0 +1,299 @@
+"""Batch normalization cut in pieces: statistics, what others have to say about them, then the rest.
+
+For statistics that are not those of one whole batch on one machine: of places that a mask selects, of groups of
+examples, of several processes, or corrected towards the population's.
+
+Shapes: N examples, C channels, S places (none for (N, C)), G groups. x_NCS is (N, C, ...), mask_N1S its like in bool.
+Statistics are float64. Comes from: ``functional``, ``nn.statistics``. Goes to: the ops of ``schema``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from batchnorm import ops
+from batchnorm.ops import fallback, reference, schema
+from batchnorm.ops.reference import over_NS, per_channel
+
+# Adds up what each process has, in place of nothing to add.
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Moments(NamedTuple):
+    """Mean and biased variance of each channel, and of how many values: (1,), or (C,) where channels differ."""
+
+    mean_C: Tensor
+    var_C: Tensor
+    values: Tensor
+
+
+class Affine(NamedTuple):
+    """What follows the statistics: y = activation(weight * xhat + bias + residual)."""
+
+    weight_C: Tensor | None
+    bias_C: Tensor | None
+    residual_NCS: Tensor | None
+    eps: float
+    activation: str | None
+    slope: float
+
+
+def statistics(x_NCS: Tensor, mask_N1S: Tensor | None = None) -> tuple[Tensor, Moments]:
+    """(x, its moments); with a mask, those of the places where it is True, and x with the mean of these in the others.
+
+    With f in the other places: the values that count are (x - f) away from it, the others are 0 away. So
+    mu = f + m / n * (mu_f - f) and var = m / n * (var_f + (mu_f - f)^2) - (mu - f)^2, which cancels nothing for f = mu.
+    """
+    if not _is_eager():
+        return _plain_statistics(x_NCS, mask_N1S)
+    with torch.no_grad():
+        m = x_NCS.numel() // max(x_NCS.shape[1], 1)
+        if mask_N1S is None:
+            mean_C, var_C = _piece("statistics", x_NCS)(x_NCS)
+            count = torch.full((1,), float(m), dtype=torch.float64, device=x_NCS.device)
+            return x_NCS, Moments(mean_C.where(count > 0, 0), var_C.where(count > 0, 0), count)
+        count = mask_N1S.sum(over_NS(mask_N1S), dtype=torch.float64)
+        share = m / count.clamp(min=1)
+        zeros = x_NCS.where(mask_N1S, 0)
+        f_C = (_piece("statistics", x_NCS)(zeros)[0] * share).where(count > 0, 0).to(x_NCS.dtype)
+    filled_NCS = x_NCS.where(mask_N1S, per_channel(f_C, x_NCS))
+    with torch.no_grad():
+        mean_C, var_C = _piece("statistics", x_NCS)(filled_NCS)
+        off_C, f_C = mean_C - f_C, f_C.double()
+        var_C = share * (var_C + off_C**2) - (share * off_C) ** 2
+        none = count == 0
+        return filled_NCS, Moments(
+            (f_C + share * off_C).masked_fill(none, 0), var_C.clamp(min=0).masked_fill(none, 0), count
+        )
+
+
+def merged(mean_GC: Tensor, var_GC: Tensor, count_G1: Tensor) -> Moments:
+    """The moments of all groups together (law of total variance); groups of no values add nothing."""
+    share = count_G1 / count_G1.sum(0).clamp(min=1)
+    mean_C = (mean_GC * share).sum(0)
+    return Moments(mean_C, ((var_GC + (mean_GC - mean_C) ** 2) * share).sum(0), count_G1.sum(0))
+
+
+def normalize(
+    x_NCS: Tensor, moments: Moments, affine: Affine, mask_N1S: Tensor | None, reduce: Reduce | None = None
+) -> Tensor:
+    """y by the given moments, whose gradient is that of batch statistics; 0 where the mask is False.
+
+    ``reduce`` adds up the gradient's sums over the processes that the moments are of.
+    """
+    if affine.residual_NCS is not None and affine.residual_NCS.dtype != x_NCS.dtype:
+        dtype = torch.promote_types(x_NCS.dtype, affine.residual_NCS.dtype)  # as y + residual has it
+        x_NCS, affine = x_NCS.to(dtype), affine._replace(residual_NCS=affine.residual_NCS.to(dtype))
+    if affine.residual_NCS is not None and mask_N1S is not None:
+        affine = affine._replace(residual_NCS=affine.residual_NCS.where(mask_N1S, 0))
+    # Without kernels all of it is differentiable, the moments too.
+    y = _Normalize.apply(x_NCS, *affine, *moments, mask_N1S, reduce) if _is_eager() else _plain(x_NCS, moments, affine)
+    return y if mask_N1S is None else y.where(mask_N1S, 0)
+
+
+def of_batch(x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None) -> tuple[Tensor, Moments]:
+    """(y, moments): one batch, of the places that a mask selects."""
+    x_NCS, moments = statistics(x_NCS, mask_N1S)
+    return normalize(x_NCS, moments, affine, mask_N1S), moments
+
+
+def update_running_(
+    running_mean_C: Tensor,
+    running_var_C: Tensor,
+    batches: Tensor | None,
+    skipped: Tensor | None,
+    moments: Moments,
+    momentum: float | None,
+) -> None:
+    """The running statistics move towards the moments, in place: not at all for no values, the mean alone for one."""
+    mean_C, var_C, n = (t.detach() for t in moments)
+    if batches is not None:
+        batches.add_((n > 0).any().to(batches.dtype))
+    mean_C = mean_C.where(n > 0, running_mean_C)
+    var_C = (var_C * (n / (n - 1).clamp(min=1))).where(n > 1, running_var_C)
+    ops.blend_(running_mean_C, running_var_C, batches, skipped, mean_C, var_C, momentum)
+
+
+def check(
+    x_NCS: Tensor, running_mean_C: Tensor | None, running_var_C: Tensor | None, affine: Affine, one_value: bool
+) -> None:
+    """torch's errors for what does not fit together; ``one_value`` per channel may be allowed."""
+    weight_C, bias_C, residual_NCS, eps, *_ = affine
+    if not ops.has_kernel(x_NCS, running_mean_C, running_var_C, weight_C, bias_C, residual_NCS, True, eps):
+        has_one = x_NCS.dim() > 1 and x_NCS.numel() == x_NCS.shape[1]
+        some = x_NCS.detach() if has_one and not one_value else x_NCS.detach()[:1].repeat(2, *[1] * (x_NCS.dim() - 1))
+        kept = [None if t is None else t.detach().clone() for t in (running_mean_C, running_var_C)]
+        F.batch_norm(some, kept[0], kept[1], weight_C, bias_C, True, 0.0, eps)
+
+
+# ---- groups of examples ----------------------------------------------------------------------------------------------
+
+
+def normalize_groups(
+    x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, size: int, groups: int
+) -> tuple[Tensor, Moments]:
+    """(y, the moments of all): each ``size`` examples normalized by themselves, the last group with what is left."""
+    same = affine.residual_NCS is None or affine.residual_NCS.dtype == x_NCS.dtype
+    if mask_N1S is None and same and _is_eager() and _loops_over_groups(x_NCS):
+        y, mean_GC, var_GC = _NormalizeGroups.apply(x_NCS, *affine, size, groups)
+        n, values = x_NCS.shape[0], x_NCS.numel() // x_NCS.shape[0] // x_NCS.shape[1]
+        counts = [float(size * values)] * (groups - 1) + [float((n - (groups - 1) * size) * values)]
+        return y, merged(mean_GC, var_GC, mean_GC.new_tensor(counts)[:, None])
+    return _groups_as_channels(x_NCS, affine, mask_N1S, size, groups)
+
+
+def _loops_over_groups(x: Tensor) -> bool:
+    op = "batchnorm::forward_groups"
+    served = x.dtype in ops.dtypes_served(x.device.type)
+    return served and torch._C._dispatch_has_kernel_for_dispatch_key(op, x.device.type.upper())
+
+
+def _groups_as_channels(
+    x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, size: int, groups: int
+) -> tuple[Tensor, Moments]:
+    """The same without a kernel: groups joined with the channels, which are normalized apart anyway."""
+    last = (groups - 1) * size
+    if x_NCS.shape[0] - last != size and groups > 1:  # the last group by itself
+        parts = [slice(last), slice(last, None)]
+        done = [
+            _groups_as_channels(
+                x_NCS[part],
+                affine._replace(residual_NCS=None if affine.residual_NCS is None else affine.residual_NCS[part]),
+                None if mask_N1S is None else mask_N1S[part],
+                size,
+                many,
+            )
+            for part, many in zip(parts, (groups - 1, 1), strict=True)
+        ]
+        each = [torch.stack(t) for t in zip(*(moments for _, moments in done), strict=True)]
+        return torch.cat([y for y, _ in done]), merged(*each)
+
+    def joined(t: Tensor) -> Tensor:  # (G * size, C, S) -> (size, G * C, S)
+        return t.unflatten(0, (groups, -1)).movedim(0, 1).flatten(1, 2)
+
+    channels = x_NCS.shape[1]
+    weight_C, bias_C, residual_NCS = affine[:3]
+    wide = affine._replace(
+        weight_C=None if weight_C is None else weight_C.repeat(groups),
+        bias_C=None if bias_C is None else bias_C.repeat(groups),
+        residual_NCS=None if residual_NCS is None else joined(residual_NCS),
+    )
+    mask = None if mask_N1S is None else joined(mask_N1S.expand(-1, channels, *mask_N1S.shape[2:]))
+    x, moments = statistics(joined(x_NCS), mask)
+    y = normalize(x, moments, wide, mask).unflatten(1, (groups, channels)).movedim(1, 0).flatten(0, 1)
+    mean_GC, var_GC, values_GC = (t.expand(groups * channels).unflatten(0, (groups, channels)) for t in moments)
+    return y, merged(mean_GC, var_GC, values_GC)
+
+
+# ---- the pieces ------------------------------------------------------------------------------------------------------
+
+
+def _is_eager() -> bool:
+    """Whether kernels run: no torch.compile, torch.func or forward-mode derivatives, which know torch's own ops."""
+    return ops.is_eager() and forward_ad._current_level < 0
+
+
+def _piece(name: str, x: Tensor) -> Any:
+    """The op of this name where a kernel serves x, else its equations."""
+    if x.dtype in ops.dtypes_served(x.device.type):
+        return getattr(torch.ops.batchnorm, name).default
+    return getattr(fallback, name)
+
+
+def _plain_statistics(x_NCS: Tensor, mask_N1S: Tensor | None) -> tuple[Tensor, Moments]:
+    """In torch's own ops, differentiable."""
+    wide = reference.widen(x_NCS)
+    mask = torch.ones_like(x_NCS[:, :1], dtype=torch.bool) if mask_N1S is None else mask_N1S
+    filled_NCS = x_NCS if mask_N1S is None else x_NCS.where(mask_N1S, 0)
+    return filled_NCS, Moments(*reference.masked_statistics(wide, mask))
+
+
+def _plain(x_NCS: Tensor, moments: Moments, affine: Affine) -> Tensor:
+    """y in torch's own ops, differentiable through the moments too."""
+    weight_C, bias_C, residual_NCS, eps, activation, slope = affine
+    z = reference.normalize(reference.widen(x_NCS), moments.mean_C, moments.var_C, weight_C, bias_C, eps)
+    z = z if residual_NCS is None else z + residual_NCS
+    return (z if activation is None else reference.ACTIVATIONS[activation][0](z, slope)).to(x_NCS.dtype)
+
+
+class _Normalize(torch.autograd.Function):
+    """``ops.normalize`` forward; backward the gradient of batch statistics, by sums that ``reduce`` completes."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, weight, bias, residual, eps, activation, slope, mean, var, count, mask, reduce
+    ):
+        code = schema.ACTIVATIONS.index(activation)
+        y = _piece("normalize", x)(x, mean, var, weight, bias, residual, eps, code, slope)
+        kept = schema.kept(residual, y, code, slope)
+        ctx.save_for_backward(x, mean, var, weight, bias, kept, count, mask, residual)
+        ctx.scalars, ctx.reduce = (eps, code, slope), reduce
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, mean, var, weight, bias, kept, count, mask, residual = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            if ctx.reduce is not None:
+                raise RuntimeError(
+                    "second derivatives through synchronized statistics are not supported (create_graph=True): "
+                    "use another source of statistics."
+                )
+            eps, code, slope = ctx.scalars
+            affine = Affine(weight, bias, residual, eps, schema.ACTIVATIONS[code], slope)
+            y = _plain(x, _plain_statistics(x, mask)[1], affine)
+            return *_gradients_again(ctx, y, dy, (x, weight, bias, residual)), *(None,) * 8
+        given = (dy, x, mean, var, weight, bias, kept)
+        dz, dz_xhat = _piece("gradient_sums", x)(*given, *ctx.scalars)
+        dx = dresidual = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+            sums = torch.stack([dz, dz_xhat])
+            means = (sums if ctx.reduce is None else ctx.reduce(sums)) / count.clamp(min=1)
+            dx, dresidual = _piece("input_gradient", x)(*given, means[0], means[1], *ctx.scalars)
+        dresidual = None if residual is None else dy if kept is None else dresidual
+        return dx, schema.as_parameter(dz_xhat, weight), schema.as_parameter(dz, bias), dresidual, *(None,) * 8
+
+
+class _NormalizeGroups(torch.autograd.Function):
+    """``forward_groups`` and ``backward_groups``."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, eps, activation, slope, size, groups):  # type: ignore[no-untyped-def]
+        code = schema.ACTIVATIONS.index(activation)
+        y, mean, var = torch.ops.batchnorm.forward_groups.default(
+            x, weight, bias, residual, size, groups, eps, code, slope
+        )
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mean, var, weight, bias, schema.kept(residual, y, code, slope), residual)
+        ctx.scalars = (size, groups, eps, code, slope)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
+        x, mean, var, weight, bias, kept, residual = ctx.saved_tensors
+        if dy is None:
+            return (None,) * 9
+        if torch.is_grad_enabled():
+            size, groups, eps, code, slope = ctx.scalars
+            affine = Affine(weight, bias, residual, eps, schema.ACTIVATIONS[code], slope)
+            y, _ = _groups_as_channels(x, affine, None, size, groups)
+            return *_gradients_again(ctx, y, dy, (x, weight, bias, residual)), *(None,) * 5
+        dx, dweight, dbias, dresidual = torch.ops.batchnorm.backward_groups.default(
+            dy, x, mean, var, weight, bias, kept, *ctx.scalars
+        )
+        dresidual = None if residual is None else dy if kept is None else dresidual
+        return dx, schema.as_parameter(dweight, weight), schema.as_parameter(dbias, bias), dresidual, *(None,) * 5
+
+
+def _gradients_again(ctx: Any, y: Tensor, dy: Tensor, inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The gradient by torch's own derivatives of y, for derivatives of it."""
+    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))  # type: ignore[arg-type]
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[: len(inputs)]]
