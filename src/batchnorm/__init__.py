@@ -7,7 +7,7 @@ from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d, Ghost, Re
 from batchnorm.population import accumulate_statistics, freeze, preserve_state, recalibrate, unfreeze
 from batchnorm.racing.runner import race
 from batchnorm.racing.task import Task
-from batchnorm.surgery import from_torch
+from batchnorm.surgery import convert_sync_batchnorm, from_torch, revert_sync_batchnorm
 
 __all__ = [
     "Batch",
@@ -20,11 +20,13 @@ __all__ = [
     "Task",
     "accumulate_statistics",
     "batch_norm",
+    "convert_sync_batchnorm",
     "freeze",
     "from_torch",
     "preserve_state",
     "race",
     "recalibrate",
+    "revert_sync_batchnorm",
     "unfreeze",
 ]
 __version__ = version("batchnorm")

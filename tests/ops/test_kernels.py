@@ -351,6 +351,22 @@ def test_opcheck(call):
     torch.library.opcheck(op.default, arguments, test_utils=tests)
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 40), (0, 3, 5, 5), (4, 0), (4, 0, 40), (4, 3, 0)], ids=str)
+def test_ops_on_nothing(shape):
+    for layout in ("contiguous", "channels_last"):
+        x, channels = arrange(torch.randn(shape), layout), torch.ones(shape[1])
+        assert all(t.isnan().all() for t in (*OP.statistics(x), *OP.forward(x, None, None, None, 1e-5, 1, 0.0)[1:]))
+        assert OP.normalize(x, channels, channels, None, None, x, 1e-5, 4, 0.0).shape == shape
+        given = (x, x, channels.double(), channels.double(), channels, None, x)
+        assert not any(t.any() for t in OP.gradient_sums(*given, 1e-5, 4, 0.0))
+        assert OP.input_gradient(*given, channels, channels, 1e-5, 4, 0.0)[0].shape == shape
+        assert [t.numel() for t in OP.backward(*given, 1e-5, 4, 0.0, True)] == [0, shape[1], shape[1], 0]
+        groups = (3, 1 if shape[0] == 0 else 2, 1e-5, 4, 0.0)
+        assert OP.forward_groups(x, None, None, None, *groups)[1].shape == (groups[1], shape[1])
+        rows = [t.expand(groups[1], -1).contiguous() for t in given[2:4]]
+        assert not any(t.any() for t in OP.backward_groups(x, x, *rows, None, None, x, *groups))
+
+
 def test_layout_of_results_is_that_of_the_input():
     x = torch.randn(4, 3, 5, 6)
     for layout in LAYOUTS:

@@ -59,6 +59,7 @@ class FusedBatchNorm(_BatchNorm):
 
     activation: str | tuple[str, float] | None = None
     statistics: Statistics = _BATCH
+    before_sync: type | None = None  # the class that ``revert_sync_batchnorm`` restores
     before: Running | None = None  # of Renorm: the running statistics that the last batch was corrected towards
     counts: list[Tensor] | None = None  # where someone wants to know how many values a batch had
     frozen_statistics = False
@@ -357,3 +358,9 @@ class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
     """
 
     _dims = (5,)
+
+
+class AnyBatchNorm(FusedBatchNorm):
+    """What torch's ``SyncBatchNorm``, which does not know its number of dimensions, becomes in our converters."""
+
+    _dims = (2, 3, 4, 5)

@@ -8,6 +8,7 @@ A new source is one class here. Comes from: ``nn.norm``. Goes to: ``ops.split``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -222,6 +223,9 @@ class Synced:
     process_group: Any = None
     layer: str = ""
 
+    def __post_init__(self) -> None:
+        _keep_out_of_graphs()
+
     def __repr__(self) -> str:
         named = [
             f"{name}={value!r}"
@@ -233,7 +237,6 @@ class Synced:
     def __deepcopy__(self, memo: Any) -> Synced:
         return self  # a process group cannot be copied
 
-    @torch.compiler.disable
     def normalize(
         self, x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, running: Running | None
     ) -> tuple[Tensor, Moments]:
@@ -247,6 +250,12 @@ class Synced:
         x_NCS, mine = split.statistics(x_NCS, mask_N1S)
         moments = group.merged(mine)
         return split.normalize(x_NCS, moments, affine, mask_N1S, group.sum), moments
+
+
+@cache
+def _keep_out_of_graphs() -> None:
+    """Not as a decorator: it imports torch._dynamo, which takes as long as torch itself."""
+    Synced.normalize = torch.compiler.disable(Synced.normalize)  # type: ignore[method-assign]
 
 
 Statistics = Batch | Ghost | Renorm | Synced

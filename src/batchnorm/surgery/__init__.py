@@ -1,5 +1,6 @@
-"""Changes to whole models."""
+"""Changes to whole models: torch's layers to ours, statistics to synchronized ones and back."""
 
 from batchnorm.surgery.convert import from_torch
+from batchnorm.surgery.sync import convert_sync_batchnorm, revert_sync_batchnorm
 
-__all__ = ["from_torch"]
+__all__ = ["convert_sync_batchnorm", "from_torch", "revert_sync_batchnorm"]

@@ -14,7 +14,7 @@ from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {
+OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
@@ -43,12 +43,17 @@ def from_torch(model: Model) -> Model:
         >>> type(model[1]) is bn.BatchNorm1d
         True
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"from_torch takes a torch.nn.Module, got {type(model).__name__}.")
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    converted = copy.deepcopy(model, shared)
+    converted = with_same_tensors(model, "from_torch")
     for module in converted.modules():
-        if type(module) in _OURS:
-            module.__class__ = _OURS[type(module)]
+        if type(module) in OURS:
+            module.__class__ = OURS[type(module)]
             module.count_skipped()  # type: ignore[operator]
     return converted
+
+
+def with_same_tensors(model: Model, verb: str) -> Model:
+    """A copy whose parameters and buffers are the given model's own: the same objects."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb} takes a torch.nn.Module, got {type(model).__name__}.")
+    groups = (module.process_group for module in model.modules() if isinstance(module, nn.SyncBatchNorm))
+    return copy.deepcopy(model, {id(shared): shared for shared in (*model.parameters(), *model.buffers(), *groups)})

@@ -38,6 +38,7 @@ inline Geometry cut(int64_t N, int64_t C, int64_t S, bool channels_last, int64_t
   g.threads = std::clamp<int64_t>(N * C * S / WORTH_A_THREAD, 1, threads);
   g.group = C;
   g.length = S;
+  if (N * C * S == 0) return g;  // nothing to visit
   if (g.planes) {
     const int64_t bytes = S * item;
     g.apart = C >= 4 * g.threads;
