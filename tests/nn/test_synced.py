@@ -340,6 +340,4 @@ def test_without_a_process_group():
     ):
         layer(torch.randn(4, 3))
     layer.eval()(torch.randn(4, 3))
-    assert repr(layer) == (
-        "BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, statistics=Synced())"
-    )
+    assert repr(layer).endswith(", statistics=Synced())")

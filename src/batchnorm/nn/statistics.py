@@ -216,8 +216,8 @@ class Synced:
 
     Example:
         >>> import batchnorm as bn
-        >>> bn.BatchNorm2d(64, statistics=bn.Synced())
-        BatchNorm2d(64, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, statistics=Synced())
+        >>> bn.BatchNorm2d(64, statistics=bn.Synced()).statistics
+        Synced()
     """
 
     process_group: Any = None
