@@ -1,5 +1,7 @@
 """preserve_state leaves no trace; accumulate_statistics updates once, as from one large batch (pain 9)."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -112,3 +114,79 @@ def test_recomputation_counts_once(reentrant):  # pain 8
         for part in x.split(4):
             twin(part)
     torch.testing.assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()))
+
+
+# ---- what is not finite (pain 11) ------------------------------------------------------------------------------------
+
+
+def broken(x, channel=1, value=torch.inf):
+    x = x.clone()
+    x[-1, channel] = value
+    return x
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e30])  # squares of the last: beyond float32
+@pytest.mark.parametrize("momentum", [0.3, 1.0, None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_channel_that_would_not_be_finite_keeps_mean_and_variance(kind, momentum, value):
+    layer, clean, x = kind(3, momentum=momentum), kind(3, momentum=momentum), torch.randn(3, 12, 3)
+    for step, batch in enumerate(x):
+        with bn.accumulate_statistics(layer):
+            for part in (broken(batch, value=value) if step == 1 else batch).split(4):
+                layer(part)
+        if step != 1:
+            clean(batch)
+    kept, others = [1], [0, 2]
+    counts = kind is bn.BatchNorm1d
+    if momentum is not None or counts:  # torch's own layer does not know how many its average is over
+        for name in ("running_mean", "running_var"):
+            torch.testing.assert_close(getattr(layer, name)[kept], getattr(clean, name)[kept])
+    large = kind(3, momentum=momentum)
+    for batch in x:
+        large(batch)
+    torch.testing.assert_close(layer.running_var[others], large.running_var[others])
+    assert layer.running_mean.isfinite().all()
+    assert layer.running_var.isfinite().all()
+    assert layer.num_batches_tracked == 3
+    if counts:
+        assert layer.skipped_batches.tolist() == [0, 1, 0]
+
+
+def test_mean_and_variance_wait_together():
+    layer = bn.BatchNorm1d(2, momentum=0.5).half()
+    x = torch.tensor(
+        [[-400.0, 1.0], [400.0, 3.0]]
+    ).half()  # a mean of 0 fits into float16, a variance of 320,000 does not
+    layer.running_mean.fill_(4)
+    with bn.accumulate_statistics(layer):
+        layer(x)
+    assert layer.running_mean.tolist() == [4, 3]
+    assert layer.running_var.tolist() == [1, 1.5]
+    assert layer.skipped_batches.tolist() == [1, 0]
+
+
+def test_what_was_skipped_is_said_once():
+    layer, x = bn.BatchNorm1d(3), torch.randn(8, 3)
+    for batch, skipped, said in ((broken(x), 1, True), (x, 1, False), (broken(x), 2, True), (broken(x, 0), 2, False)):
+        with bn.accumulate_statistics(layer.train()):
+            layer(x)
+            layer(batch)
+        assert layer.skipped_batches.max() == skipped
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            layer.eval().train().eval()
+        assert len(warned) == said
+
+
+def test_an_exception_leaves_the_count_too():
+    layer, counts = bn.BatchNorm1d(3), [2, 0, 0]
+    layer.skipped_batches.copy_(torch.tensor(counts))
+
+    def train():
+        with bn.accumulate_statistics(layer):
+            layer(broken(torch.randn(8, 3)))
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        train()
+    assert layer.skipped_batches.tolist() == counts

@@ -193,7 +193,8 @@ class _Reader:
 def start_afresh(layer: nn.Module, inputs: Any) -> None:
     """As a forward pre-hook: nothing of an earlier batch is left, were it NaN (0 * NaN is NaN)."""
     if layer.training and not frozen(layer):
-        layer.reset_running_stats()  # type: ignore[operator]
+        buffers = [layer._buffers.get(name) for name in ("running_mean", "running_var", "skipped_batches")]
+        torch._foreach_zero_([t for t in buffers if t is not None])
 
 
 def frozen(layer: nn.Module) -> bool:
@@ -262,6 +263,7 @@ def _write(layer: _BatchNorm, estimate: Estimator, old: dict[str, Tensor]) -> No
     """The new statistics into the layer; the old ones where it was not reached."""
     if not estimate.values:
         return _restore(layer, old)
+    layer.reset_running_stats()  # what was skipped before is over
     layer.running_mean.copy_(estimate.mean_C())  # type: ignore[union-attr]
     layer.running_var.copy_(estimate.unbiased_var_C())  # type: ignore[union-attr]
     layer.num_batches_tracked.fill_(estimate.batches)  # type: ignore[union-attr]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,10 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
     Each forward inside normalizes with its own micro-batch, as always in training; only the running statistics wait.
     At the end they move once, and ``num_batches_tracked`` counts one. So a layer with no batch normalization before it
     ends with exactly the large batch's running statistics; a layer after another one sees inputs that were normalized
-    per micro-batch. An exception discards what was seen. Values that are not finite leave a layer as it was. Inside,
-    the running statistics are not to be read.
+    per micro-batch. An exception discards what was seen. A channel whose new statistics would not be finite keeps its
+    old ones, mean and variance; our layers count that as one of their ``skipped_batches`` and say so at the next
+    ``eval()``. With momentum=None the average is over the updates that were not skipped. Inside, the running statistics
+    are not to be read.
 
     Args:
         model: any module; stock ``torch.nn.BatchNorm*`` layers count too. Given to the ``with`` statement again.
@@ -103,15 +105,23 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
         for layer, momentum, old, pooled in saved:
             layer.momentum = momentum
             for name, t in layer.named_buffers():
-                t.copy_(old[name])
+                t.copy_(old.get(name, t))
             if done and pooled.values:
                 _move(layer, pooled)
 
 
 def _move(layer: _BatchNorm, pooled: Pooled) -> None:
-    """One update of the running statistics, where that is finite."""
-    layer.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-    a = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.double()  # type: ignore[union-attr]
-    for running, batch in ((layer.running_mean, pooled.mean_C()), (layer.running_var, pooled.unbiased_var_C())):
-        new = ((1 - a) * running.double() + a * batch).to(running.dtype)  # type: ignore[union-attr]
-        running.copy_(torch.where(new.isfinite(), new, running))  # type: ignore[union-attr, arg-type]
+    """One update of the running statistics, in the channels where both stay finite."""
+    running: Any = layer
+    skipped = layer._buffers.get("skipped_batches")
+    running.num_batches_tracked.add_(1)
+    a: Any = layer.momentum
+    if a is None:
+        a = 1 / (running.num_batches_tracked - (0 if skipped is None else skipped)).double()
+    both = ((running.running_mean, pooled.mean_C()), (running.running_var, pooled.unbiased_var_C()))
+    moved = [((1 - a) * old.double() + a * batch).to(old.dtype) for old, batch in both]
+    good = moved[0].isfinite() & moved[1].isfinite()
+    if skipped is not None:
+        skipped.add_(~good)
+    for (old, _), new in zip(both, moved, strict=True):
+        old.copy_(new.where(good, old))
