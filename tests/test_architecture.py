@@ -13,7 +13,19 @@ import batchnorm
 SOURCE = Path(batchnorm.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 # Imports run from right to left; a room may also import from itself.
-ORDER = ("ops", "functional", "nn", "population", "surgery", "recipe", "bench", "racing", "experiments", "cli")
+ORDER = (
+    "ops",
+    "functional",
+    "nn",
+    "population",
+    "lightning",
+    "surgery",
+    "recipe",
+    "bench",
+    "racing",
+    "experiments",
+    "cli",
+)
 TOP = ("__init__", "__main__")  # may import everything
 
 

@@ -93,7 +93,7 @@ def recalibrate(
         >>> report[0].layer, report[0].values
         ('1', 320)
     """
-    _check(batches, max_batches, estimator, upstream, process_group)
+    check(batches, max_batches, estimator, upstream, process_group)
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -102,7 +102,7 @@ def recalibrate(
     for layer in layers.values():
         if isinstance(layer, FusedBatchNorm):
             layer.tell_skipped()
-    reader = _Reader(batches, max_batches, device, forward or _call, progress)
+    reader = _Reader(batches, max_batches, device, forward or call_with_inputs, progress)
     found: dict[str, Estimator] = {}
     with _as_before(model, layers) as old, torch.no_grad():
         passes = [list(layers)]
@@ -126,9 +126,10 @@ def recalibrate(
     return [_shift(name, found[name], old[name]) for name in layers if name in found and found[name].values]
 
 
-def _check(
+def check(
     batches: Iterable[Any], max_batches: int | None, estimator: str, upstream: str, group: dist.ProcessGroup | None
 ) -> None:
+    """What ``recalibrate`` refuses before it begins."""
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1 (got {max_batches}).")
     for name, value, known in (("estimator", estimator, ESTIMATORS), ("upstream", upstream, ("batch", "population"))):
@@ -202,7 +203,8 @@ def frozen(layer: nn.Module) -> bool:
     return isinstance(layer, FusedBatchNorm) and layer.frozen_statistics
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
+def call_with_inputs(model: nn.Module, batch: Any) -> Any:
+    """The model on a batch as a DataLoader gives it, with labels or without."""
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
