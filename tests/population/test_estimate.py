@@ -293,6 +293,40 @@ def test_a_nan_batch_before_does_not_stay() -> None:
     assert layer.running_var.isfinite().all()
 
 
+@pytest.mark.parametrize("estimator", ["pooled", "batch_mean"])
+def test_many_batches_of_all_sizes_with_layers_that_some_do_not_reach(estimator: str) -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.sometimes = bn.BatchNorm1d(4).double(), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.always(input=x)
+            return self.sometimes(x.float()) if len(x) > 9 else x
+
+    model = Sometimes()
+    batches = torch.randn(1000, 4, dtype=torch.float64).split([2 + i % 15 for i in range(110)] + [24, 11])
+    reached = [x for x in batches if len(x) > 9]
+    report = bn.recalibrate(model, batches, estimator=estimator)
+    assert [row.values for row in report] == [1000, sum(map(len, reached))]
+    assert [model.always.num_batches_tracked, model.sometimes.num_batches_tracked] == [len(batches), len(reached)]
+    for layer, seen, rtol in ((model.always, batches, 1e-12), (model.sometimes, reached, 1e-5)):
+        sets = [torch.cat(seen)] if estimator == "pooled" else seen
+        expected = torch.stack([torch.stack([x.mean(0), x.var(0)]) for x in sets]).mean(0)
+        found = torch.stack([layer.running_mean, layer.running_var]).double()
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_under_torch_compile(layer: type[nn.Module]) -> None:
+    model, x = network(layer), torch.randn(120, 4, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()
+    bn.recalibrate(torch.compile(model, fullgraph=True, backend="aot_eager"), x.split(10))  # more than may recompile
+    bn.recalibrate(twin, x.split(10))
+    torch.testing.assert_close(state(model), state(twin))
+
+
 def _rank(rank: int, ranks: int, file: str, sizes: list[int], estimator: str, results: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     torch.manual_seed(0)

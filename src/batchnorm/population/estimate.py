@@ -19,7 +19,7 @@ from torch.utils import _pytree
 
 from batchnorm.nn.norm import FusedBatchNorm
 from batchnorm.population.depth import depths, stages
-from batchnorm.population.estimators import ESTIMATORS, Estimator
+from batchnorm.population.estimators import ESTIMATORS, Estimator, Population, batch_in_buffers, frozen
 
 
 class NotFinite(ValueError):
@@ -103,25 +103,26 @@ def recalibrate(
         if isinstance(layer, FusedBatchNorm):
             layer.tell_skipped()
     reader = _Reader(batches, max_batches, device, forward or call_with_inputs, progress)
-    found: dict[str, Estimator] = {}
+    found: dict[str, Population] = {}
     with _as_before(model, layers) as old, torch.no_grad():
         passes = [list(layers)]
         if upstream == "population":
             passes = stages(_largest(depths(model, layers, reader.first), process_group), layers)
             print(f"batchnorm: recalibrate reads the batches {len(passes)} times, once per depth", file=sys.stderr)
         for stage in passes:
-            estimates = {name: ESTIMATORS[estimator](layers[name]) for name in stage}
-            reader.run(model, {name: layers[name] for name in stage}, estimates)
+            estimate = ESTIMATORS[estimator]([layers[name] for name in stage])
+            reader.run(model, estimate)
             if process_group is not None:
-                _pool_over_ranks(list(estimates.values()), process_group)
-            for name, estimate in estimates.items():
-                if not (estimate.mean_C().isfinite() & estimate.unbiased_var_C().isfinite()).all() and estimate.values:
+                _pool_over_ranks(estimate, process_group)
+            for name, population in zip(stage, estimate.results(), strict=True):
+                finite = population.mean_C.isfinite() & population.unbiased_var_C.isfinite()
+                if population.values and not finite.all():
                     raise NotFinite(
                         f"layer {name} saw values that are not finite: look at the batches and the weights."
                     )
-                _write(layers[name], estimate, old[name])
-            found |= estimates
-        if not any(estimate.values for estimate in found.values()) and not reader.read:
+                _write(layers[name], population, old[name])
+                found[name] = population
+        if not any(population.values for population in found.values()) and not reader.read:
             raise ValueError("batches yielded nothing: recalibrate needs at least one batch of model inputs.")
     return [_shift(name, found[name], old[name]) for name in layers if name in found and found[name].values]
 
@@ -158,23 +159,23 @@ class _Reader:
         for batch in islice(self.batches, 1):
             self.forward(model, self._placed(batch))
 
-    def run(self, model: nn.Module, layers: dict[str, _BatchNorm], estimates: dict[str, Estimator]) -> None:
-        """All batches, with these layers normalizing by the batch and collected."""
-        hooks = []
+    def run(self, model: nn.Module, estimate: Estimator) -> None:
+        """All batches, with these layers normalizing by the batch."""
+        hooks = estimate.watch()
         try:
-            for name, layer in layers.items():
-                layer.train()
-                layer.momentum = 1.0  # the layer itself leaves the statistics of its last batch in its buffers
-                hooks.append(layer.register_forward_pre_hook(start_afresh))
-                hooks.append(layer.register_forward_hook(estimates[name].collect))
-            self.read = 0
-            for batch in self._shown(islice(self.batches, self.most)):
-                self.forward(model, self._placed(batch))
-                self.read += 1
+            with batch_in_buffers(estimate.layers):
+                for layer in estimate.layers:
+                    layer.train()
+                    start_afresh(layer, ())
+                self.read = 0
+                for batch in self._shown(islice(self.batches, self.most)):
+                    self.forward(model, self._placed(batch))
+                    estimate.read()
+                    self.read += 1
         finally:
             for hook in hooks:
                 hook.remove()
-            for layer in layers.values():
+            for layer in estimate.layers:
                 layer.eval()
 
     def _placed(self, batch: Any) -> Any:
@@ -192,15 +193,9 @@ class _Reader:
 
 
 def start_afresh(layer: nn.Module, inputs: Any) -> None:
-    """As a forward pre-hook: nothing of an earlier batch is left, were it NaN (0 * NaN is NaN)."""
+    """Nothing of an earlier batch is left, were it NaN (0 * NaN is NaN). As a forward pre-hook."""
     if layer.training and not frozen(layer):
-        buffers = [layer._buffers.get(name) for name in ("running_mean", "running_var", "skipped_batches")]
-        torch._foreach_zero_([t for t in buffers if t is not None])
-
-
-def frozen(layer: nn.Module) -> bool:
-    """Whether ``freeze`` keeps the layer's statistics."""
-    return isinstance(layer, FusedBatchNorm) and layer.frozen_statistics
+        torch._foreach_zero_([layer._buffers["running_mean"], layer._buffers["running_var"]])  # type: ignore[list-item]
 
 
 def call_with_inputs(model: nn.Module, batch: Any) -> Any:
@@ -210,9 +205,8 @@ def call_with_inputs(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def _as_before(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """In eval; modes, momentum and random numbers come back, on an exception statistics too. Gives the old ones."""
+    """In eval; modes and random numbers come back, on an exception statistics too. Gives the old ones."""
     modes = {module: module.training for module in model.modules()}
-    momenta = {name: layer.momentum for name, layer in layers.items()}
     old = {name: {key: t.clone() for key, t in layer.named_buffers()} for name, layer in layers.items()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
@@ -226,8 +220,6 @@ def _as_before(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict
     finally:
         for module, training in modes.items():
             module.training = training
-        for name, layer in layers.items():
-            layer.momentum = momenta[name]
 
 
 def _restore(layer: _BatchNorm, old: dict[str, Tensor]) -> None:
@@ -244,35 +236,28 @@ def _largest(depth: dict[str, int], group: dist.ProcessGroup | None) -> dict[str
     return {name: max(d.get(name, 0) for d in everyone) for name in set().union(*everyone)}
 
 
-def _pool_over_ranks(estimates: list[Estimator], group: dist.ProcessGroup) -> None:
-    """Every rank's estimates together, in one collective, merged in the order of ranks: the same bits everywhere."""
-    if not estimates:
-        return
-    mine = torch.cat([estimate.packed() for estimate in estimates])
+def _pool_over_ranks(estimate: Estimator, group: dist.ProcessGroup) -> None:
+    """Every rank's estimate, in one collective, merged in the order of ranks: the same bits everywhere."""
+    mine = estimate.packed()
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group)
-    for estimate in estimates:
-        estimate.clear()
+    estimate.clear()
     for packed in everyone:
-        start = 0
-        for estimate in estimates:
-            size = len(estimate.packed())
-            estimate.merge(packed[start : start + size])
-            start += size
+        estimate.merge(packed)
 
 
-def _write(layer: _BatchNorm, estimate: Estimator, old: dict[str, Tensor]) -> None:
+def _write(layer: _BatchNorm, population: Population, old: dict[str, Tensor]) -> None:
     """The new statistics into the layer; the old ones where it was not reached."""
-    if not estimate.values:
+    if not population.values:
         return _restore(layer, old)
     layer.reset_running_stats()  # what was skipped before is over
-    layer.running_mean.copy_(estimate.mean_C())  # type: ignore[union-attr]
-    layer.running_var.copy_(estimate.unbiased_var_C())  # type: ignore[union-attr]
-    layer.num_batches_tracked.fill_(estimate.batches)  # type: ignore[union-attr]
+    layer.running_mean.copy_(population.mean_C)  # type: ignore[union-attr]
+    layer.running_var.copy_(population.unbiased_var_C)  # type: ignore[union-attr]
+    layer.num_batches_tracked.fill_(population.batches)  # type: ignore[union-attr]
 
 
-def _shift(name: str, estimate: Estimator, old: dict[str, Tensor]) -> Shift:
-    mean_C, var_C = estimate.mean_C(), estimate.unbiased_var_C()
-    shift_C = (old["running_mean"].double() - mean_C).abs() / var_C.sqrt()
-    ratio_C = old["running_var"].double() / var_C
-    return Shift(name, estimate.values, shift_C.max().item(), (ratio_C.min().item(), ratio_C.max().item()))
+def _shift(name: str, population: Population, old: dict[str, Tensor]) -> Shift:
+    mean_C, var_C = population.mean_C.cpu(), population.unbiased_var_C.cpu()
+    shift_C = (old["running_mean"].double().cpu() - mean_C).abs() / var_C.sqrt()
+    ratio_C = old["running_var"].double().cpu() / var_C
+    return Shift(name, population.values, shift_C.max().item(), (ratio_C.min().item(), ratio_C.max().item()))

@@ -1,52 +1,147 @@
 """What is made of the mean and variance of each batch: an estimate of the population's, in float64.
 
-Comes from: the hooks of ``recalibrate`` and ``accumulate_statistics``. Goes to: running statistics. A new estimator is
-one class and one line in ``ESTIMATORS``.
+Shapes: L layers, C channels of all of them side by side, K batches.
+
+Comes from: the layers that ``recalibrate`` and ``accumulate_statistics`` watch. Goes to: running statistics. A new
+estimator is one class and one line in ``ESTIMATORS``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
-from batchnorm.nn.norm import is_recomputing
+from batchnorm.nn.norm import FusedBatchNorm, is_recomputing
+
+_WAITING = 32  # batches that are merged together: on small tensors a call costs more than its arithmetic
+
+
+class Population(NamedTuple):
+    """The estimate for one layer; ``values``: per channel."""
+
+    values: int
+    batches: int
+    mean_C: Tensor
+    unbiased_var_C: Tensor
+
+
+def frozen(layer: nn.Module) -> bool:
+    """Whether ``freeze`` keeps the layer's statistics."""
+    return isinstance(layer, FusedBatchNorm) and layer.frozen_statistics
+
+
+@contextmanager
+def batch_in_buffers(layers: Sequence[_BatchNorm]) -> Iterator[None]:
+    """In train, layers leave the statistics of their last batch in their buffers, whether they are finite or not."""
+    momenta = [layer.momentum for layer in layers]
+    counters = [layer._buffers.get("skipped_batches") for layer in layers]
+    try:
+        for layer, counter in zip(layers, counters, strict=True):
+            layer.momentum = 1.0
+            if counter is not None:
+                layer._buffers["skipped_batches"] = None  # without it nothing is left out
+        yield
+    finally:
+        for layer, momentum, counter in zip(layers, momenta, counters, strict=True):
+            layer.momentum = momentum
+            if counter is not None:
+                layer._buffers["skipped_batches"] = counter
 
 
 class Estimator:
-    """The common part: how much was seen, and two (C,) sums of what an estimator decides."""
+    """What layers with their last batch in their buffers have seen. ``sums``, (2, C): what an estimator decides."""
 
-    def __init__(self, layer: _BatchNorm) -> None:
-        self.sums = torch.zeros(2, layer.num_features, dtype=torch.float64, device=layer.running_mean.device)  # type: ignore[union-attr]
+    def __init__(self, layers: Sequence[_BatchNorm]) -> None:
+        self.layers = layers
+        self.buffers: list[Any] = [getattr(m, name) for name in ("running_mean", "running_var") for m in layers]
+        self.sizes = torch.tensor([len(t) for t in self.buffers[: len(layers)]], dtype=torch.int64)
+        self.device = self.buffers[0].device if layers else torch.device("cpu")
+        self.noted: dict[int, int] = {}  # values of the layers whose batch is still in their buffers
+        self.waiting: list[tuple[dict[int, int], Tensor]] = []
         self.clear()
 
     def clear(self) -> None:
         """As if nothing had been seen."""
-        self.values = self.batches = 0  # values per channel
-        self.sums = torch.zeros_like(self.sums)
+        self.values_L, self.batches_L = torch.zeros(2, len(self.layers), dtype=torch.float64)
+        self.sums = torch.zeros(2, int(self.sizes.sum()), dtype=torch.float64, device=self.device)
 
-    def collect(self, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """As a forward hook of a layer with momentum 1: its running statistics are then those of the last batch."""
-        values = inputs[0].numel() // inputs[0].shape[1] if inputs[0].numel() else 0
-        if values and layer.training and not getattr(layer, "frozen_statistics", False) and not is_recomputing():
-            running: Any = layer
-            mean_C, var_C = running.running_mean.double(), running.running_var.double()
-            if getattr(layer, "skipped_batches", None) is not None:  # there the buffers do not hold the batch
-                mean_C = mean_C.masked_fill(running.skipped_batches > 0, torch.nan)
-            self.add(values, mean_C, var_C)
+    def watch(self) -> list[RemovableHandle]:
+        """Have the layers note what they see; ``read`` is to be called before anything else changes their buffers."""
+        return [
+            handle
+            for index, layer in enumerate(self.layers)
+            for handle in (
+                layer.register_forward_pre_hook(partial(self._before, index)),
+                layer.register_forward_hook(partial(self._after, index)),
+            )
+        ]
 
-    def add(self, values: int, mean_C: Tensor, unbiased_var_C: Tensor) -> None:
-        """One batch."""
-        raise NotImplementedError
+    def _before(self, index: int, layer: nn.Module, inputs: Any) -> None:
+        if index in self.noted:  # used twice in one forward pass
+            self.read()
+
+    def _after(self, index: int, layer: nn.Module, inputs: Any, output: Any) -> None:
+        x = inputs[0] if inputs else output
+        if x.numel() and layer.training and not frozen(layer) and not is_recomputing():
+            self.noted[index] = x.numel() // x.shape[1]
+
+    def read(self) -> None:
+        """Take over what is in the buffers."""
+        if self.noted:
+            self.waiting.append((self.noted, torch.cat([t.to(self.device) for t in self.buffers])))
+            self.noted = {}
+            if len(self.waiting) == _WAITING:
+                self._settle()
+
+    def results(self) -> list[Population]:
+        """For each layer."""
+        self._settle()
+        parts = [t.split(self.sizes.tolist()) for t in (self.mean_C(), self.unbiased_var_C())]
+        counts = (self.values_L.long().tolist(), self.batches_L.long().tolist())
+        return [Population(*row) for row in zip(*counts, *parts, strict=True)]
 
     def packed(self) -> Tensor:
-        """All of it in one tensor, (2 + 2 C,)."""
-        return torch.cat([self.sums.new_tensor([self.values, self.batches]), self.sums.flatten()])
+        """All of it in one tensor, (2 L + 2 C,)."""
+        self._settle()
+        return torch.cat([self.values_L.to(self.device), self.batches_L.to(self.device), self.sums.flatten()])
 
     def merge(self, packed: Tensor) -> None:
         """What another process has seen."""
+        layers = len(self.layers)
+        values_L, batches_L = packed[: 2 * layers].view(2, -1).cpu()
+        self.add(values_L, packed[2 * layers :].view(2, -1))
+        self.values_L, self.batches_L = self.values_L + values_L, self.batches_L + batches_L
+
+    def _settle(self) -> None:
+        """Merge the batches that wait."""
+        if not self.waiting:
+            return
+        layers = range(len(self.layers))
+        values_KL = torch.tensor([[noted.get(i, 0) for i in layers] for noted, _ in self.waiting], dtype=torch.float64)
+        values_KC = self.per_channel(values_KL)
+        both_2KC = torch.stack([row for _, row in self.waiting]).double().unflatten(1, (2, -1)).transpose(0, 1)
+        self.waiting = []
+        mean_KC, var_KC = both_2KC.where(values_KC > 0, 0.0)  # the others are of another batch, or of none
+        self.add(values_KL.sum(0), self.sums_of(values_KC, mean_KC, var_KC))
+        self.values_L, self.batches_L = self.values_L + values_KL.sum(0), self.batches_L + (values_KL > 0).sum(0)
+
+    def per_channel(self, counts_L: Tensor) -> Tensor:
+        """(..., L) -> (..., C)."""
+        return counts_L.repeat_interleave(self.sizes, dim=-1).to(self.device)
+
+    def sums_of(self, values_KC: Tensor, mean_KC: Tensor, unbiased_var_KC: Tensor) -> Tensor:
+        """The sums of these batches."""
+        raise NotImplementedError
+
+    def add(self, values_L: Tensor, sums: Tensor) -> None:
+        """To ``sums`` those of other values; ``values_L`` is added afterwards."""
         raise NotImplementedError
 
     def mean_C(self) -> Tensor:
@@ -61,23 +156,19 @@ class Estimator:
 class Pooled(Estimator):
     """Mean and variance of all values of all batches. ``sums``: the mean; the squared distances from it."""
 
-    def add(self, values: int, mean_C: Tensor, unbiased_var_C: Tensor) -> None:
+    def sums_of(self, values_KC: Tensor, mean_KC: Tensor, unbiased_var_KC: Tensor) -> Tensor:
         """Law of total variance."""
-        self._merge(values, 1, mean_C, unbiased_var_C * (values - 1))
+        mean_C = (values_KC * mean_KC).sum(0) / values_KC.sum(0).clamp(min=1)
+        squares_KC = (values_KC - 1) * unbiased_var_KC + values_KC * (mean_KC - mean_C) ** 2
+        return torch.stack([mean_C, squares_KC.sum(0)])
 
-    def _merge(self, values: int, batches: int, mean_C: Tensor, squares_C: Tensor) -> None:
+    def add(self, values_L: Tensor, sums: Tensor) -> None:
         """Chan et al. 1979."""
-        total, delta_C = self.values + values, mean_C - self.sums[0]
-        if values:
-            mean = self.sums[0] + delta_C * (values / total)
-            squares = self.sums[1] + squares_C + delta_C**2 * (self.values * values / total)
-            self.sums = torch.stack([mean, squares])
-        self.values, self.batches = total, self.batches + batches
-
-    def merge(self, packed: Tensor) -> None:
-        """What another process has seen."""
-        mean_C, squares_C = packed[2:].view(2, -1)
-        self._merge(int(packed[0]), int(packed[1]), mean_C, squares_C)
+        before_C, values_C = self.per_channel(self.values_L), self.per_channel(values_L)
+        share_C = values_C / (before_C + values_C).clamp(min=1)
+        delta_C = sums[0] - self.sums[0]
+        squares_C = self.sums[1] + sums[1] + delta_C**2 * before_C * share_C
+        self.sums = torch.stack([self.sums[0] + delta_C * share_C, squares_C])
 
     def mean_C(self) -> Tensor:
         """E[x]."""
@@ -85,29 +176,27 @@ class Pooled(Estimator):
 
     def unbiased_var_C(self) -> Tensor:
         """Var[x]."""
-        return self.sums[1] / (self.values - 1)
+        return self.sums[1] / (self.per_channel(self.values_L) - 1)
 
 
 class BatchMean(Estimator):
     """The averages over batches of their mean and unbiased variance: Algorithm 2 to the letter."""
 
-    def add(self, values: int, mean_C: Tensor, unbiased_var_C: Tensor) -> None:
+    def sums_of(self, values_KC: Tensor, mean_KC: Tensor, unbiased_var_KC: Tensor) -> Tensor:
         """One batch counts one, whatever its size."""
-        self.sums = self.sums + torch.stack([mean_C, unbiased_var_C])
-        self.values, self.batches = self.values + values, self.batches + 1
+        return torch.stack([mean_KC.sum(0), unbiased_var_KC.sum(0)])
 
-    def merge(self, packed: Tensor) -> None:
-        """What another process has seen."""
-        self.sums = self.sums + packed[2:].view(2, -1)
-        self.values, self.batches = self.values + int(packed[0]), self.batches + int(packed[1])
+    def add(self, values_L: Tensor, sums: Tensor) -> None:
+        """One after the other."""
+        self.sums = self.sums + sums
 
     def mean_C(self) -> Tensor:
         """E[x] = E_B[mu_B]."""
-        return self.sums[0] / self.batches
+        return self.sums[0] / self.per_channel(self.batches_L)
 
     def unbiased_var_C(self) -> Tensor:
         """Var[x] = E_B[m / (m - 1) * var_B]."""
-        return self.sums[1] / self.batches
+        return self.sums[1] / self.per_channel(self.batches_L)
 
 
 ESTIMATORS: dict[str, type[Estimator]] = {"pooled": Pooled, "batch_mean": BatchMean}

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm.population.estimate import start_afresh
-from batchnorm.population.estimators import Pooled
+from batchnorm.population.estimators import Pooled, Population, batch_in_buffers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -87,30 +88,34 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
     Source: the sums of Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    saved: list[tuple[_BatchNorm, float | None, dict[str, Tensor], Pooled]] = []
-    hooks = []
-    for layer in layers:
-        old = {name: t.clone() for name, t in layer.named_buffers()}
-        saved.append((layer, layer.momentum, old, Pooled(layer)))
-        layer.momentum = 1.0  # the layer leaves the statistics of its last batch in its buffers
-        hooks.append(layer.register_forward_pre_hook(start_afresh))
-        hooks.append(layer.register_forward_hook(saved[-1][-1].collect))
+    saved = [(layer, Pooled([layer]), {name: t.clone() for name, t in layer.named_buffers()}) for layer in layers]
+    hooks = [hook for layer, pooled, _ in saved for hook in _watch(layer, pooled)]
     done = False
     try:
-        yield model
+        with batch_in_buffers(layers):
+            yield model
         done = True
     finally:
         for hook in hooks:
             hook.remove()
-        for layer, momentum, old, pooled in saved:
-            layer.momentum = momentum
+        for layer, pooled, old in saved:
             for name, t in layer.named_buffers():
                 t.copy_(old.get(name, t))
-            if done and pooled.values:
-                _move(layer, pooled)
+            (seen,) = pooled.results()
+            if done and seen.values:
+                _move(layer, seen)
 
 
-def _move(layer: _BatchNorm, pooled: Pooled) -> None:
+def _watch(layer: _BatchNorm, pooled: Pooled) -> list[RemovableHandle]:
+    """Each batch is read at once: DistributedDataParallel overwrites buffers before the next one."""
+    return [
+        layer.register_forward_pre_hook(start_afresh),
+        *pooled.watch(),
+        layer.register_forward_hook(lambda *_: pooled.read()),
+    ]
+
+
+def _move(layer: _BatchNorm, seen: Population) -> None:
     """One update of the running statistics, in the channels where both stay finite."""
     running: Any = layer
     skipped = layer._buffers.get("skipped_batches")
@@ -118,7 +123,7 @@ def _move(layer: _BatchNorm, pooled: Pooled) -> None:
     a: Any = layer.momentum
     if a is None:
         a = 1 / (running.num_batches_tracked - (0 if skipped is None else skipped)).double()
-    both = ((running.running_mean, pooled.mean_C()), (running.running_var, pooled.unbiased_var_C()))
+    both = ((running.running_mean, seen.mean_C), (running.running_var, seen.unbiased_var_C))
     moved = [((1 - a) * old.double() + a * batch).to(old.dtype) for old, batch in both]
     good = moved[0].isfinite() & moved[1].isfinite()
     if skipped is not None:
