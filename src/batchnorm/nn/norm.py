@@ -60,6 +60,7 @@ class FusedBatchNorm(_BatchNorm):
     activation: str | tuple[str, float] | None = None
     statistics: Statistics = _BATCH
     before_sync: type | None = None  # the class that ``revert_sync_batchnorm`` restores
+    held: Running | None = None  # of Renorm: what to correct towards while the running statistics are in use elsewhere
     before: Running | None = None  # of Renorm: the running statistics that the last batch was corrected towards
     counts: list[Tensor] | None = None  # where someone wants to know how many values a batch had
     frozen_statistics = False
@@ -267,6 +268,8 @@ def _before(layer: FusedBatchNorm, source: Statistics, updates: bool) -> Running
     """What ``Renorm`` corrects towards: the statistics before this batch, in a repeated forward too."""
     if not isinstance(source, Renorm):
         return None
+    if layer.held is not None:
+        return layer.held
     if updates or layer.before is None:
         layer.before = Running(layer.running_mean, layer.running_var, layer.renorm_steps).copied()  # type: ignore[arg-type]
     return layer.before

@@ -235,11 +235,12 @@ def blend_(
     a: Any = momentum
     if momentum is None and batches is not None:
         a = 1 / (batches if skipped is None else batches - skipped).clamp(min=1)
-    steps = [((new - old) * a).to(old.dtype) for old, new in ((running_mean, mean), (running_var, unbiased_var))]
+    both = ((running_mean, mean), (running_var, unbiased_var))
+    moved = [((1 - a) * old.to(new.dtype) + a * new).to(old.dtype) for old, new in both]
     if skipped is not None:
-        good = (running_mean + steps[0]).isfinite() & (running_var + steps[1]).isfinite()
+        good = moved[0].isfinite() & moved[1].isfinite()
         if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
             skipped.add_((~good).to(skipped.dtype))  # torch.func allows no change of what a function did not get
-        steps = [step.where(good, 0.0) for step in steps]
-    running_mean.add_(steps[0])
-    running_var.add_(steps[1])
+        moved = [new.where(good, old) for new, (old, _) in zip(moved, both, strict=True)]
+    running_mean.copy_(moved[0])
+    running_var.copy_(moved[1])

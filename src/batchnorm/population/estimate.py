@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
+from batchnorm.nn import Batch, Renorm, Synced
 from batchnorm.nn.norm import FusedBatchNorm
 from batchnorm.population.depth import depths, stages
 from batchnorm.population.estimators import ESTIMATORS, Estimator, Population, batch_in_buffers, frozen
@@ -207,11 +208,15 @@ def call_with_inputs(model: nn.Module, batch: Any) -> Any:
 def _as_before(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[str, dict[str, Tensor]]]:
     """In eval; modes and random numbers come back, on an exception statistics too. Gives the old ones."""
     modes = {module: module.training for module in model.modules()}
+    ours = [layer for layer in layers.values() if isinstance(layer, FusedBatchNorm)]
+    sources = [(layer, layer.statistics) for layer in ours if isinstance(layer.statistics, Renorm | Synced)]
     old = {name: {key: t.clone() for key, t in layer.named_buffers()} for name, layer in layers.items()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
         with torch.random.fork_rng(devices):
             model.eval()
+            for known, _ in sources:
+                known.statistics = Batch()  # of this process alone, as it is
             yield old
     except BaseException:
         for name, layer in layers.items():
@@ -220,6 +225,8 @@ def _as_before(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict
     finally:
         for module, training in modes.items():
             module.training = training
+        for known, source in sources:
+            known.statistics = source
 
 
 def _restore(layer: _BatchNorm, old: dict[str, Tensor]) -> None:

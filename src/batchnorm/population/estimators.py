@@ -47,12 +47,16 @@ def batch_in_buffers(layers: Sequence[_BatchNorm]) -> Iterator[None]:
             layer.momentum = 1.0
             if counter is not None:
                 layer._buffers["skipped_batches"] = None  # without it nothing is left out
+            if isinstance(layer, FusedBatchNorm):
+                layer.counts = []
         yield
     finally:
         for layer, momentum, counter in zip(layers, momenta, counters, strict=True):
             layer.momentum = momentum
             if counter is not None:
                 layer._buffers["skipped_batches"] = counter
+            if isinstance(layer, FusedBatchNorm):
+                layer.counts = None
 
 
 class Estimator:
@@ -88,9 +92,11 @@ class Estimator:
             self.read()
 
     def _after(self, index: int, layer: nn.Module, inputs: Any, output: Any) -> None:
-        x = inputs[0] if inputs else output
-        if x.numel() and layer.training and not frozen(layer) and not is_recomputing():
-            self.noted[index] = x.numel() // x.shape[1]
+        x, counts = inputs[0] if inputs else output, getattr(layer, "counts", None)
+        # With a mask, or of several processes, a batch has not as many values as its shape says.
+        values = int(counts.pop().max()) if counts else x.numel() // max(x.shape[1], 1)
+        if values and layer.training and not frozen(layer) and not is_recomputing():
+            self.noted[index] = values
 
     def read(self) -> None:
         """Take over what is in the buffers."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from batchnorm.nn.statistics import Running
 from batchnorm.population.estimate import start_afresh
 from batchnorm.population.estimators import Pooled, Population, batch_in_buffers
 
@@ -92,6 +93,9 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
     hooks = [hook for layer, pooled, _ in saved for hook in _watch(layer, pooled)]
     done = False
     try:
+        for layer, _, old in saved:
+            if "renorm_steps" in old:  # goes on correcting towards what it had
+                layer.held = Running(old["running_mean"], old["running_var"], old["renorm_steps"])  # type: ignore[assignment]
         with batch_in_buffers(layers):
             yield model
         done = True
@@ -99,6 +103,8 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
         for hook in hooks:
             hook.remove()
         for layer, pooled, old in saved:
+            if "renorm_steps" in old:
+                layer.held = None  # type: ignore[assignment]
             for name, t in layer.named_buffers():
                 t.copy_(old.get(name, t))
             (seen,) = pooled.results()
@@ -120,6 +126,8 @@ def _move(layer: _BatchNorm, seen: Population) -> None:
     running: Any = layer
     skipped = layer._buffers.get("skipped_batches")
     running.num_batches_tracked.add_(1)
+    if "renorm_steps" in layer._buffers:
+        running.renorm_steps.add_(1)
     a: Any = layer.momentum
     if a is None:
         a = 1 / (running.num_batches_tracked - (0 if skipped is None else skipped)).double()
