@@ -27,11 +27,11 @@ class Recalibrate(Callback):
 
     What is evaluated is then what is saved: the population statistics of the weights as they are. They stay in the
     model, and the momentum average goes on from them: training in train mode does not read them, so that the weights
-    become the same, bit for bit, as without the callback. Random numbers (torch, numpy, Python, the loader's own) and
-    the loader's place in the epoch are as before. The sanity check runs on what the model came with. With several
-    processes (DDP) the values of all of them are pooled; modules that a strategy shards are not for this. Outside
-    ``fit``, in ``trainer.validate`` and ``trainer.test``, only given ``batches`` are read: without them the statistics
-    are those that training or its checkpoint left.
+    become the same, bit for bit, as without the callback (except with ``Renorm``, which reads them). Random numbers
+    (torch, numpy, Python, the loader's own) and the loader's place in the epoch are as before. The sanity check runs on
+    what the model came with. With several processes (DDP) the values of all of them are pooled; modules that a strategy
+    shards are not for this. Outside ``fit``, in ``trainer.validate`` and ``trainer.test``, only given ``batches`` are
+    read: without them the statistics are those that training or its checkpoint left.
 
     With Lightning's ``WeightAveraging`` put this one behind it in the list: validations, and checkpoints right after
     them, then have the averaged weights with their own statistics. Checkpoints between validations do not.

@@ -128,3 +128,21 @@ def test_recalibrate_refuses_such_batches_and_changes_nothing(layer):
 def test_the_kernels_are_what_is_tested():
     served = ops.dtypes_served("cpu")
     assert served or os.environ.get("BATCHNORM_TRITON_ON_CPU")
+
+
+@pytest.mark.parametrize("name", ["kernels", "aten"])
+def test_a_loaded_average_does_not_count_what_was_skipped_before(name, monkeypatch):
+    if name == "aten":
+        monkeypatch.setattr(ops, "has_kernel", lambda *arguments: False)
+    layer = bn.BatchNorm1d(3, momentum=None)
+    for _ in range(3):
+        layer(torch.full((4, 3), torch.inf))
+    layer.load_state_dict(torch.nn.BatchNorm1d(3).state_dict())
+    x = torch.randn(4, 3)
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, x.mean(0))
+    torch.testing.assert_close(layer.running_var, x.var(0))
+    layer.num_batches_tracked.zero_()  # by hand, where 3 were skipped
+    layer.skipped_batches.fill_(3)
+    layer(x)
+    assert layer.running_var.isfinite().all()

@@ -119,8 +119,11 @@ class FusedBatchNorm(_BatchNorm):
     def reset_running_stats(self) -> None:
         """torch's, and no batch was skipped."""
         super().reset_running_stats()
+        self._forget_skipped()
+
+    def _forget_skipped(self) -> None:
         self._told = 0
-        skipped = self._buffers.get("skipped_batches")  # torch calls this before there is one
+        skipped = self._buffers.get("skipped_batches")  # torch resets before there is one
         if skipped is not None:
             skipped.zero_()
 
@@ -194,6 +197,7 @@ class FusedBatchNorm(_BatchNorm):
 
         ``renorm_steps`` may be missing, and may be there for a layer that does not count steps.
         """
+        self._forget_skipped()  # the loaded statistics have a past of their own
         saved = state_dict.get(f"{prefix}frozen")
         if saved is not None:
             bits = int(saved)

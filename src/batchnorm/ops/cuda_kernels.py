@@ -197,7 +197,7 @@ def _update_running(running_mean, running_var, batches, skipped, mu, var, values
         if skipped is not None:
             left_out = tl.load(skipped + channels, mask=ok, other=0)
         if momentum is None:
-            a = 1 / (tl.load(batches) - left_out).to(tl.float64)
+            a = 1 / tl.maximum(tl.load(batches) - left_out, 1).to(tl.float64)
         else:  # it comes in float32: 1 - a must add up to 1 with that
             a = momentum * tl.full([], 1, tl.float64)
         mean = _blend(running_mean, mu, a, channels, ok)

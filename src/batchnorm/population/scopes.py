@@ -130,7 +130,7 @@ def _move(layer: _BatchNorm, seen: Population) -> None:
         running.renorm_steps.add_(1)
     a: Any = layer.momentum
     if a is None:
-        a = 1 / (running.num_batches_tracked - (0 if skipped is None else skipped)).double()
+        a = 1 / (running.num_batches_tracked - (0 if skipped is None else skipped)).clamp(min=1).double()
     both = ((running.running_mean, seen.mean_C), (running.running_var, seen.unbiased_var_C))
     moved = [((1 - a) * old.double() + a * batch).to(old.dtype) for old, batch in both]
     good = moved[0].isfinite() & moved[1].isfinite()

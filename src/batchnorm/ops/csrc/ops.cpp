@@ -311,7 +311,7 @@ void update_running_(
   };
   for (int64_t c = 0; c < mu.size(0); ++c) {
     int64_t* left_out = skipped ? data_of<int64_t>(*skipped) + c * skipped->stride(0) : nullptr;
-    const double a = momentum ? *momentum : 1.0 / double(count - (left_out ? *left_out : 0));
+    const double a = momentum ? *momentum : 1.0 / double(std::max<int64_t>(count - (left_out ? *left_out : 0), 1));
     const double mean = blended(running_mean, mu, 1, a, c), variance = blended(running_var, var, unbiased, a, c);
     if (left_out && !(std::isfinite(mean) && std::isfinite(variance))) {
       ++*left_out;
