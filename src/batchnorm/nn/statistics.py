@@ -104,15 +104,15 @@ class Ghost:
         if not self.shuffle:
             return split.normalize_groups(x_NCS, affine, mask_N1S, self.size, groups)
         order = torch.randperm(examples, device=x_NCS.device)
-        residual = affine.residual_NCS
+        back, residual = order.argsort(), affine.residual_NCS
         y, moments = split.normalize_groups(
-            x_NCS[order],
-            affine._replace(residual_NCS=None if residual is None else residual[order]),
+            split.reordered(x_NCS, order, back),
+            affine._replace(residual_NCS=None if residual is None else split.reordered(residual, order, back)),
             None if mask_N1S is None else mask_N1S[order],
             self.size,
             groups,
         )
-        return y[order.argsort()], moments
+        return split.reordered(y, back, order), moments
 
 
 @dataclass(frozen=True)

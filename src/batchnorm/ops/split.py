@@ -45,32 +45,37 @@ class Affine(NamedTuple):
 
 
 def statistics(x_NCS: Tensor, mask_N1S: Tensor | None = None) -> tuple[Tensor, Moments]:
-    """(x, its moments); with a mask, those of the places where it is True, and x with the mean of these in the others.
-
-    With f in the other places: the values that count are (x - f) away from it, the others are 0 away. So
-    mu = f + m / n * (mu_f - f) and var = m / n * (var_f + (mu_f - f)^2) - (mu - f)^2, which cancels nothing for f = mu.
-    """
+    """(x, its moments); with a mask, those of the places where it is True, and x with the others filled somehow."""
     if not _is_eager():
         return _plain_statistics(x_NCS, mask_N1S)
-    with torch.no_grad():
-        m = x_NCS.numel() // max(x_NCS.shape[1], 1)
-        if mask_N1S is None:
+    if mask_N1S is None:
+        with torch.no_grad():
             mean_C, var_C = _piece("statistics", x_NCS)(x_NCS)
-            count = torch.full((1,), float(m), dtype=torch.float64, device=x_NCS.device)
-            return x_NCS, Moments(mean_C.where(count > 0, 0), var_C.where(count > 0, 0), count)
-        count = mask_N1S.sum(over_NS(mask_N1S), dtype=torch.float64)
-        share = m / count.clamp(min=1)
-        zeros = x_NCS.where(mask_N1S, 0)
-        f_C = (_piece("statistics", x_NCS)(zeros)[0] * share).where(count > 0, 0).to(x_NCS.dtype)
-    filled_NCS = x_NCS.where(mask_N1S, per_channel(f_C, x_NCS))
+            values = torch.full_like(mean_C[:1], x_NCS.numel() // max(x_NCS.shape[1], 1))
+            return x_NCS, Moments(mean_C.where(values > 0, 0), var_C.where(values > 0, 0), values)
+    filled_NCS = x_NCS.where(mask_N1S, 0)
+    moments, cancels_C = _without_fill(filled_NCS, mask_N1S, torch.zeros_like)
+    if x_NCS.device.type != "cpu" or cancels_C.any():  # others would have to wait for the answer
+        f_C = moments.mean_C.nan_to_num().to(x_NCS.dtype)
+        filled_NCS = x_NCS.where(mask_N1S, per_channel(f_C, x_NCS))
+        moments, _ = _without_fill(filled_NCS, mask_N1S, lambda mean_C: f_C)
+    return filled_NCS, moments
+
+
+def _without_fill(filled_NCS: Tensor, mask_N1S: Tensor, fill: Callable[[Tensor], Tensor]) -> tuple[Moments, Tensor]:
+    """The moments of the places that count, by a kernel for whole batches; and where their digits cancelled.
+
+    Of m values n count, the others are f. These are 0 away from f, so that mu - f = m / n * (mu_m - f) and
+    var = m / n * (var_m + (mu_m - f)^2) - (mu - f)^2: the nearer f is to mu, the less cancels.
+    """
     with torch.no_grad():
-        mean_C, var_C = _piece("statistics", x_NCS)(filled_NCS)
-        off_C, f_C = mean_C - f_C, f_C.double()
-        var_C = share * (var_C + off_C**2) - (share * off_C) ** 2
-        none = count == 0
-        return filled_NCS, Moments(
-            (f_C + share * off_C).masked_fill(none, 0), var_C.clamp(min=0).masked_fill(none, 0), count
-        )
+        values = mask_N1S.sum(over_NS(mask_N1S), dtype=torch.float64)
+        share = (mask_N1S[:, :1].numel() / values).where(values > 0, 0)
+        mean_C, var_C = _piece("statistics", filled_NCS)(filled_NCS.detach())
+        f_C = fill(mean_C).double()
+        square_C, away_C = share * (var_C + (mean_C - f_C) ** 2), share * (mean_C - f_C)
+        var_C = (square_C - away_C**2).clamp(min=0)
+        return Moments((f_C + away_C).where(values > 0, 0), var_C, values), away_C**2 > 4 * var_C
 
 
 def merged(mean_GC: Tensor, var_GC: Tensor, count_G1: Tensor) -> Moments:
@@ -146,6 +151,11 @@ def normalize_groups(
         counts = [float(size * values)] * (groups - 1) + [float((n - (groups - 1) * size) * values)]
         return y, merged(mean_GC, var_GC, mean_GC.new_tensor(counts)[:, None])
     return _groups_as_channels(x_NCS, affine, mask_N1S, size, groups)
+
+
+def reordered(t: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """t[order]; ``back`` undoes it, which autograd's own way of adding up by index takes several times as long for."""
+    return _Reordered.apply(t, order, back) if _is_eager() else t[order]
 
 
 def _loops_over_groups(x: Tensor) -> bool:
@@ -290,6 +300,18 @@ class _NormalizeGroups(torch.autograd.Function):
         )
         dresidual = None if residual is None else dy if kept is None else dresidual
         return dx, schema.as_parameter(dweight, weight), schema.as_parameter(dbias, bias), dresidual, *(None,) * 5
+
+
+class _Reordered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t, order, back):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(order, back)
+        return t[order]
+
+    @staticmethod
+    def backward(ctx, dt):  # type: ignore[no-untyped-def]
+        order, back = ctx.saved_tensors
+        return _Reordered.apply(dt, back, order), None, None
 
 
 def _gradients_again(ctx: Any, y: Tensor, dy: Tensor, inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
