@@ -12,11 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def _enter(rank, world, folder, seconds, function, arguments):
+def _enter(rank, world, folder, seconds, backend, function, arguments):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
     try:
         result = ("result", function(rank, world, *arguments))
     except Exception as error:
@@ -30,13 +30,13 @@ def _enter(rank, world, folder, seconds, function, arguments):
         dist.destroy_process_group()
 
 
-def outcomes(world, function, *arguments, seconds=60.0):
+def outcomes(world, function, *arguments, seconds=60.0, backend="gloo"):
     """("result", value) or ("error", text) of each rank; None of one that did not live to tell."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")  # imports once, before the fork
         context.set_forkserver_preload(["batchnorm", "torch._dynamo", "torch.distributed.fsdp"])
         processes = [
-            context.Process(target=_enter, args=(rank, world, folder, seconds, function, arguments))
+            context.Process(target=_enter, args=(rank, world, folder, seconds, backend, function, arguments))
             for rank in range(world)
         ]
         for process in processes:

@@ -245,7 +245,7 @@ def normalize_by(
         raise type(error)(advice) from error
     y, moments = source(input, affine, mask)
     if running_mean is not None and running_var is not None:
-        split.update_running_(running_mean, running_var, batches, skipped, moments, momentum)
+        split.update_running_(running_mean, running_var, batches, skipped, moments, momentum, mask is not None)
     return y
 
 
@@ -261,6 +261,8 @@ def normalize_masked(
 
 def as_mask(mask: Tensor, input: Tensor) -> Tensor:
     """The mask as (N, 1, ...), beside input."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a bool tensor, True where a place counts, got {type(mask).__name__}.")
     places = input.shape[2:]
     allowed = (input.shape[:1] + places, (input.shape[0], 1, *places))
     if tuple(mask.shape) not in {tuple(shape) for shape in allowed}:

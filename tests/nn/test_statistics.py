@@ -1,6 +1,7 @@
 """Masks, ghost batches and Batch Renormalization: against the same thing written down with torch alone."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -101,10 +102,12 @@ def test_evaluation_looks_at_no_masked_place(activation):
     assert all(t.isfinite().all() for t in (dx, dweight, dbias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_batch_without_any_place_leaves_no_trace(momentum):
-    x = torch.randn(4, 3, 6)
+def test_a_batch_without_any_place_leaves_no_trace(momentum, dtype):
+    x = torch.randn(4, 300, 6, dtype=dtype)
     layer = layer_for(x, momentum=momentum)
+    layer.running_mean.normal_(), layer.running_var.uniform_(0.1, 5)
     before = copy.deepcopy(layer.state_dict())
     (y, dx, dweight, dbias), _ = run(layer, x, None, torch.zeros(4, 6, dtype=torch.bool))
     assert not any(t.any() for t in (y, dx, dweight, dbias))
@@ -144,6 +147,8 @@ def test_what_a_mask_must_be():
         layer(x, mask=torch.ones(4, 3, 6, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"mask must be bool, True where a place counts, got torch.float32"):
         layer(x, mask=torch.ones(4, 6))
+    with pytest.raises(TypeError, match="mask must be a bool tensor, True where a place counts, got list"):
+        layer(x, mask=[True] * 4)
     with pytest.raises(ValueError, match=r"mask must be on the device of input, cpu, got meta"):
         layer(x, mask=torch.ones(4, 6, dtype=torch.bool, device="meta"))
     with pytest.raises(ValueError, match=r"residual must have the shape of input, \(4, 3, 6\), got \(4, 3, 1\)"):
@@ -166,7 +171,7 @@ def by_hand(layer, x, residual, dy, size):
         starts.pop()
     cuts = [slice(a, b) for a, b in zip(starts, [*starts[1:], None], strict=True)]
     plain = copy.deepcopy(layer)
-    plain.set_statistics(bn.Batch())
+    plain.statistics = bn.Batch()
     parts = [run(plain, x[c], None if residual is None else residual[c], None, dy[c])[0] for c in cuts]
     *of_examples, dweight, dbias = zip(*parts, strict=True)
     return [*(torch.cat(t) for t in of_examples), sum(dweight), sum(dbias)]
@@ -192,7 +197,7 @@ def test_groups_give_the_bits_of_a_small_batch(layout, dtype):
     x = arrange(torch.randn(50, 16, 14, 14).to(dtype), layout)
     layer = layer_for(x, activation="relu", statistics=bn.Ghost(16))
     small = copy.deepcopy(layer)
-    small.set_statistics(bn.Batch())
+    small.statistics = bn.Batch()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums are cut by threads
     try:
@@ -217,7 +222,7 @@ def test_shuffled_groups_are_others_in_every_step_and_stay_in_place():  # pain 3
     residual, mask = torch.randn_like(x), torch.rand(12, 5) > 0.3
     layer = layer_for(x, activation="relu", statistics=bn.Ghost(4, shuffle=True))
     plain = copy.deepcopy(layer)
-    plain.set_statistics(bn.Ghost(4))
+    plain.statistics = bn.Ghost(4)
     outputs = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -319,7 +324,7 @@ def test_the_ramp_is_counted_in_steps(steps, r_max, d_max):
     layer = layer_for(x, statistics=bn.Renorm(3, 5, ((10, 50), (10, 30))))
     layer.renorm_steps.fill_(steps)
     constant = copy.deepcopy(layer)
-    constant.set_statistics(bn.Renorm(r_max, d_max, NOW))
+    constant.statistics = bn.Renorm(r_max, d_max, NOW)
     torch.testing.assert_close(layer(x), constant(x))
     assert layer.renorm_steps == steps + 1
     layer.eval()(x)
@@ -356,14 +361,101 @@ def test_activation_checkpointing_changes_nothing(source, use_reentrant):  # pai
     torch.testing.assert_close(layer.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_repeated_forwards_in_any_order_correct_towards_what_the_first_did(use_reentrant):
+    x = [torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    layer = layer_for(x[0], statistics=bn.Renorm(3, 5, NOW))
+    plain = copy.deepcopy(layer)
+    found = [checkpoint(lambda t: layer(layer(t)), t, use_reentrant=use_reentrant).square().sum() for t in x]
+    expected = [plain(plain(t)).square().sum() for t in x]
+    for i in (0, 2, 1):
+        (a,), (b,) = (
+            torch.autograd.grad(found[i], x[i], retain_graph=True)
+            if not use_reentrant
+            else ((found[i].backward(), x[i].grad.clone())[1:]),
+            torch.autograd.grad(expected[i], x[i]),
+        )
+        torch.testing.assert_close(a, b)
+
+
+def test_renorm_without_limits():
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    for schedule in (NOW, ((5, 10), (5, 10)), ((0, 10), (0, 10))):
+        layer = layer_for(x, statistics=bn.Renorm(torch.inf, torch.inf, schedule))
+        for steps in (0, 5, 7, 20):
+            layer.renorm_steps.fill_(steps)
+            assert layer(x).isfinite().all()
+
+
+def test_renorm_leaves_nothing_behind_that_cannot_be_copied():
+    layer = bn.BatchNorm1d(3, statistics=bn.Renorm())
+    x = torch.randn(4, 3)
+    state = {name: t.clone() for name, t in layer.state_dict().items()}
+    torch.func.vmap(lambda x: torch.func.functional_call(layer, state, (x,)).sum(), randomness="same")
+    layer(x)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    assert again.renorm_steps == 1
+    with torch.device("meta"):
+        model = bn.BatchNorm1d(3, statistics=bn.Renorm())
+    model.to_empty(device="cpu").renorm_steps.fill_(77)
+    model.reset_parameters()
+    assert model.renorm_steps == 0
+    with torch.device("meta"):
+        model = bn.BatchNorm1d(3, statistics=bn.Renorm())
+    model.load_state_dict(torch.nn.BatchNorm1d(3).state_dict(), assign=True)
+    assert model(x).isfinite().all()
+
+
+def test_all_masked_batches_are_no_steps():
+    layer, x = bn.BatchNorm1d(3, statistics=bn.Renorm()), torch.randn(4, 3, 5)
+    layer(x, mask=torch.zeros(4, 5, dtype=torch.bool))
+    assert layer.renorm_steps == layer.num_batches_tracked == 0
+
+
+def test_a_source_can_be_set_on_a_layer_that_is_there():
+    layer = bn.from_torch(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))[0]
+    layer.statistics = bn.Renorm()
+    assert layer(torch.randn(4, 3)).shape == (4, 3)
+    assert "renorm_steps" in layer.state_dict()
+    layer.statistics = bn.Batch()
+    assert "renorm_steps" not in layer.state_dict()
+    with pytest.raises(TypeError, match=r"statistics takes a value, .* got <class"):
+        layer.statistics = bn.Ghost
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_layouts_are_kept_where_groups_join_the_channels(masked):
+    for x in (torch.randn(7, 4, 5, 6).to(memory_format=torch.channels_last), torch.randn(7, 4, 5, 6)):
+        residual = x.double() if not masked else None  # another dtype: no loop over groups
+        mask = torch.ones(7, 5, 6, dtype=torch.bool) if masked else None
+        assert bn.BatchNorm2d(4, statistics=bn.Ghost(3))(x, residual, mask).stride() == x.stride()
+
+
+@pytest.mark.parametrize("source", [bn.Batch(), bn.Ghost(3), bn.Renorm()], ids=repr)
+def test_what_is_kept_for_backward(source):  # pain 28
+    x, residual = torch.randn(7, 4, 50, requires_grad=True), torch.randn(7, 4, 50)
+    for activation, others in ((None, 0), ("relu", 1), ("silu", 1)):  # beside x: nothing, y, the residual
+        kept = {}
+
+        def pack(t, kept=kept):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            bn.BatchNorm1d(4, activation=activation, statistics=source)(x, residual)
+        assert sum(kept.values()) < (1 + others) * x.nbytes + 2000
+
+
 def test_what_renorm_must_be():
     with pytest.raises(ValueError, match=r"r_max of at least 1 and d_max of at least 0 \(got 0.5, 5.0\)"):
         bn.Renorm(0.5)
     with pytest.raises(ValueError, match=r"r_max of at least 1 and d_max of at least 0 \(got 3, nan\)"):
         bn.Renorm(3, float("nan"))
-    for schedule in (5, ((0, 1),), ((5, 1), (0, 1)), ((-1, 1), (0, 1))):
+    for schedule in (5, (5, 6), "no", ((0, 1),), ((5, 1), (0, 1)), ((-1, 1), (0, 1))):
         with pytest.raises(ValueError, match="the steps between which r_max and d_max grow"):
             bn.Renorm(schedule=schedule)
+    with pytest.raises(ValueError, match=r"r_max of at least 1 and d_max of at least 0 \(got None, 5.0\)"):
+        bn.Renorm(None)
     with pytest.raises(ValueError, match="it needs track_running_stats=True"):
         bn.BatchNorm1d(3, track_running_stats=False, statistics=bn.Renorm())
     with pytest.raises(ValueError, match=r"Expected more than 1 value per channel .* got input \(1, 3\)"):
@@ -392,11 +484,21 @@ def test_second_derivatives_are_right(source, masked):  # pain 27
 
     inputs = (x, residual, layer.weight, layer.bias)
     if isinstance(source, bn.Renorm):  # whose gradient is not that of the function, by definition
-        dy = torch.randn_like(x)
-        once = torch.autograd.grad(function(*inputs), inputs, dy, create_graph=True)
-        for a, b in zip(once, torch.autograd.grad(function(*inputs), inputs, dy), strict=True):
+        dy, known = torch.randn_like(x), (layer.running_mean.clone(), layer.running_var.clone())
+        places = slice(None) if mask is None else mask
+        found, expected = [], []
+        for into in (found, expected):
+            if into is found:
+                y = function(*inputs)
+            else:
+                y = torch.zeros_like(x).movedim(1, -1)
+                z = renormalized(rows(x, places).reshape(-1, 2), *known, layer.weight, layer.bias, 1.5, 1.0)
+                y[places] = (z.view(*rows(x, places).shape) + rows(residual, places)).tanh()
+                y = y.movedim(-1, 1)
+            into += torch.autograd.grad(y, inputs, dy, create_graph=True)
+            into += torch.autograd.grad(sum(t.square().sum() for t in into), inputs)
+        for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
-        assert all(t.isfinite().all() for t in torch.autograd.grad(sum(t.sum() for t in once), inputs))
     else:
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)

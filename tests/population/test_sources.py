@@ -53,6 +53,22 @@ def test_accumulation_with_masks():
     torch.testing.assert_close(layer.state_dict(), whole.state_dict())
 
 
+def test_one_value_in_all_moves_the_mean_alone():
+    x, mask = torch.randn(4, 3, 5), torch.zeros(4, 5, dtype=torch.bool)
+    mask[2, 1] = True
+    layer = bn.BatchNorm1d(3)
+    with bn.accumulate_statistics(layer):
+        layer(x, mask=mask)
+    torch.testing.assert_close(layer.running_mean, 0.1 * x[2, :, 1])
+    assert (layer.running_var == 1).all()
+    assert not layer.skipped_batches.any()
+    with pytest.raises(ValueError, match="the BatchNorm1d saw a single value per channel, which has no variance"):
+        bn.recalibrate(layer, [x], forward=lambda layer, batch: layer(batch, mask=mask))
+    batches = [(x, mask), (x, ~mask)]
+    with pytest.raises(ValueError, match="or estimator='pooled' where only some have one value"):
+        bn.recalibrate(layer, batches, forward=lambda layer, b: layer(b[0], mask=b[1]), estimator="batch_mean")
+
+
 def test_accumulation_with_renorm_corrects_towards_what_there_was():
     x = torch.randn(32, 3, 5)
     layer = bn.BatchNorm1d(3, statistics=bn.Renorm(2, 1, ((0, 0), (0, 4))))
@@ -62,7 +78,7 @@ def test_accumulation_with_renorm_corrects_towards_what_there_was():
         found = [layer(part) for part in x.split(8)]
     torch.testing.assert_close(found, each)
     assert layer.renorm_steps == 1
-    start.set_statistics(bn.Batch())
+    start.statistics = bn.Batch()
     start(x)
     torch.testing.assert_close(layer.running_var, start.running_var)
     layer(x)  # and goes on as ever

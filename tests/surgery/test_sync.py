@@ -50,6 +50,22 @@ def test_layers_keep_all_they_have_and_come_back_as_they_were():
     assert type(model[1]) is nn.BatchNorm2d
 
 
+class Recorder:
+    def __init__(self):
+        self.calls = 0
+
+    def hook(self, layer, inputs, output):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("convert", [bn.convert_sync_batchnorm, bn.revert_sync_batchnorm, bn.from_torch])
+def test_hooks_that_are_methods_of_others_are_shared(convert):
+    recorder, model = Recorder(), nn.Sequential(nn.BatchNorm1d(3)).eval()
+    model[0].register_forward_hook(recorder.hook)
+    convert(model)(torch.randn(4, 3))
+    assert recorder.calls == 1
+
+
 def test_a_layer_that_was_restored_is_torchs_own():
     layer = bn.revert_sync_batchnorm(bn.convert_sync_batchnorm(nn.BatchNorm2d(4)))
     stock = nn.BatchNorm2d(4)

@@ -8,15 +8,17 @@ Comes from: user code, in place of ``torch.nn.BatchNorm*``. Goes to: ``functiona
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.functional import Activation, as_mask, normalize, normalize_by, normalize_masked, parse_activation
 from batchnorm.nn.statistics import Batch, Renorm, Running, Statistics, Synced
-from batchnorm.ops.split import Affine
+from batchnorm.ops.split import Affine, is_eager
 
 _LAYOUTS = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
 
@@ -58,10 +60,9 @@ class FusedBatchNorm(_BatchNorm):
     """
 
     activation: str | tuple[str, float] | None = None
-    statistics: Statistics = _BATCH
+    _statistics: Statistics = _BATCH
     before_sync: type | None = None  # the class that ``revert_sync_batchnorm`` restores
     held: Running | None = None  # of Renorm: what to correct towards while the running statistics are in use elsewhere
-    before: Running | None = None  # of Renorm: the running statistics that the last batch was corrected towards
     counts: list[Tensor] | None = None  # where someone wants to know how many values a batch had
     frozen_statistics = False
     frozen_affine = False
@@ -89,14 +90,19 @@ class FusedBatchNorm(_BatchNorm):
         name, slope = parse_activation(activation)
         self.activation = (name, slope) if name == "leaky_relu" else name
         self.count_skipped()
-        self.set_statistics(statistics)
+        self.statistics = statistics
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """activation(BN(input) + residual): batch statistics in train, running ones in eval (where tracked)."""
         return _forward(self, input, residual, mask)
 
-    def set_statistics(self, statistics: Statistics) -> None:
-        """Where training statistics come from, from now on; with the buffer that ``Renorm`` counts steps in."""
+    @property
+    def statistics(self) -> Statistics:
+        """Where training statistics come from. May be set; ``Renorm`` brings the buffer that it counts steps in."""
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, statistics: Statistics) -> None:
         if not isinstance(statistics, Statistics):
             raise TypeError(
                 f"statistics takes a value, Batch(), Ghost(size), Renorm() or Synced(), got {statistics!r}."
@@ -108,7 +114,13 @@ class FusedBatchNorm(_BatchNorm):
                 self.register_buffer("renorm_steps", torch.tensor(0, device=self.running_mean.device))
         elif "renorm_steps" in self._buffers:
             del self.renorm_steps
-        self.statistics = statistics
+        self._statistics = statistics
+
+    def reset_parameters(self) -> None:
+        """torch's, and no step was made."""
+        super().reset_parameters()
+        if "renorm_steps" in self._buffers:  # torch calls this before there is one
+            self.renorm_steps.zero_()  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> Any:
         """torch's; when training ends it is said what did not enter the running statistics."""
@@ -207,6 +219,10 @@ class FusedBatchNorm(_BatchNorm):
         kept = {name: self._buffers.pop(name) for name in absent if name in self._buffers}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *rest)
         self._buffers.update(kept)
+        for name in ("skipped_batches", "renorm_steps"):  # load_state_dict(assign=True) into a layer on meta
+            t, mean = self._buffers.get(name), self.running_mean
+            if t is not None and mean is not None and t.is_meta and not mean.is_meta:
+                self._buffers[name] = torch.zeros_like(t, device=mean.device)
         if f"{prefix}renorm_steps" in unexpected:
             unexpected.remove(f"{prefix}renorm_steps")
 
@@ -254,29 +270,33 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
     if not training:
         return normalize_masked(input, mean, var, affine, mask)  # type: ignore[arg-type]
     source = layer.statistics if in_train else _BATCH
-    running, counts = _before(layer, source, updates), layer.counts
+    renorm, synced = isinstance(source, Renorm), isinstance(source, Synced)
+    known = _known(layer) if renorm else None
 
     def normalized(x: Tensor, affine: Affine, mask: Tensor | None) -> Any:
-        y, moments = source.normalize(x, affine, mask, running)
-        if counts is not None:
-            counts.append(moments.values)
+        y, moments = source.normalize(x, affine, mask, known)
+        if layer.counts is not None and (synced or mask is not None):
+            layer.counts.append(moments.values)
+        if renorm and updates:
+            if is_eager() and isinstance(known, Running):
+                _HISTORY.setdefault(layer, deque(maxlen=32)).append(known._replace(seen_C=moments.mean_C))
+            layer.renorm_steps.add_((moments.values > 0).any())  # type: ignore[operator]
         return y, moments
 
-    y = normalize_by(normalized, input, mean, var, affine, mask, momentum, batches, skipped, isinstance(source, Synced))
-    if updates and isinstance(source, Renorm):
-        layer.renorm_steps.add_(1)  # type: ignore[operator]
-    return y
+    return normalize_by(normalized, input, mean, var, affine, mask, momentum, batches, skipped, synced)
 
 
-def _before(layer: FusedBatchNorm, source: Statistics, updates: bool) -> Running | None:
-    """What ``Renorm`` corrects towards: the statistics before this batch, in a repeated forward too."""
-    if not isinstance(source, Renorm):
-        return None
+# What layers with ``Renorm`` knew before each of their last batches: for forwards that are repeated.
+_HISTORY: WeakKeyDictionary[nn.Module, deque[Running]] = WeakKeyDictionary()
+
+
+def _known(layer: Any) -> Running | list[Running]:
+    """What ``Renorm`` corrects towards: the statistics before this batch."""
     if layer.held is not None:
         return layer.held
-    if updates or layer.before is None:
-        layer.before = Running(layer.running_mean, layer.running_var, layer.renorm_steps).copied()  # type: ignore[arg-type]
-    return layer.before
+    if is_recomputing() and layer in _HISTORY:
+        return list(_HISTORY[layer])
+    return Running(layer.running_mean.clone(), layer.running_var.clone(), layer.renorm_steps.clone())
 
 
 def is_recomputing() -> bool:

@@ -31,15 +31,20 @@ class Ranks:
                 "Default process group has not been initialized: statistics=Synced() needs "
                 "torch.distributed.init_process_group() before training (eval does not)."
             )
-        self.group: Any = group or dist.group.WORLD
-        self.layer = layer
-        self.size = dist.get_world_size(self.group)
+        self.group: Any = dist.group.WORLD if group is None else group
+        if not isinstance(self.group, dist.ProcessGroup):
+            raise ValueError(
+                f"synchronized statistics of {layer} need a process group that this rank is in, got {group!r}: "
+                "pass torch.distributed.new_group(...), or mesh.get_group() of a device mesh."
+            )
+        self.layer, self.size = layer, dist.get_world_size(self.group)
 
     def merged(self, moments: Moments) -> Moments:
         """The moments of all ranks' values, added up in the order of ranks: the same bits everywhere."""
         mine = torch.cat(moments)  # mean, variance, count
         everyone = mine.new_empty(self.size * len(mine))
-        self._finish(dist.all_gather_into_tensor(everyone, mine, self.group, async_op=True), "forward", mine.device)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        self._finish(gather(everyone, mine, self.group, async_op=True), "forward", mine.device)
         return split.merged(*everyone.view(self.size, -1).split([len(t) for t in moments], dim=1))
 
     def sum(self, sums: Tensor) -> Tensor:
@@ -49,37 +54,53 @@ class Ranks:
 
     def _finish(self, work: Any, stage: str, device: torch.device) -> None:
         """Wait for a collective; on gloo with an eye on the others, since it notices some failures late."""
-        if dist.get_backend(self.group) != "gloo":
+        backend = self.group._get_backend(device)
+        if backend.name() != "gloo":
             work.wait()
             return
-        started, store = time.monotonic(), self.group.get_group_store()
-        limit = self.group._get_backend(device).options._timeout.total_seconds()
+        limit = backend.options._timeout.total_seconds()
         roll_call = min(_ROLL_CALL, limit / 3)
-        look = timedelta(seconds=min(_LOOK, roll_call / 3))
+        started, look = time.monotonic(), timedelta(seconds=min(_LOOK, roll_call / 3))
+        store, silent = self.group.get_group_store(), None
         while True:
             try:
                 work.wait(look)
+                if silent is not None:  # it came to a good end after all
+                    _forget(store, self.group.rank())
                 return
             except RuntimeError as error:
-                over = time.monotonic() - started > limit - roll_call
-                if not work.is_completed() and not over and not _has(store, _FAILED):
+                waited = time.monotonic() - started
+                if (
+                    not work.is_completed()
+                    and waited < limit - roll_call
+                    and (silent == [] or not _has(store, _FAILED))
+                ):
                     continue
-                raise RuntimeError(self._verdict(stage, store, started, roll_call)) from error
+                silent = _silent(store, self.group.rank(), self.size, roll_call)
+                if _succeeded(work) if work.is_completed() else silent == [] and waited < limit - roll_call:
+                    continue
+                raise RuntimeError(self._verdict(stage, waited, silent)) from error
 
-    def _verdict(self, stage: str, store: Any, started: float, roll_call: float) -> str:
-        waited = time.monotonic() - started
-        silent = _silent(store, self.group.rank(), self.size, roll_call)
+    def _verdict(self, stage: str, waited: float, silent: list[int] | None) -> str:
         if silent is None:
             who = "the rendezvous store cannot be reached: the process that holds it (rank 0, without torchrun) is gone"
         elif silent:
-            names = " and ".join(f"rank {rank}" for rank in silent)
+            names = " and ".join(f"rank {dist.get_global_rank(self.group, rank)}" for rank in silent)
             who = f"{names} did not answer: killed, stuck, or never in this layer"
         else:
             who = "all ranks are there: did they run the same layers as often, with the same inputs' gradients?"
         return (
-            f"synchronized statistics of {self.layer}, {stage} on rank {self.group.rank()} of {self.size}, failed "
-            f"after {waited:.1f} s: {who}."
+            f"synchronized statistics of {self.layer}, {stage} on rank {dist.get_rank()}, failed after {waited:.1f} s "
+            f"among {self.size} ranks: {who}."
         )
+
+
+def _succeeded(work: Any) -> bool:
+    try:
+        work.wait()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _has(store: Any, key: str) -> bool:
@@ -101,3 +122,9 @@ def _silent(store: Any, rank: int, size: int, seconds: float) -> list[int] | Non
     except RuntimeError:  # its process has ended, after a roll call of its own perhaps
         pass
     return silent
+
+
+def _forget(store: Any, rank: int) -> None:
+    """A false alarm."""
+    store.delete_key(_FAILED)
+    store.delete_key(_HERE.format(rank))

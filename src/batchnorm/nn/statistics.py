@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +21,27 @@ from batchnorm.ops.split import Affine, Moments
 
 
 class Running(NamedTuple):
-    """What a layer knew before this batch: its running statistics, and the steps that ``Renorm`` counts."""
+    """What a layer knew before a batch: its running statistics, and the steps that ``Renorm`` counts.
+
+    ``seen_C``: that batch's mean, by which a forward that is repeated for checkpointing finds what it knew at first.
+    """
 
     mean_C: Tensor
     var_C: Tensor
     steps: Tensor
+    seen_C: Tensor | None = None
 
-    def copied(self) -> Running:
-        """The same values, whatever becomes of the layer's."""
-        return Running(*(t.clone() for t in self))
+    @staticmethod
+    def before(history: list[Running], mean_C: Tensor) -> Running:
+        """What was known before the last batch with this mean; without waiting for the device."""
+        history = history[::-1]
+        seen_KC = torch.stack([known.seen_C for known in history])  # type: ignore[misc]
+        nearest = (seen_KC - mean_C).abs().sum(1).argmin()
+        return Running(*(torch.stack(t)[nearest] for t in zip(*(known[:3] for known in history), strict=True)))
+
+
+# Of one layer, or of the batches that it saw last.
+Known = Running | list[Running] | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class Batch:
     """
 
     def normalize(
-        self, x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, running: Running | None
+        self, x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, running: Known
     ) -> tuple[Tensor, Moments]:
         """y, and the moments of the values that count."""
         return split.of_batch(x_NCS, affine, mask_N1S)
@@ -82,11 +95,12 @@ class Ghost:
     shuffle: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+        if isinstance(self.size, bool) or not hasattr(self.size, "__index__") or self.size < 1:
             raise ValueError(f"Ghost takes the number of examples in a group, at least 1 (got {self.size!r}).")
+        object.__setattr__(self, "size", index(self.size))
 
     def normalize(
-        self, x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, running: Running | None
+        self, x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, running: Known
     ) -> tuple[Tensor, Moments]:
         """y, and the moments of the whole batch."""
         examples = x_NCS.shape[0]
@@ -125,7 +139,8 @@ class Renorm:
     with sigma = sqrt(var + eps), and mu_run, sigma_run of the running statistics. r and d are constants to the
     gradient. Without clipping, y is what eval gives. r_max and d_max grow from 1 and 0, where y is ordinary batch
     normalization, to the given values, linearly between the steps of ``schedule``; the layer counts steps in the buffer
-    ``renorm_steps`` (saved). Under activation checkpointing a layer must see one forward pass for each backward pass.
+    ``renorm_steps`` (saved), where it saw at least one value. Under activation checkpointing a forward that is repeated
+    finds, among the layer's last 32 batches, what it corrected towards the first time.
 
     Args:
         r_max, d_max: how far the batch is corrected in the end; at least 1 and 0.
@@ -148,23 +163,29 @@ class Renorm:
     schedule: tuple[tuple[int, int], tuple[int, int]] = ((5_000, 40_000), (5_000, 25_000))
 
     def __post_init__(self) -> None:
-        if not self.r_max >= 1 or not self.d_max >= 0:
-            raise ValueError(
-                f"Renorm takes r_max of at least 1 and d_max of at least 0 (got {self.r_max}, {self.d_max})."
-            )
-        pairs = self.schedule if isinstance(self.schedule, tuple | list) else ()
-        if len(pairs) != 2 or not all(len(pair) == 2 and 0 <= pair[0] <= pair[1] for pair in pairs):
+        for value, least in ((self.r_max, 1), (self.d_max, 0)):
+            if not isinstance(value, int | float) or not value >= least:
+                raise ValueError(
+                    f"Renorm takes r_max of at least 1 and d_max of at least 0 (got {self.r_max!r}, {self.d_max!r})."
+                )
+        try:
+            grows = len(self.schedule) == 2 and all(0 <= first <= last for first, last in self.schedule)
+        except (TypeError, ValueError):
+            grows = False
+        if not grows:
             raise ValueError(
                 "Renorm takes schedule=((first, last), (first, last)), the steps between which r_max and d_max grow "
                 f"(got {self.schedule!r})."
             )
 
     def normalize(
-        self, x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, running: Running | None
+        self, x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, running: Known
     ) -> tuple[Tensor, Moments]:
         """y, and the moments of the batch."""
         x_NCS, moments = split.statistics(x_NCS, mask_N1S)
         assert running is not None
+        if isinstance(running, list):
+            running = Running.before(running, moments.mean_C)
         dtype = torch.promote_types(x_NCS.dtype, torch.float32)
         r_C, d_C = (t.to(dtype) for t in self._corrections(moments, running, affine.eps))
         weight_C, bias_C = affine.weight_C, affine.bias_C  # weight * (xhat * r + d) + bias is another weight and bias
@@ -177,19 +198,19 @@ class Renorm:
     def _corrections(self, moments: Moments, running: Running, eps: float) -> tuple[Tensor, Tensor]:
         mean_C, var_C = moments.mean_C.detach(), moments.var_C.detach()
         sigma_C = (running.var_C.double() + eps).sqrt()
-        (r_first, r_last), (d_first, d_last) = self.schedule
-        r_max = 1 + (self.r_max - 1) * self._grown(running.steps, r_first, r_last)
-        d_max = self.d_max * self._grown(running.steps, d_first, d_last)
+        r_max = 1 + self._limit(self.r_max - 1, running.steps, *self.schedule[0])
+        d_max = self._limit(self.d_max, running.steps, *self.schedule[1])
         r_C = torch.minimum(torch.maximum((var_C + eps).sqrt() / sigma_C, 1 / r_max), r_max)
         d_C = torch.minimum(torch.maximum((mean_C - running.mean_C) / sigma_C, -d_max), d_max)
         return r_C, d_C
 
     @staticmethod
-    def _grown(steps: Any, first: int, last: int) -> Tensor:
-        """0 up to the first step, 1 from the last one on."""
-        return (
+    def _limit(in_the_end: float, steps: Tensor, first: int, last: int) -> Tensor:
+        """0 up to the first step, ``in_the_end`` (which may be infinite) from the last one on."""
+        share = (
             ((steps.double() - first) / max(last - first, 1)).clamp(0, 1) if last > first else (steps >= first).double()
         )
+        return (share * in_the_end).where(share > 0, 0)
 
 
 @dataclass(frozen=True)
@@ -202,9 +223,9 @@ class Synced:
     too) and nccl, with ``mask``, under activation checkpointing; torch.compile breaks the graph here.
 
     On gloo a rank that was killed or does not arrive gives the others an error that names the layer and the rank within
-    the group's time-out. On nccl torch's watchdog ends the process after the time-out of ``init_process_group``, with
-    TORCH_NCCL_ASYNC_ERROR_HANDLING=1 (the default); TORCH_NCCL_TRACE_BUFFER_SIZE=2000 and
-    TORCH_NCCL_DUMP_ON_TIMEOUT=1 tell which collective it was.
+    the group's time-out. On nccl torch's watchdog ends the process when a collective takes longer than the time-out of
+    ``init_process_group`` (TORCH_NCCL_ASYNC_ERROR_HANDLING=0 would switch that off); with TORCH_NCCL_DUMP_ON_TIMEOUT=1
+    its flight recorder tells which collective it was.
 
     Args:
         process_group: the ranks; default: all of them.
@@ -212,7 +233,7 @@ class Synced:
 
     Raises:
         ValueError: in training, without ``torch.distributed.init_process_group``.
-        RuntimeError: another rank is gone; a second derivative is asked for.
+        RuntimeError: another rank is gone; a second derivative, or one of torch.func, is asked for.
 
     Example:
         >>> import batchnorm as bn
@@ -237,10 +258,18 @@ class Synced:
     def __deepcopy__(self, memo: Any) -> Synced:
         return self  # a process group cannot be copied
 
+    def __reduce__(self) -> Any:
+        return Synced, (self.process_group, self.layer)  # so that __post_init__ runs in a new process too
+
     def normalize(
-        self, x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, running: Running | None
+        self, x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, running: Known
     ) -> tuple[Tensor, Moments]:
         """y, and the moments of all ranks' values."""
+        if not split.is_eager():
+            raise RuntimeError(
+                "synchronized statistics have no derivatives under torch.func and forward-mode AD, which know nothing "
+                "of other processes: use another source of statistics there."
+            )
         group = ranks.Ranks(self.process_group, self.layer or f"a layer of {x_NCS.shape[1]} channels")
         if group.size == 1 and x_NCS.numel() == x_NCS.shape[1]:
             raise ValueError(

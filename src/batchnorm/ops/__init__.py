@@ -230,8 +230,12 @@ def blend_(
     mean: Tensor,
     unbiased_var: Tensor,
     momentum: float | None,
+    where: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """running <- (1 - a) * running + a * batch. The counts stay tensors: as numbers they would break graphs."""
+    """running <- (1 - a) * running + a * batch. The counts stay tensors: as numbers they would break graphs.
+
+    ``where``: the channels whose mean moves, and those whose variance does; default: all.
+    """
     a: Any = momentum
     if momentum is None and batches is not None:
         a = 1 / (batches if skipped is None else batches - skipped).clamp(min=1)
@@ -242,5 +246,7 @@ def blend_(
         if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
             skipped.add_((~good).to(skipped.dtype))  # torch.func allows no change of what a function did not get
         moved = [new.where(good, old) for new, (old, _) in zip(moved, both, strict=True)]
+    if where is not None:
+        moved = [new.where(allowed, old) for new, (old, _), allowed in zip(moved, both, where, strict=True)]
     running_mean.copy_(moved[0])
     running_var.copy_(moved[1])

@@ -46,7 +46,7 @@ class Affine(NamedTuple):
 
 def statistics(x_NCS: Tensor, mask_N1S: Tensor | None = None) -> tuple[Tensor, Moments]:
     """(x, its moments); with a mask, those of the places where it is True, and x with the others filled somehow."""
-    if not _is_eager():
+    if not is_eager():
         return _plain_statistics(x_NCS, mask_N1S)
     if mask_N1S is None:
         with torch.no_grad():
@@ -71,7 +71,8 @@ def _without_fill(filled_NCS: Tensor, mask_N1S: Tensor, fill: Callable[[Tensor],
     with torch.no_grad():
         values = mask_N1S.sum(over_NS(mask_N1S), dtype=torch.float64)
         share = (mask_N1S[:, :1].numel() / values).where(values > 0, 0)
-        mean_C, var_C = _piece("statistics", filled_NCS)(filled_NCS.detach())
+        of_all = _piece("statistics", filled_NCS)(filled_NCS.detach())
+        mean_C, var_C = (t.where(values > 0, 0) for t in of_all)  # NaN of no examples
         f_C = fill(mean_C).double()
         square_C, away_C = share * (var_C + (mean_C - f_C) ** 2), share * (mean_C - f_C)
         var_C = (square_C - away_C**2).clamp(min=0)
@@ -98,7 +99,7 @@ def normalize(
     if affine.residual_NCS is not None and mask_N1S is not None:
         affine = affine._replace(residual_NCS=affine.residual_NCS.where(mask_N1S, 0))
     # Without kernels all of it is differentiable, the moments too.
-    y = _Normalize.apply(x_NCS, *affine, *moments, mask_N1S, reduce) if _is_eager() else _plain(x_NCS, moments, affine)
+    y = _Normalize.apply(x_NCS, *affine, *moments, mask_N1S, reduce) if is_eager() else _plain(x_NCS, moments, affine)
     return y if mask_N1S is None else y.where(mask_N1S, 0)
 
 
@@ -115,14 +116,17 @@ def update_running_(
     skipped: Tensor | None,
     moments: Moments,
     momentum: float | None,
+    masked: bool,
 ) -> None:
-    """The running statistics move towards the moments, in place: not at all for no values, the mean alone for one."""
+    """The running statistics move towards the moments, in place: not at all for no values, the mean alone for one.
+
+    A batch of which a mask selects nothing is not counted.
+    """
     mean_C, var_C, n = (t.detach() for t in moments)
     if batches is not None:
-        batches.add_((n > 0).any().to(batches.dtype))
-    mean_C = mean_C.where(n > 0, running_mean_C)
-    var_C = (var_C * (n / (n - 1).clamp(min=1))).where(n > 1, running_var_C)
-    ops.blend_(running_mean_C, running_var_C, batches, skipped, mean_C, var_C, momentum)
+        batches.add_((n > 0).any().to(batches.dtype) if masked else 1)
+    unbiased_C = var_C * (n / (n - 1).clamp(min=1))
+    ops.blend_(running_mean_C, running_var_C, batches, skipped, mean_C, unbiased_C, momentum, (n > 0, n > 1))
 
 
 def check(
@@ -145,17 +149,20 @@ def normalize_groups(
 ) -> tuple[Tensor, Moments]:
     """(y, the moments of all): each ``size`` examples normalized by themselves, the last group with what is left."""
     same = affine.residual_NCS is None or affine.residual_NCS.dtype == x_NCS.dtype
-    if mask_N1S is None and same and _is_eager() and _loops_over_groups(x_NCS):
+    if mask_N1S is None and same and is_eager() and _loops_over_groups(x_NCS):
         y, mean_GC, var_GC = _NormalizeGroups.apply(x_NCS, *affine, size, groups)
         n, values = x_NCS.shape[0], x_NCS.numel() // x_NCS.shape[0] // x_NCS.shape[1]
         counts = [float(size * values)] * (groups - 1) + [float((n - (groups - 1) * size) * values)]
         return y, merged(mean_GC, var_GC, mean_GC.new_tensor(counts)[:, None])
-    return _groups_as_channels(x_NCS, affine, mask_N1S, size, groups)
+    y, moments = _groups_as_channels(x_NCS, affine, mask_N1S, size, groups)
+    if not x_NCS.is_contiguous() and x_NCS.movedim(1, -1).is_contiguous():  # channels-last, which joining undid
+        y = y.movedim(1, -1).contiguous().movedim(-1, 1)
+    return y, moments
 
 
 def reordered(t: Tensor, order: Tensor, back: Tensor) -> Tensor:
     """t[order]; ``back`` undoes it, which autograd's own way of adding up by index takes several times as long for."""
-    return _Reordered.apply(t, order, back) if _is_eager() else t[order]
+    return _Reordered.apply(t, order, back) if is_eager() else t[order]
 
 
 def _loops_over_groups(x: Tensor) -> bool:
@@ -204,7 +211,7 @@ def _groups_as_channels(
 # ---- the pieces ------------------------------------------------------------------------------------------------------
 
 
-def _is_eager() -> bool:
+def is_eager() -> bool:
     """Whether kernels run: no torch.compile, torch.func or forward-mode derivatives, which know torch's own ops."""
     return ops.is_eager() and forward_ad._current_level < 0
 
@@ -241,32 +248,29 @@ class _Normalize(torch.autograd.Function):
     ):
         code = schema.ACTIVATIONS.index(activation)
         y = _piece("normalize", x)(x, mean, var, weight, bias, residual, eps, code, slope)
-        kept = schema.kept(residual, y, code, slope)
-        ctx.save_for_backward(x, mean, var, weight, bias, kept, count, mask, residual)
-        ctx.scalars, ctx.reduce = (eps, code, slope), reduce
+        ctx.save_for_backward(x, mean, var, weight, bias, schema.kept(residual, y, code, slope), count, mask)
+        ctx.scalars, ctx.reduce, ctx.has_residual = (eps, code, slope), reduce, residual is not None
         return y
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, mean, var, weight, bias, kept, count, mask, residual = ctx.saved_tensors
+        x, mean, var, weight, bias, kept, count, mask = ctx.saved_tensors
         if torch.is_grad_enabled():
             if ctx.reduce is not None:
                 raise RuntimeError(
                     "second derivatives through synchronized statistics are not supported (create_graph=True): "
                     "use another source of statistics."
                 )
-            eps, code, slope = ctx.scalars
-            affine = Affine(weight, bias, residual, eps, schema.ACTIVATIONS[code], slope)
-            y = _plain(x, _plain_statistics(x, mask)[1], affine)
-            return *_gradients_again(ctx, y, dy, (x, weight, bias, residual)), *(None,) * 8
-        given = (dy, x, mean, var, weight, bias, kept)
-        dz, dz_xhat = _piece("gradient_sums", x)(*given, *ctx.scalars)
-        dx = dresidual = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
-            sums = torch.stack([dz, dz_xhat])
-            means = (sums if ctx.reduce is None else ctx.reduce(sums)) / count.clamp(min=1)
-            dx, dresidual = _piece("input_gradient", x)(*given, means[0], means[1], *ctx.scalars)
-        dresidual = None if residual is None else dy if kept is None else dresidual
+            dx, dz_xhat, dz, dresidual = _differentiable_gradients(dy, x, mask, weight, bias, kept, *ctx.scalars)
+        else:
+            given = (dy, x, mean, var, weight, bias, kept)
+            dz, dz_xhat = _piece("gradient_sums", x)(*given, *ctx.scalars)
+            dx = dresidual = None
+            if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+                sums = torch.stack([dz, dz_xhat])
+                means = (sums if ctx.reduce is None else ctx.reduce(sums)) / count.clamp(min=1)
+                dx, dresidual = _piece("input_gradient", x)(*given, means[0], means[1], *ctx.scalars)
+        dresidual = None if not ctx.has_residual else dy if kept is None else dresidual
         return dx, schema.as_parameter(dz_xhat, weight), schema.as_parameter(dz, bias), dresidual, *(None,) * 8
 
 
@@ -281,25 +285,47 @@ class _NormalizeGroups(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, mean, var, weight, bias, schema.kept(residual, y, code, slope), residual)
-        ctx.scalars = (size, groups, eps, code, slope)
+        ctx.save_for_backward(x, mean, var, weight, bias, schema.kept(residual, y, code, slope))
+        ctx.scalars, ctx.has_residual = (size, groups, eps, code, slope), residual is not None
         return y, mean, var
 
     @staticmethod
     def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
-        x, mean, var, weight, bias, kept, residual = ctx.saved_tensors
+        x, mean, var, weight, bias, kept = ctx.saved_tensors
         if dy is None:
             return (None,) * 9
         if torch.is_grad_enabled():
-            size, groups, eps, code, slope = ctx.scalars
-            affine = Affine(weight, bias, residual, eps, schema.ACTIVATIONS[code], slope)
-            y, _ = _groups_as_channels(x, affine, None, size, groups)
-            return *_gradients_again(ctx, y, dy, (x, weight, bias, residual)), *(None,) * 5
-        dx, dweight, dbias, dresidual = torch.ops.batchnorm.backward_groups.default(
-            dy, x, mean, var, weight, bias, kept, *ctx.scalars
-        )
-        dresidual = None if residual is None else dy if kept is None else dresidual
+            found = _differentiable_gradients_of_groups(dy, x, weight, bias, kept, *ctx.scalars)
+        else:
+            found = torch.ops.batchnorm.backward_groups.default(dy, x, mean, var, weight, bias, kept, *ctx.scalars)
+        dx, dweight, dbias, dresidual = found
+        dresidual = None if not ctx.has_residual else dy if kept is None else dresidual
         return dx, schema.as_parameter(dweight, weight), schema.as_parameter(dbias, bias), dresidual, *(None,) * 5
+
+
+def _differentiable_gradients(
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Any, bias: Any, kept: Any, *scalars: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias, dresidual in torch's own ops, the statistics too, for derivatives of them."""
+    mean_C, var_C, n = _plain_statistics(x, mask)[1]
+    given = (dy, x, mean_C, var_C, weight, bias, kept)
+    dz, dz_xhat = fallback.gradient_sums(*given, *scalars)
+    dx, dresidual = fallback.input_gradient(*given, dz / n.clamp(min=1), dz_xhat / n.clamp(min=1), *scalars)
+    return dx, dz_xhat, dz, dresidual
+
+
+def _differentiable_gradients_of_groups(
+    dy: Tensor, x: Tensor, weight: Any, bias: Any, kept: Any, size: int, groups: int, *scalars: Any
+) -> tuple[Any, ...]:
+    """The same of each group."""
+    starts = [i * size for i in range(groups)]
+    parts = [slice(a, b) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    rest = (weight, bias)
+    each = [
+        _differentiable_gradients(dy[p], x[p], None, *rest, None if kept is None else kept[p], *scalars) for p in parts
+    ]
+    dx, dweight, dbias, dresidual = zip(*each, strict=True)
+    return torch.cat(dx), sum(dweight), sum(dbias), torch.cat(dresidual)
 
 
 class _Reordered(torch.autograd.Function):
@@ -312,10 +338,3 @@ class _Reordered(torch.autograd.Function):
     def backward(ctx, dt):  # type: ignore[no-untyped-def]
         order, back = ctx.saved_tensors
         return _Reordered.apply(dt, back, order), None, None
-
-
-def _gradients_again(ctx: Any, y: Tensor, dy: Tensor, inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """The gradient by torch's own derivatives of y, for derivatives of it."""
-    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))  # type: ignore[arg-type]
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[: len(inputs)]]

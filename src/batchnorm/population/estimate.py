@@ -118,9 +118,13 @@ def recalibrate(
             for name, population in zip(stage, estimate.results(), strict=True):
                 finite = population.mean_C.isfinite() & population.unbiased_var_C.isfinite()
                 if population.values and not finite.all():
-                    raise NotFinite(
-                        f"layer {name} saw values that are not finite: look at the batches and the weights."
-                    )
+                    which = f"layer {name}" if name else f"the {type(model).__name__}"
+                    if population.mean_C.isfinite().all() and population.unbiased_var_C.isnan().any():
+                        raise ValueError(
+                            f"{which} saw a single value per channel, which has no variance: use larger batches, or "
+                            "estimator='pooled' where only some have one value."
+                        )
+                    raise NotFinite(f"{which} saw values that are not finite: look at the batches and the weights.")
                 _write(layers[name], population, old[name])
                 found[name] = population
         if not any(population.values for population in found.values()) and not reader.read:
@@ -216,7 +220,7 @@ def _as_before(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict
         with torch.random.fork_rng(devices):
             model.eval()
             for known, _ in sources:
-                known.statistics = Batch()  # of this process alone, as it is
+                known._statistics = Batch()  # of this process alone, as it is
             yield old
     except BaseException:
         for name, layer in layers.items():
@@ -226,7 +230,7 @@ def _as_before(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict
         for module, training in modes.items():
             module.training = training
         for known, source in sources:
-            known.statistics = source
+            known._statistics = source
 
 
 def _restore(layer: _BatchNorm, old: dict[str, Tensor]) -> None:

@@ -181,7 +181,7 @@ class Pooled(Estimator):
         return self.sums[0]
 
     def unbiased_var_C(self) -> Tensor:
-        """Var[x]."""
+        """Var[x]; of one value, nothing."""
         return self.sums[1] / (self.per_channel(self.values_L) - 1)
 
 
@@ -189,7 +189,8 @@ class BatchMean(Estimator):
     """The averages over batches of their mean and unbiased variance: Algorithm 2 to the letter."""
 
     def sums_of(self, values_KC: Tensor, mean_KC: Tensor, unbiased_var_KC: Tensor) -> Tensor:
-        """One batch counts one, whatever its size."""
+        """One batch counts one, whatever its size; one value has no variance to count."""
+        unbiased_var_KC = unbiased_var_KC.where(values_KC != 1, torch.nan)
         return torch.stack([mean_KC.sum(0), unbiased_var_KC.sum(0)])
 
     def add(self, values_L: Tensor, sums: Tensor) -> None:

@@ -131,7 +131,8 @@ def _move(layer: _BatchNorm, seen: Population) -> None:
     a: Any = layer.momentum
     if a is None:
         a = 1 / (running.num_batches_tracked - (0 if skipped is None else skipped)).clamp(min=1).double()
-    both = ((running.running_mean, seen.mean_C), (running.running_var, seen.unbiased_var_C))
+    unbiased_var_C = seen.unbiased_var_C if seen.values > 1 else running.running_var.double()  # one value has none
+    both = ((running.running_mean, seen.mean_C), (running.running_var, unbiased_var_C))
     moved = [((1 - a) * old.double() + a * batch).to(old.dtype) for old, batch in both]
     good = moved[0].isfinite() & moved[1].isfinite()
     if skipped is not None:

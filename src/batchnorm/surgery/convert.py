@@ -55,5 +55,13 @@ def with_same_tensors(model: Model, verb: str) -> Model:
     """A copy whose parameters and buffers are the given model's own: the same objects."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{verb} takes a torch.nn.Module, got {type(model).__name__}.")
-    groups = (module.process_group for module in model.modules() if isinstance(module, nn.SyncBatchNorm))
-    return copy.deepcopy(model, {id(shared): shared for shared in (*model.parameters(), *model.buffers(), *groups)})
+    modules = set(model.modules())
+    groups = [module.process_group for module in modules if isinstance(module, nn.SyncBatchNorm)]
+    owners = [getattr(hook, "__self__", None) for module in modules for hook in _hooks(module)]  # of bound methods
+    shared = (*model.parameters(), *model.buffers(), *groups, *(o for o in owners if o not in modules))
+    return copy.deepcopy(model, {id(kept): kept for kept in shared})
+
+
+def _hooks(module: nn.Module) -> list[object]:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [hook for kind in kinds for hook in getattr(module, kind).values()]

@@ -57,10 +57,10 @@ def convert_sync_batchnorm(
         kind = _checked(kinds, name, layer)
         if kind is None or isinstance(getattr(layer, "statistics", None), Synced):
             continue
-        group = process_group or layer.__dict__.pop("process_group", None)
+        own = layer.__dict__.pop("process_group", None)
         ours = _become(layer, kind)
         ours.before_sync = None if before in (kind, nn.SyncBatchNorm) else before
-        ours.set_statistics(Synced(group, name))
+        ours.statistics = Synced(process_group or own, name)
     return converted
 
 
@@ -79,12 +79,12 @@ def revert_sync_batchnorm(model: Model) -> Model:
             layer.__dict__.pop("process_group", None)
             _become(layer, AnyBatchNorm)
         elif isinstance(layer, FusedBatchNorm) and isinstance(layer.statistics, Synced):
-            layer.set_statistics(Batch())
+            layer.statistics = Batch()
             before = layer.__dict__.pop("before_sync", None)
             if before is not None and not (layer.frozen_statistics or layer.frozen_affine):
                 layer.tell_skipped()
                 del layer.skipped_batches
-                for name in ("statistics", "_told", "counts", "before"):
+                for name in ("_statistics", "_told", "counts"):
                     layer.__dict__.pop(name, None)
                 layer.__class__ = before
     return reverted
@@ -102,7 +102,7 @@ def _checked(kinds: dict[type, type | None], name: str, layer: _BatchNorm) -> An
     if not isinstance(getattr(layer, "statistics", Batch()), Batch | Synced):
         raise ValueError(
             f"layer {name!r} has statistics={layer.statistics!r}, which synchronizing would replace: "
-            "layer.set_statistics(bn.Batch()) first, if that is what you want."
+            "layer.statistics = bn.Batch() first, if that is what you want."
         )
     kind = kinds[type(layer)]
     if kind is not None and not (isinstance(kind, type) and issubclass(kind, FusedBatchNorm)):

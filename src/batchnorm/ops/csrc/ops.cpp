@@ -102,13 +102,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return {y, mu, var};
 }
 
-// Each group of examples, `size` of them and in the last what is left, by itself: body(group, part). Many groups are shared
-// out among the threads, few are done by all threads together.
+// Many groups are shared out among the threads, few are done by all threads together.
+int64_t workers_for(int64_t groups) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return groups >= 2 * threads ? threads : 1;
+}
+
+// Each group of examples, `size` of them and in the last what is left, by itself: body(worker, group, part).
 template <class Body> void for_each_group(const Tensor& x, int64_t size, int64_t groups, const Body& body) {
-  const int64_t threads = torch::stable::get_num_threads(), workers = groups >= 2 * threads ? threads : 1;
+  const int64_t workers = workers_for(groups), threads = workers == 1 ? torch::stable::get_num_threads() : 1;
   parallel(workers, [&](int64_t worker) {
     for (int64_t i = groups * worker / workers; i < groups * (worker + 1) / workers; ++i)
-      body(i, Part{i * size, i + 1 < groups ? size : x.size(0) - i * size, workers == 1 ? threads : 1});
+      body(worker, i, Part{i * size, i + 1 < groups ? size : x.size(0) - i * size, threads});
   });
 }
 
@@ -122,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_groups(
   const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
   in_compute_type(x, [&]<class A>() {
     if (x.numel() == 0) return fill_channels<double>(NAN, mu, var);
-    for_each_group(x, size, groups, [&](int64_t i, Part part) {
+    for_each_group(x, size, groups, [&](int64_t, int64_t i, Part part) {
       const int64_t first = i * x.size(1);
       normalize_part<A>(x, part, weight, bias, r, eps, Activation(activation), slope, y, data_of<double>(mu) + first,
                         data_of<double>(var) + first);
@@ -266,13 +271,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Gradient& given, int6
   const Tensor dx = empty_as(x), dgamma = channels_like(x), dbeta = channels_like(x), dresidual = given.empty_dresidual();
   in_compute_type(x, [&]<class A>() {
     if (x.numel() == 0) return fill_channels<A>(0, dgamma, dbeta);
-    const Array<double> sums(2 * groups * C);
-    for_each_group(x, size, groups, [&](int64_t i, Part part) {
-      gradient_of_part<A>(given, part, i, training, dx, dresidual, &sums[2 * i * C], &sums[(2 * i + 1) * C]);
+    const int64_t workers = workers_for(groups), width = 2 * padded(C);
+    const Array<double> sums(2 * workers * width);  // of each worker: of its groups together, of the one at hand
+    for_each_group(x, size, groups, [&](int64_t worker, int64_t i, Part part) {
+      double *all = &sums[2 * worker * width], *one = all + width;
+      gradient_of_part<A>(given, part, i, training, dx, dresidual, one, one + padded(C));
+      for (int64_t j = 0; j < width; ++j) all[j] += one[j];
     });
     for (int64_t c = 0; c < C; ++c) {
       double gamma = 0, beta = 0;
-      for (int64_t i = 0; i < groups; ++i) gamma += sums[2 * i * C + c], beta += sums[(2 * i + 1) * C + c];
+      for (int64_t w = 0; w < workers; ++w) gamma += sums[2 * w * width + c], beta += sums[2 * w * width + padded(C) + c];
       data_of<A>(dgamma)[c] = A(gamma), data_of<A>(dbeta)[c] = A(beta);
     }
   });
