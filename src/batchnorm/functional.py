@@ -245,7 +245,8 @@ def normalize_by(
         raise type(error)(advice) from error
     y, moments = source(input, affine, mask)
     if running_mean is not None and running_var is not None:
-        split.update_running_(running_mean, running_var, batches, skipped, moments, momentum, mask is not None)
+        values = None if mask is not None or one_value else input.numel() // max(input.shape[1], 1)
+        split.update_running_(running_mean, running_var, batches, skipped, moments, momentum, values)
     return y
 
 

@@ -99,7 +99,7 @@ def normalize(
     if affine.residual_NCS is not None and mask_N1S is not None:
         affine = affine._replace(residual_NCS=affine.residual_NCS.where(mask_N1S, 0))
     # Without kernels all of it is differentiable, the moments too.
-    y = _Normalize.apply(x_NCS, *affine, *moments, mask_N1S, reduce) if is_eager() else _plain(x_NCS, moments, affine)
+    y = _normalize(x_NCS, *affine, *moments, mask_N1S, reduce) if is_eager() else _plain(x_NCS, moments, affine)
     return y if mask_N1S is None else y.where(mask_N1S, 0)
 
 
@@ -116,15 +116,21 @@ def update_running_(
     skipped: Tensor | None,
     moments: Moments,
     momentum: float | None,
-    masked: bool,
+    values: int | None = None,
 ) -> None:
     """The running statistics move towards the moments, in place: not at all for no values, the mean alone for one.
 
-    A batch of which a mask selects nothing is not counted.
+    ``values``: how many they are, where no mask and no other process has a say in that. A batch of which a mask selects
+    nothing is not counted.
     """
     mean_C, var_C, n = (t.detach() for t in moments)
+    if values and is_eager() and running_mean_C.dtype in ops.dtypes_served(mean_C.device.type):
+        torch.ops.batchnorm.update_running_.default(
+            running_mean_C, running_var_C, batches, skipped, mean_C, var_C, values, momentum
+        )
+        return
     if batches is not None:
-        batches.add_((n > 0).any().to(batches.dtype) if masked else 1)
+        batches.add_((n > 0).any().to(batches.dtype) if values is None else 1)
     unbiased_C = var_C * (n / (n - 1).clamp(min=1))
     ops.blend_(running_mean_C, running_var_C, batches, skipped, mean_C, unbiased_C, momentum, (n > 0, n > 1))
 
@@ -150,7 +156,7 @@ def normalize_groups(
     """(y, the moments of all): each ``size`` examples normalized by themselves, the last group with what is left."""
     same = affine.residual_NCS is None or affine.residual_NCS.dtype == x_NCS.dtype
     if mask_N1S is None and same and is_eager() and _loops_over_groups(x_NCS):
-        y, mean_GC, var_GC = _NormalizeGroups.apply(x_NCS, *affine, size, groups)
+        y, mean_GC, var_GC = _normalize_groups(x_NCS, *affine, size, groups)
         n, values = x_NCS.shape[0], x_NCS.numel() // x_NCS.shape[0] // x_NCS.shape[1]
         counts = [float(size * values)] * (groups - 1) + [float((n - (groups - 1) * size) * values)]
         return y, merged(mean_GC, var_GC, mean_GC.new_tensor(counts)[:, None])
@@ -239,6 +245,11 @@ def _plain(x_NCS: Tensor, moments: Moments, affine: Affine) -> Tensor:
     return (z if activation is None else reference.ACTIVATIONS[activation][0](z, slope)).to(x_NCS.dtype)
 
 
+def _without_functorch(function: type[torch.autograd.Function]) -> Any:
+    """``function.apply`` without what it does in Python for torch.func."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 class _Normalize(torch.autograd.Function):
     """``ops.normalize`` forward; backward the gradient of batch statistics, by sums that ``reduce`` completes."""
 
@@ -301,6 +312,9 @@ class _NormalizeGroups(torch.autograd.Function):
         dx, dweight, dbias, dresidual = found
         dresidual = None if not ctx.has_residual else dy if kept is None else dresidual
         return dx, schema.as_parameter(dweight, weight), schema.as_parameter(dbias, bias), dresidual, *(None,) * 5
+
+
+_normalize, _normalize_groups = _without_functorch(_Normalize), _without_functorch(_NormalizeGroups)
 
 
 def _differentiable_gradients(

@@ -90,8 +90,13 @@ template <class A> struct Lanes {
     spread = Array<A>(used * width);
     for (int i = 0; i < used; ++i) {
       A* to = &spread[i * width];
-      for (int64_t o = 0; o < g.outer; ++o)
-        for (int64_t c = 0; c < g.C; ++c, to += g.inner) std::fill_n(to, g.inner, all[i][c]);
+      for (int64_t o = 0; o < g.outer; ++o) {
+        if (g.inner == 1) {
+          to = std::copy_n(all[i], g.C, to);
+        } else {
+          for (int64_t c = 0; c < g.C; ++c, to += g.inner) std::fill_n(to, g.inner, all[i][c]);
+        }
+      }
       values[i] = &spread[i * width];
     }
   }
