@@ -30,6 +30,21 @@ def test_recalibrate_finds_the_population_and_leaves_the_source(source):
     assert layer._buffers.get("renorm_steps") == steps
 
 
+def test_a_layer_behind_renorm_is_told_what_it_saw_in_training():
+    x = torch.randn(8, 3, dtype=torch.float64) * 3 + 1
+    model = nn.Sequential(bn.BatchNorm1d(3, statistics=bn.Renorm(9, 9, NOW)), bn.BatchNorm1d(3)).double()
+    model[0].running_mean.normal_(), model[0].running_var.uniform_(0.5, 2)
+    seen = torch.cat([copy.deepcopy(model[0])(part) for part in x.split(2)])
+    bn.recalibrate(model, x.split(2))
+    torch.testing.assert_close(model[1].running_mean, seen.mean(0))
+    torch.testing.assert_close(model[1].running_var, seen.var(0))
+    torch.testing.assert_close(model[0].running_var, x.var(0))
+    assert model[0].renorm_steps == 0
+    model[0].running_mean.fill_(torch.nan)  # nothing to correct towards
+    bn.recalibrate(model, x.split(2))
+    assert model[1].running_var.isfinite().all()
+
+
 def test_recalibrate_counts_the_places_that_a_mask_selects():
     x, mask = torch.randn(50, 3, 5, dtype=torch.float64), torch.rand(50, 5) > 0.4
     mask[8:16] = False

@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from batchnorm.nn import Batch, Renorm, Synced
 from batchnorm.nn.norm import FusedBatchNorm
+from batchnorm.nn.statistics import Running
 from batchnorm.population.depth import depths, stages
 from batchnorm.population.estimators import ESTIMATORS, Estimator, Population, batch_in_buffers, frozen
 
@@ -212,15 +213,20 @@ def call_with_inputs(model: nn.Module, batch: Any) -> Any:
 def _as_before(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[str, dict[str, Tensor]]]:
     """In eval; modes and random numbers come back, on an exception statistics too. Gives the old ones."""
     modes = {module: module.training for module in model.modules()}
-    ours = [layer for layer in layers.values() if isinstance(layer, FusedBatchNorm)]
-    sources = [(layer, layer.statistics) for layer in ours if isinstance(layer.statistics, Renorm | Synced)]
+    ours = {name: layer for name, layer in layers.items() if isinstance(layer, FusedBatchNorm)}
+    renewed = {name: layer for name, layer in ours.items() if isinstance(layer.statistics, Renorm | Synced)}
+    sources = {name: layer.statistics for name, layer in renewed.items()}
     old = {name: {key: t.clone() for key, t in layer.named_buffers()} for name, layer in layers.items()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
         with torch.random.fork_rng(devices):
             model.eval()
-            for known, _ in sources:
-                known._statistics = Batch()  # of this process alone, as it is
+            for name, known in renewed.items():
+                mean, var = old[name]["running_mean"], old[name]["running_var"]
+                if isinstance(known.statistics, Renorm) and (mean + var).isfinite().all():
+                    known.held = Running(mean, var, old[name]["renorm_steps"])  # what it corrects towards in training
+                else:
+                    known._statistics = Batch()  # of this process alone, as it is
             yield old
     except BaseException:
         for name, layer in layers.items():
@@ -229,8 +235,10 @@ def _as_before(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict
     finally:
         for module, training in modes.items():
             module.training = training
-        for known, source in sources:
-            known._statistics = source
+        for name, known in renewed.items():
+            known._statistics, known.held = sources[name], None
+            if "renorm_steps" in old[name]:
+                known._buffers["renorm_steps"].copy_(old[name]["renorm_steps"])  # type: ignore[union-attr]
 
 
 def _restore(layer: _BatchNorm, old: dict[str, Tensor]) -> None:
