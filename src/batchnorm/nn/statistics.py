@@ -142,8 +142,8 @@ class Renorm:
     ``renorm_steps`` (saved), where it saw at least one value. Under activation checkpointing a forward that is repeated
     finds, among the layer's last 32 batches, what it corrected towards the first time.
 
-    With two values per channel, (2, C), xhat is +1 and -1 whatever x is: y is right, but hardly a gradient goes through it
-    to what lies below, as with batch statistics.
+    With two values per channel, (2, C), xhat is +1 and -1 whatever x is: y is right, but hardly a gradient goes through
+    it to what lies below, as with batch statistics.
 
     Args:
         r_max, d_max: how far the batch is corrected in the end; at least 1 and 0.
