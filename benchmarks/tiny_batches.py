@@ -153,7 +153,7 @@ def build(run: Run) -> nn.Sequential:
         if isinstance(layer, bn.BatchNorm1d | bn.BatchNorm2d):
             layer.momentum = STATISTICS_MOMENTUM
             if contender.statistics == "renorm":
-                layer.set_statistics(bn.Renorm(**RENORM, schedule=schedule))  # type: ignore[arg-type]
+                layer.statistics = bn.Renorm(**RENORM, schedule=schedule)  # type: ignore[arg-type]
     if contender.head_only:
         for layer in list(model)[:-1]:
             if isinstance(layer, nn.Linear | nn.Conv2d):
