@@ -1,0 +1,32 @@
+"""What a change to a model did, layer by layer, and what it left alone: ``model.batchnorm_report``.
+
+Comes from: ``insert``, ``fuse``, ``fold``. Goes to: the user.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """``layer``: its name in the model; ``done``: what became of it; ``why``: with what, or why it was left alone."""
+
+    layer: str
+    done: str
+    why: str
+
+
+class Report(list[Row]):
+    """Rows, printable as a table."""
+
+    def of(self, done: str) -> list[str]:
+        """The layers of which this became."""
+        return [row.layer for row in self if row.done == done]
+
+    def __str__(self) -> str:
+        rows = [Row("layer", "done", "why"), *self]
+        widths = [max(len(row[i]) for row in rows) for i in range(2)]
+        return "\n".join(f"{row.layer:{widths[0]}}  {row.done:{widths[1]}}  {row.why}" for row in rows)
+
+
+LEFT = "left alone"

@@ -1,0 +1,190 @@
+"""One forward pass watched: which module or function made each tensor, and which ones read it.
+
+Comes from: any model and an example. Goes to: ``fold``, ``fuse``, ``insert``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from batchnorm.population import preserve_state
+
+# What is asked of a tensor without reading its values.
+_ABOUT = {
+    "size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "storage_offset", "is_contiguous",
+    "is_floating_point", "is_complex", "is_inference", "get_device", "type", "requires_grad_", "data_ptr",
+    "register_hook", "__len__", "__get__", "__hash__", "_is_view", "is_same_size", "result_type", "is_tensor",
+}  # fmt: skip
+
+
+@dataclass
+class Call:
+    """A module or function that was called, or the model's inputs and outputs.
+
+    ``name``: of a module in the model, of a function in torch; ``owner``: the module in whose forward it was called;
+    ``inputs``: the calls that made the tensors it read; ``readers``: those that read a tensor of its own.
+    """
+
+    index: int
+    kind: str  # "module", "function", "input", "output"
+    name: str
+    target: Any
+    owner: str
+    inputs: list[int]
+    readers: list[int] = field(default_factory=list)
+    shape: tuple[int, ...] | None = None  # of the first tensor it made
+
+
+@dataclass
+class Watched:
+    """All calls of one forward pass, in their order."""
+
+    calls: list[Call]
+
+    def of(self, name: str) -> list[Call]:
+        """The calls of a module."""
+        return [call for call in self.calls if call.kind == "module" and call.name == name]
+
+    def only_reader(self, call: Call) -> Call | None:
+        """What alone reads the tensors of a call, and reads them once."""
+        return self.calls[call.readers[0]] if len(call.readers) == 1 else None
+
+    def maker(self, call: Call, argument: int = 0) -> Call | None:
+        """What made the tensor that a call reads first."""
+        return self.calls[call.inputs[argument]] if len(call.inputs) > argument else None
+
+    def __str__(self) -> str:
+        def name(index: int) -> str:
+            return self.calls[index].name
+
+        rows = [("", "call", "in", "shape", "reads", "is read by")]
+        rows += [
+            (str(c.index), c.name, c.owner or "the model", "x".join(map(str, c.shape or ())),
+             ", ".join(map(name, c.inputs)), ", ".join(map(name, c.readers)))
+            for c in self.calls
+        ]  # fmt: skip
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+
+def watch(model: nn.Module, example: Any) -> Watched:
+    """Run the model once, in eval, and note who made and who read each tensor.
+
+    A module without children is a call, and so is a function of torch in the others. Control flow, several inputs,
+    outputs in dicts and modules that are used twice are followed as they come. The model is as before afterwards.
+
+    Args:
+        model: any module.
+        example: its input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+
+    Raises:
+        Exception: whatever the model raises on the example.
+    """
+    noted = _Noted({module: name for name, module in model.named_modules()})
+    positional, named = arguments(example)
+    noted.begin("input", "input", None, ()).made((positional, named))
+    with torch.random.fork_rng([]), preserve_state(model), noted:
+        out = model.eval()(*positional, **named)
+    noted.begin("output", "output", None, out)
+    return Watched(noted.calls)
+
+
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments for a model's forward."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
+
+
+def tensors_of(values: Any) -> Iterable[Tensor]:
+    """All tensors in nested containers, those that torch does not know (transformers' outputs) too."""
+    for leaf in _pytree.tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from tensors_of(list(leaf.values()))
+        elif hasattr(leaf, "__dataclass_fields__"):
+            yield from tensors_of([getattr(leaf, name) for name in leaf.__dataclass_fields__])
+
+
+class _Noted(TorchFunctionMode):
+    """Calls while the model runs. Tensors are kept, so that no two have the same identity."""
+
+    def __init__(self, names: dict[nn.Module, str]) -> None:
+        super().__init__()
+        self.names, self.calls = names, list[Call]()
+        self.maker: dict[int, int] = {}
+        self.kept: list[Tensor] = []
+        self.owners = [""]
+        self.inside: list[tuple[nn.Module, Call]] = []  # the module without children that runs now
+
+    def begin(self, kind: str, name: str, target: Any, reads: Any) -> _Noted:
+        call = Call(len(self.calls), kind, name, target, self.owners[-1], [])
+        for t in tensors_of(reads):
+            if id(t) in self.maker:
+                call.inputs.append(self.maker[id(t)])
+                self.calls[self.maker[id(t)]].readers.append(call.index)
+        self.calls.append(call)
+        return self
+
+    def made(self, values: Any, by: Call | None = None) -> None:
+        call = self.calls[-1] if by is None else by
+        for t in tensors_of(values):
+            self.kept.append(t)
+            self.maker[id(t)] = call.index
+            call.shape = call.shape or tuple(t.shape)
+
+    def __enter__(self) -> Any:
+        self.hooks = [
+            register_module_forward_pre_hook(self._before),
+            register_module_forward_hook(self._after, always_call=True),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        super().__exit__(*details)
+
+    def _before(self, module: nn.Module, inputs: Any) -> None:
+        if self.inside:
+            return
+        if next(module.children(), None) is not None:
+            self.owners.append(self.names.get(module, type(module).__name__))
+        else:
+            self.begin("module", self.names.get(module, type(module).__name__), module, inputs)
+            self.inside.append((module, self.calls[-1]))
+
+    def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.inside:
+            if self.inside[-1][0] is module:
+                self.made(output, self.inside.pop()[1])
+        elif next(module.children(), None) is not None:
+            self.owners.pop()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.inside:
+            return function(*args, **kwargs)
+        name = getattr(function, "__name__", str(function))
+        if name in _ABOUT:
+            out = function(*args, **kwargs)
+            if next(iter(tensors_of(out)), None) is None:  # x.shape; x.T is a tensor
+                return out
+            self.begin("function", name, function, (args, kwargs)).made(out)
+            return out
+        self.begin("function", name, function, (args, kwargs))
+        call = self.calls[-1]
+        out = function(*args, **kwargs)
+        self.made(out, call)
+        return out
