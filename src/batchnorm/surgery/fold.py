@@ -58,8 +58,8 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
         W' = gamma / sqrt(var + eps) * W,   b' = gamma / sqrt(var + eps) * (b - mean) + beta
 
     A layer folds into the one before it if nothing else reads that one's output; else into the one after it, if that
-    alone reads its output and does not pad. The names of modules stay: a folded layer is an ``nn.Identity``, of ours with an
-    activation what is left of it. The model given is not changed. ``batchnorm_report`` of the result lists what was
+    alone reads its output and does not pad. The names of modules stay: a folded layer is an ``nn.Identity``, or what is
+    left of it, the activation. The model given is not changed. ``batchnorm_report`` of the result lists what was
     folded into what, and what was not, with the reason; ``print`` it.
 
     Args:
@@ -298,7 +298,7 @@ def _check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[
         if not error <= limit:
             raise ValueError(
                 f"fold refused: {into} with {' and '.join(before + behind)} folded in is {error:.1e} of its largest "
-                f"output off, more than {limit:.1e} ({weight.dtype}): fold in a wider dtype, or pass a larger tolerance."
+                f"output off, more than {limit:.1e} ({weight.dtype}): fold in a wider dtype, or raise the tolerance."
             )
 
 

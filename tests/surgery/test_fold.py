@@ -1,0 +1,184 @@
+"""Folding: every kind of layer, both directions, what is refused and why: pain 22."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.surgery.fold import Rest
+
+
+def shaken(model, dtype=torch.float64):
+    """Statistics and parameters that are not those of a fresh layer, which is nearly the identity."""
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
+            layer.running_mean.normal_(), layer.running_var.uniform_(0.2, 3)
+            if layer.affine:
+                nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+    return model.to(dtype).eval()
+
+
+def assert_same(model, folded, x, error=1e-12):
+    before = copy.deepcopy(model.state_dict())
+    torch.testing.assert_close(folded(x), model(x), rtol=error, atol=error)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+CONVS = [
+    nn.Conv1d(4, 6, 3), nn.Conv1d(4, 6, 3, groups=2, dilation=2, padding=1), nn.Conv2d(4, 6, 3, bias=False),
+    nn.Conv2d(4, 4, 3, groups=4, stride=2, padding=1, padding_mode="reflect"), nn.Conv3d(4, 6, 2),
+    nn.ConvTranspose1d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2, output_padding=1),
+    nn.ConvTranspose2d(4, 8, 3, groups=4, bias=False, dilation=2), nn.ConvTranspose3d(4, 6, 2, padding=1),
+    nn.Linear(4, 6), nn.Linear(4, 6, bias=False),
+]  # fmt: skip
+NORMS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
+
+
+def input_for(layer):
+    dims = 2 if isinstance(layer, nn.Linear) else 3 + (len(layer.kernel_size) - 1)
+    return torch.randn(2, 4, *[7] * (dims - 2), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("package", [nn, bn])
+@pytest.mark.parametrize("layer", CONVS, ids=str)
+def test_into_the_layer_before(layer, package, affine):
+    x = input_for(layer)
+    out = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    model = shaken(nn.Sequential(copy.deepcopy(layer), getattr(package, NORMS[x.dim()])(out, affine=affine), nn.Tanh()))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [("1", "folded", "into 0, before it")]
+    assert type(folded[1]) is nn.Identity
+    assert_same(model, folded, x)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [c for c in CONVS if not isinstance(c, nn.modules.conv._ConvTransposeNd) and not any(getattr(c, "padding", (0,)))],
+    ids=str,
+)
+def test_into_the_layer_after(layer):
+    x = input_for(layer)
+    model = shaken(nn.Sequential(nn.Tanh(), getattr(nn, NORMS[x.dim()])(4), copy.deepcopy(layer)))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [("1", "folded", "into 2, after it")]
+    assert_same(model, folded, x)
+
+
+def test_a_layer_between_two_takes_up_both():
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report.of("folded") == ["1", "3"]
+    assert_same(model, folded, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_dtypes(dtype):
+    x = torch.randn(2, 4, 6, 6, dtype=dtype)
+    model = shaken(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), dtype)
+    folded = bn.fold(model, x)
+    assert folded[0].weight.dtype == folded[0].bias.dtype == dtype
+    assert_same(model, folded, x, {torch.float32: 1e-5}.get(dtype, 0.1))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), bn.BatchNorm2d(4, activation="relu")
+
+    def forward(self, x):
+        return self.norm(self.conv(x), residual=x)
+
+
+def test_what_is_left_of_a_fused_layer():
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Residual())
+    folded = bn.fold(model, x)
+    assert isinstance(folded.norm, Rest)
+    assert repr(folded.norm) == "Rest(activation='relu')"
+    assert_same(model, folded, x)
+
+
+class Several(nn.Module):
+    """One of each that cannot be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.read_twice = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.used_twice = nn.BatchNorm2d(4)
+        self.padded, self.after_relu = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.never, self.untracked = nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False)
+        self.masked = bn.BatchNorm2d(4)
+        self.features, self.of_places = nn.Linear(4, 4), nn.BatchNorm1d(36)
+        self.shared, self.after_shared = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.weird = type("Louder", (nn.BatchNorm2d,), {})(4)
+        self.functional = nn.BatchNorm2d(4)
+        self.head = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.after_head = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        y = self.read_twice(y) + y
+        y = self.used_twice(self.used_twice(y))
+        y = self.padded(self.after_relu(F.relu(y)))
+        y = self.masked(y, mask=torch.ones(y.shape[0], 6, 6, dtype=torch.bool)) + self.untracked(y)
+        y = self.weird(y) + self.functional(F.conv2d(y, torch.eye(4, dtype=y.dtype)[..., None, None]))
+        y = self.of_places(self.features(y.flatten(2).transpose(1, 2)))
+        y = y.mean(1)
+        return self.after_head(self.head(self.after_shared(self.shared(self.shared(y)))))
+
+
+def test_what_is_left_alone_and_why():
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Several())
+    folded = bn.fold(model, x)
+    why = {row.layer: row.why for row in folded.batchnorm_report if row.done == "left alone"}
+    assert why == {
+        "read_twice": "conv before it is read by add() too; its output goes to add()",
+        "used_twice": "it is called 2 times",
+        "after_relu": "it reads relu(), which has no weights to fold into; padded after it pads with 0",
+        "never": "the example does not reach it",
+        "untracked": "it has no running statistics: it normalizes by each batch in eval too",
+        "masked": "it is given a mask",
+        "of_places": "features before it has its features in the last dimension, not the second; its output goes to mean()",
+        "after_shared": "shared before it is called 2 times; the weight of head after it is computed from others",
+        "weird": "a Louder may do more than batch normalization",
+        "functional": "it reads conv2d(), which has no weights to fold into; its output goes to add()",
+        "after_head": "the weight of head before it is computed from others; its output goes to the model's output",
+    }
+    assert folded.batchnorm_report.of("folded") == []
+    assert "\nused_twice    left alone  it is called 2 times\n" in str(folded.batchnorm_report)
+    assert_same(model, folded, x)
+
+
+def test_what_is_refused():
+    x = torch.randn(2, 3, 5, 5)
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    with pytest.raises(ValueError, match=r"layer '0.1' is in train mode: call model.eval\(\) first"):
+        bn.fold(model, x)
+    with pytest.raises(TypeError, match="fold takes a torch.nn.Module, got list"):
+        bn.fold([], x)
+    model.eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="channels"):
+        bn.fold(model, torch.randn(2, 4, 5, 5))
+    with pytest.raises(ValueError, match=r"fold refused: 0.0 with 0.1 folded in is .* off, more than 1.0e-12"):
+        bn.fold(model, x, tolerance=1e-12)
+    model[0][1].running_var.fill_(1e-30)
+    model[0][1].eps = 0.0
+    with pytest.raises(ValueError, match=r"fold refused: 0.0 with 0.1 folded in is .*: fold in a wider dtype"):
+        bn.fold(model.half(), x.half())
+    model.float().load_state_dict(before)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_frozen_statistics_are_enough():
+    model = nn.Sequential(nn.Linear(3, 4), bn.BatchNorm1d(4))
+    bn.freeze(model)
+    folded = bn.fold(model.train(), torch.randn(5, 3))
+    assert not folded.training
+    assert model.training
