@@ -144,7 +144,8 @@ def test_what_is_left_alone_and_why():
         "never": "the example does not reach it",
         "untracked": "it has no running statistics: it normalizes by each batch in eval too",
         "masked": "it is given a mask",
-        "of_places": "features before it has its features in the last dimension, not the second; its output goes to mean()",
+        "of_places": "features before it has its features in the last dimension, not the second; "
+        "its output goes to mean()",
         "after_shared": "shared before it is called 2 times; the weight of head after it is computed from others",
         "weird": "a Louder may do more than batch normalization",
         "functional": "it reads conv2d(), which has no weights to fold into; its output goes to add()",
@@ -160,7 +161,7 @@ def test_what_is_refused():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     with pytest.raises(ValueError, match=r"layer '0.1' is in train mode: call model.eval\(\) first"):
         bn.fold(model, x)
-    with pytest.raises(TypeError, match="fold takes a torch.nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"fold takes a torch.nn.Module, got list"):
         bn.fold([], x)
     model.eval()
     before = copy.deepcopy(model.state_dict())

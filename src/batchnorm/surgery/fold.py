@@ -150,7 +150,7 @@ def _unfit(layer: _BatchNorm, calls: list[Call]) -> str | None:
         return "it has no running statistics: it normalizes by each batch in eval too"
     if len(calls) != 1:
         return "the example does not reach it" if not calls else f"it is called {len(calls)} times"
-    if len(calls[0].inputs) > 2:
+    if {2, "mask"} & {*calls[0].given}:
         return "it is given a mask"
     return None
 

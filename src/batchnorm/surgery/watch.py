@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
@@ -30,7 +29,8 @@ class Call:
     """A module or function that was called, or the model's inputs and outputs.
 
     ``name``: of a module in the model, of a function in torch; ``owner``: the module in whose forward it was called;
-    ``inputs``: the calls that made the tensors it read; ``readers``: those that read a tensor of its own.
+    ``inputs``: the calls that made the tensors it read, ``given``: the arguments (a place or a name) they came in;
+    ``readers``: the calls that read a tensor of its own.
     """
 
     index: int
@@ -38,7 +38,8 @@ class Call:
     name: str
     target: Any
     owner: str
-    inputs: list[int]
+    inputs: list[int] = field(default_factory=list)
+    given: list[int | str] = field(default_factory=list)
     readers: list[int] = field(default_factory=list)
     shape: tuple[int, ...] | None = None  # of the first tensor it made
 
@@ -90,12 +91,12 @@ def watch(model: nn.Module, example: Any) -> Watched:
     Raises:
         Exception: whatever the model raises on the example.
     """
-    noted = _Noted({module: name for name, module in model.named_modules()})
+    noted = _Noted(model)
     positional, named = arguments(example)
-    noted.begin("input", "input", None, ()).made((positional, named))
+    noted.made((positional, named), noted.begin("input", "input", None, (), {}))
     with torch.random.fork_rng([]), preserve_state(model), noted:
         out = model.eval()(*positional, **named)
-    noted.begin("output", "output", None, out)
+    noted.begin("output", "output", None, (out,), {})
     return Watched(noted.calls)
 
 
@@ -120,34 +121,42 @@ def tensors_of(values: Any) -> Iterable[Tensor]:
 class _Noted(TorchFunctionMode):
     """Calls while the model runs. Tensors are kept, so that no two have the same identity."""
 
-    def __init__(self, names: dict[nn.Module, str]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.names, self.calls = names, list[Call]()
-        self.maker: dict[int, int] = {}
+        self.names = {module: name for name, module in model.named_modules()}
+        self.calls: list[Call] = []
+        self.maker: dict[int, Call] = {}
         self.kept: list[Tensor] = []
         self.owners = [""]
         self.inside: list[tuple[nn.Module, Call]] = []  # the module without children that runs now
 
-    def begin(self, kind: str, name: str, target: Any, reads: Any) -> _Noted:
-        call = Call(len(self.calls), kind, name, target, self.owners[-1], [])
-        for t in tensors_of(reads):
-            if id(t) in self.maker:
-                call.inputs.append(self.maker[id(t)])
-                self.calls[self.maker[id(t)]].readers.append(call.index)
+    def begin(self, kind: str, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        call = Call(len(self.calls), kind, name, target, self.owners[-1])
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in given:
+            for t in tensors_of(value):
+                maker = self.maker.get(id(t))
+                if maker is not None:
+                    call.inputs.append(maker.index)
+                    call.given.append(place)
+                    maker.readers.append(call.index)
         self.calls.append(call)
-        return self
+        return call
 
-    def made(self, values: Any, by: Call | None = None) -> None:
-        call = self.calls[-1] if by is None else by
+    def made(self, values: Any, call: Call) -> None:
         for t in tensors_of(values):
             self.kept.append(t)
-            self.maker[id(t)] = call.index
+            self.maker[id(t)] = call
             call.shape = call.shape or tuple(t.shape)
 
     def __enter__(self) -> Any:
         self.hooks = [
-            register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after, always_call=True),
+            hook
+            for module in self.names
+            for hook in (
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            )
         ]
         return super().__enter__()
 
@@ -156,20 +165,19 @@ class _Noted(TorchFunctionMode):
             hook.remove()
         super().__exit__(*details)
 
-    def _before(self, module: nn.Module, inputs: Any) -> None:
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.inside:
             return
-        if next(module.children(), None) is not None:
-            self.owners.append(self.names.get(module, type(module).__name__))
+        if _is_leaf(module):
+            self.inside.append((module, self.begin("module", self.names[module], module, args, kwargs)))
         else:
-            self.begin("module", self.names.get(module, type(module).__name__), module, inputs)
-            self.inside.append((module, self.calls[-1]))
+            self.owners.append(self.names[module])
 
-    def _after(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.inside:
             if self.inside[-1][0] is module:
                 self.made(output, self.inside.pop()[1])
-        elif next(module.children(), None) is not None:
+        elif not _is_leaf(module):
             self.owners.pop()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -179,12 +187,15 @@ class _Noted(TorchFunctionMode):
         name = getattr(function, "__name__", str(function))
         if name in _ABOUT:
             out = function(*args, **kwargs)
-            if next(iter(tensors_of(out)), None) is None:  # x.shape; x.T is a tensor
-                return out
-            self.begin("function", name, function, (args, kwargs)).made(out)
+            if next(iter(tensors_of(out)), None) is not None:  # x.T, where x.shape is none
+                self.made(out, self.begin("function", name, function, args, kwargs))
             return out
-        self.begin("function", name, function, (args, kwargs))
-        call = self.calls[-1]
+        call = self.begin("function", name, function, args, kwargs)
         out = function(*args, **kwargs)
         self.made(out, call)
         return out
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether what happens in its forward is its own business."""
+    return all(name == "parametrizations" for name, _ in module.named_children())
