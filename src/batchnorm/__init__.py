@@ -7,7 +7,7 @@ from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d, Ghost, Re
 from batchnorm.population import accumulate_statistics, freeze, preserve_state, recalibrate, unfreeze
 from batchnorm.racing.runner import race
 from batchnorm.racing.task import Task
-from batchnorm.surgery import convert_sync_batchnorm, fold, from_torch, revert_sync_batchnorm
+from batchnorm.surgery import convert_sync_batchnorm, fold, from_torch, revert_sync_batchnorm, to_torch
 
 __all__ = [
     "Batch",
@@ -28,6 +28,7 @@ __all__ = [
     "race",
     "recalibrate",
     "revert_sync_batchnorm",
+    "to_torch",
     "unfreeze",
 ]
 __version__ = version("batchnorm")

@@ -66,6 +66,7 @@ class FusedBatchNorm(_BatchNorm):
     counts: list[Tensor] | None = None  # where someone wants to know how many values a batch had
     frozen_statistics = False
     frozen_affine = False
+    fused = False  # the activation, or a residual, came from the network around it (``from_torch``)
     _told = 0
     qconfig = _RefuseLossyConversion()
     _dims: tuple[int, ...]

@@ -20,10 +20,9 @@ from batchnorm.functional import parse_activation
 from batchnorm.nn.norm import AnyBatchNorm, FusedBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.ops.reference import per_channel
-from batchnorm.population import preserve_state
 from batchnorm.surgery.convert import OURS, Model
 from batchnorm.surgery.report import LEFT, Report, Row
-from batchnorm.surgery.watch import Call, Watched, arguments, tensors_of, watch
+from batchnorm.surgery.watch import Call, Watched, run, tensors_of, watch
 
 _KNOWN = {*OURS, *OURS.values(), AnyBatchNorm, nn.SyncBatchNorm}
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -306,8 +305,10 @@ def _check_outputs(
     model: nn.Module, folded: nn.Module, wide: nn.Module, example: Any, wide_example: Any, tolerance: float | None
 ) -> None:
     """The whole model beside itself in float64."""
-    exact = run(wide, wide_example)
-    for i, (new, old, expected) in enumerate(zip(run(folded, example), run(model, example), exact, strict=True)):
+    exact = _outputs(wide, wide_example)
+    for i, (new, old, expected) in enumerate(
+        zip(_outputs(folded, example), _outputs(model, example), exact, strict=True)
+    ):
         limit = max(TOLERANCE.get(new.dtype, 0.0) if tolerance is None else tolerance, 2 * _error(old, expected))
         if not _error(new, expected) <= limit:
             raise ValueError(
@@ -316,11 +317,8 @@ def _check_outputs(
             )
 
 
-def run(model: nn.Module, example: Any) -> list[Tensor]:
-    """The floating-point outputs of a model, which is as before afterwards."""
-    positional, named = arguments(example)
-    with torch.no_grad(), torch.random.fork_rng([]), preserve_state(model):
-        return [t for t in tensors_of(model(*positional, **named)) if t.is_floating_point()]
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    return [t for t in tensors_of(run(model, example)) if t.is_floating_point()]
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.nn.norm import AnyBatchNorm, FusedBatchNorm
 from batchnorm.nn.statistics import Batch, Synced
-from batchnorm.surgery.convert import OURS, Model, with_same_tensors
+from batchnorm.surgery.convert import OURS, Model, become_stock, with_same_tensors
 
 _KNOWN: dict[type, type] = {**OURS, **{ours: ours for ours in OURS.values()}, AnyBatchNorm: AnyBatchNorm}
 
@@ -82,11 +82,7 @@ def revert_sync_batchnorm(model: Model) -> Model:
             layer.statistics = Batch()
             before = layer.__dict__.pop("before_sync", None)
             if before is not None and not (layer.frozen_statistics or layer.frozen_affine):
-                layer.tell_skipped()
-                del layer.skipped_batches
-                for name in ("_statistics", "_told", "counts"):
-                    layer.__dict__.pop(name, None)
-                layer.__class__ = before
+                become_stock(layer, before)
     return reverted
 
 

@@ -6,6 +6,7 @@ Comes from: any model and an example. Goes to: ``fold``, ``fuse``, ``insert``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,12 +93,17 @@ def watch(model: nn.Module, example: Any) -> Watched:
         Exception: whatever the model raises on the example.
     """
     noted = _Noted(model)
-    positional, named = arguments(example)
-    noted.made((positional, named), noted.begin("input", "input", None, (), {}))
-    with torch.random.fork_rng([]), preserve_state(model), noted:
-        out = model.eval()(*positional, **named)
+    noted.made(example, noted.begin("input", "input", None, (), {}))
+    out = run(model, example, noted)
     noted.begin("output", "output", None, (out,), {})
     return Watched(noted.calls)
+
+
+def run(model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None) -> Any:
+    """What the model gives in eval. It is as before afterwards, random numbers too."""
+    positional, named = arguments(example)
+    with torch.no_grad(), torch.random.fork_rng([]), preserve_state(model), watched_by or nullcontext():
+        return model.eval()(*positional, **named)
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -168,7 +174,7 @@ class _Noted(TorchFunctionMode):
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.inside:
             return
-        if _is_leaf(module):
+        if is_leaf(module):
             self.inside.append((module, self.begin("module", self.names[module], module, args, kwargs)))
         else:
             self.owners.append(self.names[module])
@@ -177,7 +183,7 @@ class _Noted(TorchFunctionMode):
         if self.inside:
             if self.inside[-1][0] is module:
                 self.made(output, self.inside.pop()[1])
-        elif not _is_leaf(module):
+        elif not is_leaf(module):
             self.owners.pop()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -196,6 +202,6 @@ class _Noted(TorchFunctionMode):
         return out
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     """Whether what happens in its forward is its own business."""
     return all(name == "parametrizations" for name, _ in module.named_children())

@@ -1,0 +1,229 @@
+"""Additions and activations taken over by the layer before them, and given back."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import batchnorm as bn
+
+
+def shaken(model):
+    """Statistics and parameters that are not those of a fresh layer, which is nearly the identity."""
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.running_mean.normal_(), layer.running_var.uniform_(0.2, 3)
+            nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
+    return model.double()
+
+
+class Block(nn.Module):
+    """Written as torchvision does: one activation module with two call sites, an addition in place."""
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.relu, self.stride = nn.ReLU(inplace=True), 1
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y += x
+        return self.relu(y)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)
+        self.other, self.plain = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x, scale=None):
+        y = self.drop(F.leaky_relu(self.norm(self.conv(x)), 0.3))
+        y = torch.sigmoid(self.other(y))
+        return y + self.plain(x) if scale is None else y * scale
+
+
+def same(model, fused, x):
+    """In eval, and a training step: outputs, gradients, state."""
+    for mode in (False, True):
+        results = []
+        for m in (copy.deepcopy(model), copy.deepcopy(fused)):
+            torch.manual_seed(0)
+            leaf = x.detach().clone().requires_grad_()
+            y = m.train(mode)(leaf)
+            (y * torch.linspace(0, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+            grads = [p.grad for p in m.parameters()]
+            results.append(([y, leaf.grad, *grads], dict(m.state_dict())))
+        for a, b in zip(results[0][0], results[1][0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-9, atol=1e-9)
+
+
+def assert_back(model, fused):
+    """to_torch gives what there was."""
+    back = bn.to_torch(fused)
+    assert repr(back) == repr(model)
+    assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
+    assert all(a is b for a, b in zip(back.parameters(), model.parameters(), strict=True))
+
+
+X = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+
+
+def test_a_module_alone_behind_a_layer_becomes_an_identity():
+    model = shaken(
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4), nn.LeakyReLU(0.2))
+    )
+    fused = bn.from_torch(model, example=X)
+    assert [row.why for row in fused.batchnorm_report] == ["with 2", "with 4"]
+    assert [layer.activation for layer in (fused[1], fused[3])] == ["silu", ("leaky_relu", 0.2)]
+    assert isinstance(fused[2], nn.Identity)
+    assert type(model[2]) is nn.SiLU
+    same(model, fused, X)
+    assert_back(model, fused)
+
+
+def test_a_residual_block_is_two_calls_of_ours():
+    model = shaken(nn.Sequential(Block(), Block()))
+    fused = bn.from_torch(model, example=X)
+    assert [tuple(row) for row in fused.batchnorm_report if row.layer.startswith("0")] == [
+        ("0.bn1", "fused", "with relu, in the forward of 0"),
+        ("0.bn2", "fused", "with add() and relu, in the forward of 0"),
+    ]
+    assert isinstance(fused[0], Block)
+    assert fused[0].stride == 1
+    calls = []
+    fused[0].bn2.register_forward_hook(lambda m, args, kwargs, out: calls.append(kwargs.keys()), with_kwargs=True)
+    fused(X)
+    assert calls == [{"residual"}]
+    same(model, fused, X)
+    assert repr(fused) == repr(bn.from_torch(model)).replace(
+        "track_running_stats=True)", "track_running_stats=True, activation='relu')"
+    )
+    again = pickle.loads(pickle.dumps(copy.deepcopy(fused)))
+    torch.testing.assert_close(again.eval()(X), fused.eval()(X))
+    assert_back(model, fused)
+
+
+def test_functions_and_arguments_with_defaults():
+    model = shaken(Functional())
+    fused = bn.from_torch(model, example=X)
+    assert {row.layer: row.why for row in fused.batchnorm_report} == {
+        "norm": "with leaky_relu(), in the forward of the model",
+        "other": "with sigmoid(), in the forward of the model",
+        "plain": "with add(), in the forward of the model",
+    }
+    assert fused.norm.activation == ("leaky_relu", 0.3)
+    same(model, fused, X)
+    with pytest.raises(AssertionError, match="scale"):  # the forward was written for calls without it
+        fused(X, X)
+    assert_back(model, fused)
+
+
+class Unusual(nn.Module):
+    """One of each that is left alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.read_twice, self.used_twice, self.to_conv = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.conv, self.never, self.broadcast = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.flow = Flow()
+
+    def forward(self, x):
+        y = self.read_twice(x)
+        y = F.relu(y) * y
+        y = F.relu(self.used_twice(self.used_twice(y)))
+        y = self.conv(self.to_conv(y))
+        y = self.broadcast(y) + y.mean(0, keepdim=True)
+        return self.flow(y)
+
+
+class Flow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.norm(x)) if x.sum() != 0 else x
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = F.relu(self.norm(x))
+        x += 1
+        return y
+
+
+class ByMode(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = F.relu(self.norm(x))
+        return F.dropout(y, 0.5, self.training)
+
+
+def test_what_is_left_alone_and_why():
+    model = shaken(Unusual())
+    fused = bn.from_torch(model, example=X)
+    why = {row.layer: row.why for row in fused.batchnorm_report}
+    assert {row.done for row in fused.batchnorm_report} == {"left alone"}
+    assert why.pop("flow.norm").startswith("the forward of flow cannot be traced: symbolically traced variables cannot")
+    assert why == {
+        "read_twice": "its output is read more than once",
+        "used_twice": "it is called 2 times",
+        "to_conv": "its output goes to conv",
+        "never": "the example does not reach it",
+        "broadcast": "its output goes to add()",
+    }
+    same(model, fused, X)
+    assert_back(model, fused)
+    in_place = bn.from_torch(shaken(nn.Sequential(InPlace())), example=X)
+    assert in_place.batchnorm_report[0].why.endswith("cannot be traced: it changes what it is given, in place")
+    by_mode = bn.from_torch(shaken(ByMode()), example=X)
+    assert by_mode.batchnorm_report[0].why.endswith("cannot be traced: it does something else in train than in eval")
+
+
+def test_a_forward_that_would_give_other_values_is_put_back(monkeypatch):
+    from batchnorm.surgery import fuse
+
+    monkeypatch.setattr(fuse, "_activation_of", lambda module, node: "tanh")  # were it read wrongly
+    model = shaken(nn.Sequential(Block()))
+    fused = bn.from_torch(model, example=X)
+    assert all("rewritten, gives other values" in row.why for row in fused.batchnorm_report)
+    same(model, fused, X)
+    assert repr(fused) == repr(bn.from_torch(model))
+
+
+def test_the_model_given_is_unchanged_on_errors_too():
+    model = shaken(nn.Sequential(Block()))
+    before, text = copy.deepcopy(model.state_dict()), repr(model)
+    with pytest.raises(RuntimeError, match="channels"):
+        bn.from_torch(model, example=torch.randn(3, 5, 6, 6, dtype=torch.float64))
+    bn.from_torch(model, example=X)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert repr(model) == text
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_cannot_go_back():
+    with pytest.raises(TypeError, match="layer '0' was built with activation='relu'"):
+        bn.to_torch(nn.Sequential(bn.BatchNorm1d(3, activation="relu")))
+    with pytest.raises(ValueError, match=r"layer '0' has statistics=Ghost\(size=2"):
+        bn.to_torch(nn.Sequential(bn.BatchNorm1d(3, statistics=bn.Ghost(2))))
+    frozen = nn.Sequential(bn.BatchNorm1d(3))
+    bn.freeze(frozen)
+    with pytest.raises(ValueError, match=r"layer '0' is frozen.*unfreeze\(model\) first"):
+        bn.to_torch(frozen)
+    with pytest.raises(TypeError, match=r"to_torch takes a torch.nn.Module, got list"):
+        bn.to_torch([])
