@@ -85,6 +85,26 @@ def test_narrow_dtypes(dtype):
     assert_same(model, folded, x, {torch.float32: 1e-5}.get(dtype, 0.1))
 
 
+class Rows(nn.Module):
+    """As LeViT has it: features last, rows for batch normalization."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return self.norm(y.flatten(0, 1)).reshape_as(y)
+
+
+def test_a_linear_layer_whose_output_is_laid_out_in_rows():
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    model = shaken(Rows())
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [("norm", "folded", "into linear, before it")]
+    assert_same(model, folded, x)
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

@@ -98,9 +98,12 @@ def test_a_residual_block_is_two_calls_of_ours():
     assert isinstance(fused[0], Block)
     assert fused[0].stride == 1
     calls = []
-    fused[0].bn2.register_forward_hook(lambda m, args, kwargs, out: calls.append(kwargs.keys()), with_kwargs=True)
+    hook = fused[0].bn2.register_forward_hook(
+        lambda m, args, kwargs, out: calls.append(kwargs.keys()), with_kwargs=True
+    )
     fused(X)
     assert calls == [{"residual"}]
+    hook.remove()
     same(model, fused, X)
     assert repr(fused) == repr(bn.from_torch(model)).replace(
         "track_running_stats=True)", "track_running_stats=True, activation='relu')"

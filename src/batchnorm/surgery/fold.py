@@ -159,14 +159,26 @@ def _before(seen: Watched, call: Call) -> tuple[Call | None, str]:
     maker = seen.maker(call)
     if maker is None:
         return None, "what it reads is not made in the model"
+    rows = _rows_of(seen, maker)
+    if rows is not None and seen.only_reader(maker) is call:  # (N, L, C) as rows (N * L, C)
+        maker, call = rows, maker
     if maker.kind != "module" or not isinstance(maker.target, _AFFINE):
         return None, f"it reads {_called(maker)}, which has no weights to fold into"
     if seen.only_reader(maker) is not call:
         others = ", ".join(_called(seen.calls[i]) for i in maker.readers if i != call.index)
         return None, f"{maker.name} before it is read by {others or 'it'} too"
-    if isinstance(maker.target, nn.Linear) and len(maker.shape or ()) != 2:
+    if isinstance(maker.target, nn.Linear) and len(maker.shape or ()) != 2 and rows is None:
         return None, f"{maker.name} before it has its features in the last dimension, not the second"
     return _usable(seen, maker, "before")
+
+
+def _rows_of(seen: Watched, call: Call) -> Call | None:
+    """The Linear whose output this reshapes to rows, one for each place, its features kept together."""
+    maker = seen.maker(call)
+    reshapes = call.kind == "function" and call.name in ("flatten", "reshape", "view", "reshape_as", "view_as")
+    if not reshapes or maker is None or not isinstance(maker.target, nn.Linear) or not maker.shape or not call.shape:
+        return None
+    return maker if len(call.shape) == 2 and call.shape[-1] == maker.shape[-1] else None
 
 
 def _after(seen: Watched, call: Call, layer: _BatchNorm) -> tuple[Call | None, str]:
@@ -289,7 +301,9 @@ def _check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[
         x, expected = saw[(before or [into])[0]], made[into]
         for layer in behind:
             scale_C, shift_C = _affine(wide_modules[layer])
-            expected = expected * per_channel(scale_C, expected) + per_channel(shift_C, expected)
+            if not isinstance(modules[into], nn.Linear):  # whose features are last
+                scale_C, shift_C = per_channel(scale_C, expected), per_channel(shift_C, expected)
+            expected = expected * scale_C + shift_C
         weight: Any = modules[into].weight
         with torch.no_grad():
             error = _error(modules[into](x.to(weight.dtype)), expected)

@@ -23,6 +23,11 @@ _ABOUT = {
     "is_floating_point", "is_complex", "is_inference", "get_device", "type", "requires_grad_", "data_ptr",
     "register_hook", "__len__", "__get__", "__hash__", "_is_view", "is_same_size", "result_type", "is_tensor",
 }  # fmt: skip
+# What reads the values of so many of its arguments, and only asks about the others.
+_READS = dict.fromkeys(("reshape_as", "view_as", "expand_as", "type_as"), 1) | dict.fromkeys(
+    ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like",
+     "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"), 0
+)  # fmt: skip
 
 
 @dataclass
@@ -196,7 +201,7 @@ class _Noted(TorchFunctionMode):
             if next(iter(tensors_of(out)), None) is not None:  # x.T, where x.shape is none
                 self.made(out, self.begin("function", name, function, args, kwargs))
             return out
-        call = self.begin("function", name, function, args, kwargs)
+        call = self.begin("function", name, function, args[: _READS.get(name)], kwargs)
         out = function(*args, **kwargs)
         self.made(out, call)
         return out
