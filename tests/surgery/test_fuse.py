@@ -197,6 +197,27 @@ def test_what_is_left_alone_and_why():
     assert by_mode.batchnorm_report[0].why.endswith("cannot be traced: it does something else in train than in eval")
 
 
+class Auxiliary(nn.Module):
+    """An activation that is used once more in train."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.relu = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        y = self.relu(self.norm(x))
+        return y + self.relu(x - 1) if self.training else y
+
+
+def test_what_is_called_otherwise_in_train_or_looked_at_by_hooks():
+    fused = bn.from_torch(shaken(Auxiliary()), example=X)
+    assert fused.batchnorm_report[0].why == "it, or what follows it, is called differently in train"
+    model = shaken(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())).eval()
+    model[1].register_forward_hook(lambda *_: None)
+    assert "hooks" in bn.from_torch(model, example=X).batchnorm_report[0].why
+    assert "hooks" in bn.fold(model, X).batchnorm_report[0].why
+
+
 def test_a_forward_that_would_give_other_values_is_put_back(monkeypatch):
     from batchnorm.surgery import fuse
 

@@ -151,6 +151,8 @@ def _unfit(layer: _BatchNorm, calls: list[Call]) -> str | None:
         return "the example does not reach it" if not calls else f"it is called {len(calls)} times"
     if {2, "mask"} & {*calls[0].given}:
         return "it is given a mask"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "it has hooks, which would see something else"
     return None
 
 
@@ -201,6 +203,8 @@ def _after(seen: Watched, call: Call, layer: _BatchNorm) -> tuple[Call | None, s
 def _usable(seen: Watched, call: Call, side: str) -> tuple[Call | None, str]:
     if len(seen.of(call.name)) != 1:
         return None, f"{call.name} {side} it is called {len(seen.of(call.name))} times"
+    if call.target._forward_hooks or call.target._forward_pre_hooks:
+        return None, f"{call.name} {side} it has hooks, which would see something else"
     if type(call.target).forward not in {kind.forward for kind in _AFFINE}:
         return None, f"{call.name} {side} it is a {type(call.target).__qualname__}, which may do more"
     if nn.utils.parametrize.is_parametrized(call.target) or "weight" not in call.target._parameters:

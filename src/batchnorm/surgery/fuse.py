@@ -45,12 +45,14 @@ class Fused(nn.Identity):
 
 def fuse(model: nn.Module, example: Any) -> Report:
     """Fuse what can be, in place; the model's layers are ours already."""
-    seen = watch(model, example)
+    seen, in_train = watch(model, example), _in_train(model, example)
     report, within = Report(), dict[str, list[str]]()
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, FusedBatchNorm):
             continue
         reason, last = _follow(seen, name, layer)
+        if last is not None and in_train is not None and not _same_calls(seen, in_train, (name, last.name)):
+            reason, last = "it, or what follows it, is called differently in train", None
         if last is None:
             report.append(Row(name, LEFT, reason))
         elif last.kind == "module" and reason == "" and len(seen.of(last.name)) == 1:
@@ -74,6 +76,18 @@ def unfuse(model: nn.Module) -> None:
         module.__class__ = getattr(type(module), "written_for", type(module))
 
 
+def _in_train(model: nn.Module, example: Any) -> Watched | None:
+    """The same in train, which may do more; None where the example cannot be trained on."""
+    try:
+        return watch(model, example, train=True)
+    except Exception:  # whatever user code raises: one value per channel, no labels
+        return None
+
+
+def _same_calls(a: Watched, b: Watched, names: tuple[str, ...]) -> bool:
+    return all(len(a.of(name)) == len(b.of(name)) for name in names)
+
+
 # ---- what follows a layer --------------------------------------------------------------------------------------------
 
 
@@ -85,6 +99,8 @@ def _follow(seen: Watched, name: str, layer: FusedBatchNorm) -> tuple[str, Call 
     (call,) = calls
     if layer.activation is not None or len(call.inputs) > 1:
         return "it has an activation or a residual already", None
+    if layer._forward_hooks:
+        return "it has forward hooks, which would see what follows it", None
     call = _past_identities(seen, call)
     reader = seen.only_reader(call)
     if reader is None:

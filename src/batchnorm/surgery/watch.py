@@ -84,8 +84,8 @@ class Watched:
         )
 
 
-def watch(model: nn.Module, example: Any) -> Watched:
-    """Run the model once, in eval, and note who made and who read each tensor.
+def watch(model: nn.Module, example: Any, train: bool = False) -> Watched:
+    """Run the model once, in eval or train, and note who made and who read each tensor.
 
     A module without children is a call, and so is a function of torch in the others. Control flow, several inputs,
     outputs in dicts and modules that are used twice are followed as they come. The model is as before afterwards.
@@ -93,22 +93,25 @@ def watch(model: nn.Module, example: Any) -> Watched:
     Args:
         model: any module.
         example: its input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        train: run it in train mode.
 
     Raises:
         Exception: whatever the model raises on the example.
     """
     noted = _Noted(model)
     noted.made(example, noted.begin("input", "input", None, (), {}))
-    out = run(model, example, noted)
+    out = run(model, example, noted, train)
     noted.begin("output", "output", None, (out,), {})
     return Watched(noted.calls)
 
 
-def run(model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None) -> Any:
-    """What the model gives in eval. It is as before afterwards, random numbers too."""
+def run(
+    model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None, train: bool = False
+) -> Any:
+    """What the model gives. It is as before afterwards, random numbers too."""
     positional, named = arguments(example)
     with torch.no_grad(), torch.random.fork_rng([]), preserve_state(model), watched_by or nullcontext():
-        return model.eval()(*positional, **named)
+        return model.train(train)(*positional, **named)
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
