@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.nn import ranks
-from batchnorm.ops import split
+from batchnorm.ops import groups, split
 from batchnorm.ops.split import Affine, Moments
 
 
@@ -107,26 +107,26 @@ class Ghost:
         if examples <= self.size:
             return Batch().normalize(x_NCS, affine, mask_N1S, running)
         places = x_NCS[0, 0].numel()
-        groups = -(-examples // self.size)
-        if places * (examples - (groups - 1) * self.size) == 1:
-            groups -= 1
+        many = -(-examples // self.size)
+        if places * (examples - (many - 1) * self.size) == 1:
+            many -= 1
         if places * self.size == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training: Ghost(1) of {tuple(x_NCS.shape)} has one in "
                 "each group; use a larger size."
             )
         if not self.shuffle:
-            return split.normalize_groups(x_NCS, affine, mask_N1S, self.size, groups)
+            return groups.normalize_groups(x_NCS, affine, mask_N1S, self.size, many)
         order = torch.randperm(examples, device=x_NCS.device)
         back, residual = order.argsort(), affine.residual_NCS
-        y, moments = split.normalize_groups(
-            split.reordered(x_NCS, order, back),
-            affine._replace(residual_NCS=None if residual is None else split.reordered(residual, order, back)),
+        y, moments = groups.normalize_groups(
+            groups.reordered(x_NCS, order, back),
+            affine._replace(residual_NCS=None if residual is None else groups.reordered(residual, order, back)),
             None if mask_N1S is None else mask_N1S[order],
             self.size,
-            groups,
+            many,
         )
-        return split.reordered(y, back, order), moments
+        return groups.reordered(y, back, order), moments
 
 
 @dataclass(frozen=True)
