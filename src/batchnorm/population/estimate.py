@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
 from batchnorm.nn import Batch, Renorm, Synced
-from batchnorm.nn.norm import FusedBatchNorm
+from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.statistics import Running
 from batchnorm.population.depth import depths, stages
 from batchnorm.population.estimators import ESTIMATORS, Estimator, Population, batch_in_buffers, frozen

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from batchnorm.nn.norm import FusedBatchNorm, is_recomputing
+from batchnorm.nn.base import FusedBatchNorm, is_recomputing
 
 _WAITING = 32  # batches that are merged together: on small tensors a call costs more than its arithmetic
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.nn.norm import FusedBatchNorm
+from batchnorm.nn.base import FusedBatchNorm
 
 
 def freeze(model: nn.Module, *, running_stats: bool = True, affine: bool = False) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.norm import FusedBatchNorm
+from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.surgery.fuse import fuse, unfuse
 
 Model = TypeVar("Model", bound=nn.Module)

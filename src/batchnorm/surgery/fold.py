@@ -8,29 +8,24 @@ Comes from: a trained model. Goes to: deployment, without batch normalization.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree
 
 from batchnorm.functional import parse_activation
-from batchnorm.nn.norm import AnyBatchNorm, FusedBatchNorm
+from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.nn.norm import AnyBatchNorm
 from batchnorm.ops import fallback
-from batchnorm.ops.reference import per_channel
 from batchnorm.surgery.convert import OURS, Model
+from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, to_double
 from batchnorm.surgery.report import LEFT, Report, Row
-from batchnorm.surgery.watch import Call, Watched, run, tensors_of, watch
+from batchnorm.surgery.watch import Call, Watched, watch
+from batchnorm.surgery.weights import TRANSPOSED, affine, scale_inputs, scale_outputs
 
 _KNOWN = {*OURS, *OURS.values(), AnyBatchNorm, nn.SyncBatchNorm}
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_AFFINE = (nn.Linear, *_CONVS, *_TRANSPOSED)
-
-# The largest error, relative to the largest value of an output, that a fold may have by default.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_AFFINE = (nn.Linear, *_CONVS, *TRANSPOSED)
 
 
 class Rest(nn.Module):
@@ -96,28 +91,20 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
             )
     folded = copy.deepcopy(model).eval()
     seen = watch(folded, example)
-    wide, wide_example = copy.deepcopy(folded).double(), _to_double(example)
+    wide, wide_example = copy.deepcopy(folded).double(), to_double(example)
     report, folds = Report(), list[Fold]()
     for name, layer in list(folded.named_modules()):
         if isinstance(layer, _BatchNorm):
             row, done = _fold_one(folded, seen, name, layer)
             report.append(row)
             folds += done
-    _check_layers(folded, wide, wide_example, folds, tolerance)
-    _check_outputs(model, folded, wide, example, wide_example, tolerance)
+    check_layers(folded, wide, wide_example, folds, tolerance)
+    check_outputs(model, folded, wide, example, wide_example, tolerance)
     folded.batchnorm_report = report  # type: ignore[assignment]
     return folded
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
-
-
-class Fold(NamedTuple):
-    """``layer`` went into ``into``, which comes after it or before it."""
-
-    layer: str
-    into: str
-    after: bool
 
 
 def _fold_one(model: nn.Module, seen: Watched, name: str, layer: _BatchNorm) -> tuple[Row, list[Fold]]:
@@ -129,12 +116,12 @@ def _fold_one(model: nn.Module, seen: Watched, name: str, layer: _BatchNorm) -> 
     (call,) = calls
     before, not_before = _before(seen, call)
     after, not_after = (None, "") if before is not None else _after(seen, call, layer)
-    scale_C, shift_C = _affine(layer)
+    scale_C, shift_C = affine(layer)
     if before is not None:
-        _scale_outputs(before.target, scale_C, shift_C)
+        scale_outputs(before.target, scale_C, shift_C)
         done = Fold(name, before.name, after=False)
     elif after is not None:
-        _scale_inputs(after.target, scale_C, shift_C)
+        scale_inputs(after.target, scale_C, shift_C)
         done = Fold(name, after.name, after=True)
     else:
         return Row(name, LEFT, f"{not_before}; {not_after}"), []
@@ -222,45 +209,6 @@ def _called(call: Call) -> str:
     )
 
 
-def _affine(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """scale * x + shift, in float64."""
-    mean_C, var_C = layer.running_mean.double(), layer.running_var.double()  # type: ignore[union-attr]
-    rstd_C = (var_C + layer.eps).rsqrt()
-    scale_C = rstd_C if layer.weight is None else layer.weight.detach().double() * rstd_C
-    shift_C = -mean_C * scale_C
-    return scale_C, shift_C if layer.bias is None else shift_C + layer.bias.detach().double()
-
-
-def _scale_outputs(target: Any, scale_C: Tensor, shift_C: Tensor) -> None:
-    """target <- scale * target(x) + shift. Transposed convolutions have (in, out / groups, ...) weights."""
-    weight = target.weight.detach().double()
-    if isinstance(target, _TRANSPOSED):
-        grouped = weight.unflatten(0, (target.groups, -1))  # (groups, in / groups, out / groups, ...)
-        by_group = scale_C.view(target.groups, 1, -1, *[1] * (weight.dim() - 2))
-        weight = (grouped * by_group).flatten(0, 1)
-    else:
-        weight = weight * scale_C.view(-1, *[1] * (weight.dim() - 1))
-    bias = shift_C if target.bias is None else scale_C * target.bias.detach().double() + shift_C
-    _set(target, weight, bias)
-
-
-def _scale_inputs(target: Any, scale_C: Tensor, shift_C: Tensor) -> None:
-    """target <- target(scale * x + shift), for weights (out, in / groups, ...)."""
-    weight = target.weight.detach().double()
-    groups = getattr(target, "groups", 1)
-    grouped = weight.unflatten(0, (groups, -1))  # (groups, out / groups, in / groups, ...)
-    shape = (groups, 1, -1, *[1] * (weight.dim() - 2))
-    bias = (grouped * shift_C.view(shape)).flatten(2).sum(2).flatten()
-    bias = bias if target.bias is None else bias + target.bias.detach().double()
-    _set(target, (grouped * scale_C.view(shape)).flatten(0, 1), bias)
-
-
-def _set(target: Any, weight: Tensor, bias: Tensor) -> None:
-    old = target.weight
-    target.weight = nn.Parameter(weight.to(old.dtype), requires_grad=old.requires_grad)
-    target.bias = nn.Parameter(bias.to(old.dtype), requires_grad=old.requires_grad)
-
-
 def _rest(layer: _BatchNorm, with_residual: bool) -> nn.Module:
     activation = layer.activation if isinstance(layer, FusedBatchNorm) else None
     return Rest(activation) if with_residual or activation is not None else nn.Identity()
@@ -273,80 +221,3 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in module.named_children():
             if child is old:
                 setattr(module, name, new)
-
-
-# ---- the proof -------------------------------------------------------------------------------------------------------
-
-
-def _check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[Fold], tolerance: float | None) -> None:
-    """Each layer that took up others, on what these see, beside all of them in float64."""
-    modules, wide_modules = dict(folded.named_modules()), dict(wide.named_modules())
-    saw: dict[str, Tensor] = {}
-    made: dict[str, Tensor] = {}
-
-    def noting(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
-            saw[name], made[name] = next(iter(tensors_of((inputs, named)))), output
-
-        return hook
-
-    watched = {name for one in folds for name in (one.layer, one.into)}
-    hooks = [wide_modules[name].register_forward_hook(noting(name), with_kwargs=True) for name in watched]
-    try:
-        run(wide, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for into in dict.fromkeys(one.into for one in folds):
-        before = [
-            one.layer for one in folds if one.into == into and one.after
-        ]  # the layer comes before what it went into
-        behind = [one.layer for one in folds if one.into == into and not one.after]
-        x, expected = saw[(before or [into])[0]], made[into]
-        for layer in behind:
-            scale_C, shift_C = _affine(wide_modules[layer])
-            if not isinstance(modules[into], nn.Linear):  # whose features are last
-                scale_C, shift_C = per_channel(scale_C, expected), per_channel(shift_C, expected)
-            expected = expected * scale_C + shift_C
-        weight: Any = modules[into].weight
-        with torch.no_grad():
-            error = _error(modules[into](x.to(weight.dtype)), expected)
-        limit = TOLERANCE[weight.dtype] if tolerance is None else tolerance
-        if not error <= limit:
-            raise ValueError(
-                f"fold refused: {into} with {' and '.join(before + behind)} folded in is {error:.1e} of its largest "
-                f"output off, more than {limit:.1e} ({weight.dtype}): fold in a wider dtype, or raise the tolerance."
-            )
-
-
-def _check_outputs(
-    model: nn.Module, folded: nn.Module, wide: nn.Module, example: Any, wide_example: Any, tolerance: float | None
-) -> None:
-    """The whole model beside itself in float64."""
-    exact = _outputs(wide, wide_example)
-    for i, (new, old, expected) in enumerate(
-        zip(_outputs(folded, example), _outputs(model, example), exact, strict=True)
-    ):
-        limit = max(TOLERANCE.get(new.dtype, 0.0) if tolerance is None else tolerance, 2 * _error(old, expected))
-        if not _error(new, expected) <= limit:
-            raise ValueError(
-                f"fold refused: output {i} of the model is {_error(new, expected):.1e} of its largest value off, more "
-                f"than {limit:.1e}, though each layer alone is within it: pass a larger tolerance if that is fine."
-            )
-
-
-def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    return [t for t in tensors_of(run(model, example)) if t.is_floating_point()]
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    """Of the largest value."""
-    if expected.numel() == 0:
-        return 0.0
-    return (
-        (found.double() - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    ).item()
-
-
-def _to_double(example: Any) -> Any:
-    return _pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.nn.norm import AnyBatchNorm, FusedBatchNorm
+from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.nn.norm import AnyBatchNorm
 from batchnorm.nn.statistics import Batch, Synced
 from batchnorm.surgery.convert import OURS, Model, become_stock, with_same_tensors
 

@@ -1,0 +1,103 @@
+"""Whether a folded model does what the model did: each layer on what it sees, then the whole, beside float64.
+
+Comes from: ``fold``. Goes to: its errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from batchnorm.ops.reference import per_channel
+from batchnorm.surgery.watch import run, tensors_of
+from batchnorm.surgery.weights import affine
+
+# The largest error, relative to the largest value of an output, that a fold may have by default.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class Fold(NamedTuple):
+    """``layer`` went into ``into``, which comes after it or before it."""
+
+    layer: str
+    into: str
+    after: bool
+
+
+def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[Fold], tolerance: float | None) -> None:
+    """Each layer that took up others, on what these see, beside all of them in float64."""
+    modules, wide_modules = dict(folded.named_modules()), dict(wide.named_modules())
+    saw: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+
+    def noting(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
+            saw[name], made[name] = next(iter(tensors_of((inputs, named)))), output
+
+        return hook
+
+    watched = {name for one in folds for name in (one.layer, one.into)}
+    hooks = [wide_modules[name].register_forward_hook(noting(name), with_kwargs=True) for name in watched]
+    try:
+        run(wide, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for into in dict.fromkeys(one.into for one in folds):
+        before = [
+            one.layer for one in folds if one.into == into and one.after
+        ]  # the layer comes before what it went into
+        behind = [one.layer for one in folds if one.into == into and not one.after]
+        x, expected = saw[(before or [into])[0]], made[into]
+        for layer in behind:
+            scale_C, shift_C = affine(wide_modules[layer])
+            if not isinstance(modules[into], nn.Linear):  # whose features are last
+                scale_C, shift_C = per_channel(scale_C, expected), per_channel(shift_C, expected)
+            expected = expected * scale_C + shift_C
+        weight: Any = modules[into].weight
+        with torch.no_grad():
+            error = _error(modules[into](x.to(weight.dtype)), expected)
+        limit = TOLERANCE[weight.dtype] if tolerance is None else tolerance
+        if not error <= limit:
+            raise ValueError(
+                f"fold refused: {into} with {' and '.join(before + behind)} folded in is {error:.1e} of its largest "
+                f"output off, more than {limit:.1e} ({weight.dtype}): fold in a wider dtype, or raise the tolerance."
+            )
+
+
+def check_outputs(
+    model: nn.Module, folded: nn.Module, wide: nn.Module, example: Any, wide_example: Any, tolerance: float | None
+) -> None:
+    """The whole model beside itself in float64."""
+    exact = _outputs(wide, wide_example)
+    for i, (new, old, expected) in enumerate(
+        zip(_outputs(folded, example), _outputs(model, example), exact, strict=True)
+    ):
+        limit = max(TOLERANCE.get(new.dtype, 0.0) if tolerance is None else tolerance, 2 * _error(old, expected))
+        if not _error(new, expected) <= limit:
+            raise ValueError(
+                f"fold refused: output {i} of the model is {_error(new, expected):.1e} of its largest value off, more "
+                f"than {limit:.1e}, though each layer alone is within it: pass a larger tolerance if that is fine."
+            )
+
+
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    return [t for t in tensors_of(run(model, example)) if t.is_floating_point()]
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Of the largest value."""
+    if expected.numel() == 0:
+        return 0.0
+    return (
+        (found.double() - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    ).item()
+
+
+def to_double(example: Any) -> Any:
+    """The floating-point tensors of an example in float64."""
+    return _pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
