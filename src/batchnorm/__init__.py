@@ -7,7 +7,7 @@ from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d, Ghost, Re
 from batchnorm.population import accumulate_statistics, freeze, preserve_state, recalibrate, unfreeze
 from batchnorm.racing.runner import race
 from batchnorm.racing.task import Task
-from batchnorm.surgery import convert_sync_batchnorm, fold, from_torch, revert_sync_batchnorm, to_torch
+from batchnorm.surgery import convert_sync_batchnorm, fold, from_torch, insert, revert_sync_batchnorm, to_torch
 
 __all__ = [
     "Batch",
@@ -24,6 +24,7 @@ __all__ = [
     "fold",
     "freeze",
     "from_torch",
+    "insert",
     "preserve_state",
     "race",
     "recalibrate",

@@ -90,9 +90,10 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
                 f"fold needs running statistics in use, layer {name!r} is in train mode: call model.eval() first."
             )
     folded = copy.deepcopy(model).eval()
-    seen = watch(folded, example)
     wide, wide_example = copy.deepcopy(folded).double(), to_double(example)
-    report, folds = Report(), list[Fold]()
+    report = _fold_inserted(folded)
+    seen = watch(folded, example)
+    folds: list[Fold] = []
     for name, layer in list(folded.named_modules()):
         if isinstance(layer, _BatchNorm):
             row, done = _fold_one(folded, seen, name, layer)
@@ -105,6 +106,19 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
+
+
+def _fold_inserted(model: nn.Module) -> Report:
+    """What ``insert`` gave to layers goes back into them."""
+    report = Report()
+    for name, layer in model.named_modules():
+        norm: Any = getattr(layer, "batch_norm", None)
+        if hasattr(type(layer), "normalizes") and norm.activation is None and norm.running_mean is not None:
+            scale_outputs(layer, *affine(norm))
+            del layer.batch_norm
+            layer.__class__ = type(layer).normalizes
+            report.append(Row(f"{name}.batch_norm", "folded", f"into {name}"))
+    return report
 
 
 def _fold_one(model: nn.Module, seen: Watched, name: str, layer: _BatchNorm) -> tuple[Row, list[Fold]]:
@@ -152,9 +166,9 @@ def _before(seen: Watched, call: Call) -> tuple[Call | None, str]:
     if rows is not None and seen.only_reader(maker) is call:  # (N, L, C) as rows (N * L, C)
         maker, call = rows, maker
     if maker.kind != "module" or not isinstance(maker.target, _AFFINE):
-        return None, f"it reads {_called(maker)}, which has no weights to fold into"
+        return None, f"it reads {maker.label}, which has no weights to fold into"
     if seen.only_reader(maker) is not call:
-        others = ", ".join(_called(seen.calls[i]) for i in maker.readers if i != call.index)
+        others = ", ".join(seen.calls[i].label for i in maker.readers if i != call.index)
         return None, f"{maker.name} before it is read by {others or 'it'} too"
     if isinstance(maker.target, nn.Linear) and len(maker.shape or ()) != 2 and rows is None:
         return None, f"{maker.name} before it has its features in the last dimension, not the second"
@@ -176,7 +190,7 @@ def _after(seen: Watched, call: Call, layer: _BatchNorm) -> tuple[Call | None, s
     if reader is None:
         return None, "its output is read more than once"
     if reader.kind != "module" or not isinstance(reader.target, (nn.Linear, *_CONVS)):
-        return None, f"its output goes to {_called(reader)}"
+        return None, f"its output goes to {reader.label}"
     if getattr(layer, "activation", None) is not None or len(call.inputs) > 1:
         return None, "its activation or residual comes before the next layer"
     target: Any = reader.target
@@ -197,16 +211,6 @@ def _usable(seen: Watched, call: Call, side: str) -> tuple[Call | None, str]:
     if nn.utils.parametrize.is_parametrized(call.target) or "weight" not in call.target._parameters:
         return None, f"the weight of {call.name} {side} it is computed from others"
     return call, ""
-
-
-def _called(call: Call) -> str:
-    return (
-        call.name
-        if call.kind == "module"
-        else f"the model's {call.kind}"
-        if call.kind in ("input", "output")
-        else f"{call.name}()"
-    )
 
 
 def _rest(layer: _BatchNorm, with_residual: bool) -> nn.Module:

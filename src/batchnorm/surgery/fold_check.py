@@ -60,11 +60,11 @@ def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[F
             expected = expected * scale_C + shift_C
         weight: Any = modules[into].weight
         with torch.no_grad():
-            error = _error(modules[into](x.to(weight.dtype)), expected)
+            off = error(modules[into](x.to(weight.dtype)), expected)
         limit = TOLERANCE[weight.dtype] if tolerance is None else tolerance
-        if not error <= limit:
+        if not off <= limit:
             raise ValueError(
-                f"fold refused: {into} with {' and '.join(before + behind)} folded in is {error:.1e} of its largest "
+                f"fold refused: {into} with {' and '.join(before + behind)} folded in is {off:.1e} of its largest "
                 f"output off, more than {limit:.1e} ({weight.dtype}): fold in a wider dtype, or raise the tolerance."
             )
 
@@ -77,10 +77,10 @@ def check_outputs(
     for i, (new, old, expected) in enumerate(
         zip(_outputs(folded, example), _outputs(model, example), exact, strict=True)
     ):
-        limit = max(TOLERANCE.get(new.dtype, 0.0) if tolerance is None else tolerance, 2 * _error(old, expected))
-        if not _error(new, expected) <= limit:
+        limit = max(TOLERANCE.get(new.dtype, 0.0) if tolerance is None else tolerance, 2 * error(old, expected))
+        if not error(new, expected) <= limit:
             raise ValueError(
-                f"fold refused: output {i} of the model is {_error(new, expected):.1e} of its largest value off, more "
+                f"fold refused: output {i} of the model is {error(new, expected):.1e} of its largest value off, more "
                 f"than {limit:.1e}, though each layer alone is within it: pass a larger tolerance if that is fine."
             )
 
@@ -89,8 +89,8 @@ def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
     return [t for t in tensors_of(run(model, example)) if t.is_floating_point()]
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
-    """Of the largest value."""
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative to the largest value expected."""
     if expected.numel() == 0:
         return 0.0
     return (

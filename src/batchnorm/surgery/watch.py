@@ -49,6 +49,11 @@ class Call:
     readers: list[int] = field(default_factory=list)
     shape: tuple[int, ...] | None = None  # of the first tensor it made
 
+    @property
+    def label(self) -> str:
+        """As reports call it."""
+        return {"module": self.name, "function": f"{self.name}()"}.get(self.kind, f"the model's {self.kind}")
+
 
 @dataclass
 class Watched:

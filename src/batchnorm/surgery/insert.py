@@ -1,0 +1,218 @@
+"""Batch normalization put into a network: between each affine layer and the nonlinearity that reads it.
+
+Comes from: a network without it, trained or not. Goes to: training.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.ops import split
+from batchnorm.ops.split import Moments
+from batchnorm.population import preserve_state
+from batchnorm.population.estimate import call_with_inputs
+from batchnorm.surgery.convert import Model
+from batchnorm.surgery.fold_check import TOLERANCE, error, to_double
+from batchnorm.surgery.report import LEFT, Report, Row
+from batchnorm.surgery.watch import Call, Watched, run, tensors_of, watch
+
+_LAYERS: dict[type[nn.Module], type[FusedBatchNorm]] = {
+    nn.Linear: BatchNorm1d,
+    nn.Conv1d: BatchNorm1d,
+    nn.Conv2d: BatchNorm2d,
+    nn.Conv3d: BatchNorm3d,
+    nn.ConvTranspose1d: BatchNorm1d,
+    nn.ConvTranspose2d: BatchNorm2d,
+    nn.ConvTranspose3d: BatchNorm3d,
+}
+_NONLINEARITIES = {
+    "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish",
+    "softplus", "hardsigmoid", "hardtanh", "sigmoid", "tanh", "softsign", "logsigmoid", "tanhshrink",
+    "hardshrink", "softshrink",
+}  # fmt: skip
+
+
+def insert(
+    model: Model,
+    example: Any,
+    *,
+    batches: Iterable[Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    skip: Sequence[str] = (),
+) -> Model:
+    r"""The model with batch normalization between each affine layer and the nonlinearity that reads it (Section 3.2).
+
+        g(W u + b)  ->  g(BN(W u))
+
+    A layer gets a child ``batch_norm`` and loses its bias, which the mean's subtraction cancels. Its name,
+    its weight's name and its class (it becomes a subclass) stay: ``inserted.load_state_dict(model.state_dict(),
+    strict=False)`` loads the original's weights. The model given is not changed. ``batchnorm_report`` of the result
+    lists what got batch normalization, and what did not, with the reason.
+
+    Args:
+        model: any module; what nothing but a nonlinearity reads is normalized, never what goes to a softmax or out.
+        example: an input: a tensor, a tuple of arguments or a dict of keyword arguments. It is run once to see which
+            layers a nonlinearity reads.
+        batches: for a trained network, training inputs as ``recalibrate`` takes them. gamma = sqrt(Var[Wu] + eps),
+            beta = E[Wu + b] and the running statistics are then such that in eval the network computes what it did;
+            that is checked. Default: gamma 1, beta 0, for a network that is yet to be trained.
+        forward: ``forward(model, batch)`` runs the model on one of the batches; default: ``model(inputs)``.
+        skip: names of layers to leave alone.
+
+    Returns:
+        A copy of the model, in its mode.
+
+    Raises:
+        ValueError: ``batches`` yielded nothing; a name in ``skip`` that there is not.
+        TypeError: not a module.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> print(bn.insert(model, torch.randn(2, 4)).batchnorm_report)
+        layer  done        why
+        0      normalized  before 1
+        2      left alone  its output goes to the model's output
+
+    Source: Ioffe & Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167; of trained networks, matconvnet.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"insert takes a torch.nn.Module, got {type(model).__name__}.")
+    inserted = copy.deepcopy(model)
+    unknown = [name for name in skip if name not in dict(model.named_modules())]
+    if unknown:
+        raise ValueError(f"skip names layers that there are not: {', '.join(unknown)}.")
+    seen = watch(inserted, example)
+    report = Report()
+    for name, layer in inserted.named_modules():
+        if isinstance(layer, tuple(_LAYERS)):
+            report.append(Row(name, LEFT, "skipped") if name in skip else _row(seen, name, layer))
+    names = report.of("normalized")
+    moments = {} if batches is None else _moments(inserted, names, batches, forward or call_with_inputs)
+    for name in names:
+        _give(inserted.get_submodule(name), moments.get(name))
+    if batches is not None:
+        _check(model, inserted, example)
+    inserted.batchnorm_report = report  # type: ignore[assignment]
+    return inserted
+
+
+def _row(seen: Watched, name: str, layer: Any) -> Row:
+    """What becomes of a layer, or why it is left alone."""
+    calls = seen.of(name)
+    reader = seen.only_reader(calls[0]) if len(calls) == 1 else None
+    if len(calls) != 1:
+        why = "the example does not reach it" if not calls else f"it is called {len(calls)} times"
+    elif type(layer) not in _LAYERS:
+        why = f"a {type(layer).__qualname__} may do more than its weights"
+    elif nn.utils.parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
+        why = "its weight is computed from others"
+    elif reader is None:
+        why = "its output is read more than once"
+    elif isinstance(reader.target, _BatchNorm):
+        why = f"it has batch normalization, {reader.name}"
+    elif _is_nonlinearity(reader):
+        return Row(name, "normalized", f"before {reader.label}")
+    else:
+        why = f"its output goes to {reader.label}"
+    return Row(name, LEFT, why)
+
+
+def _is_nonlinearity(call: Call) -> bool:
+    name = type(call.target).__name__.lower() if call.kind == "module" else call.name.rstrip("_")
+    names = _NONLINEARITIES if call.kind == "function" else {known.replace("_", "") for known in _NONLINEARITIES}
+    return call.kind in ("module", "function") and name in names
+
+
+# ---- a layer with batch normalization behind it ----------------------------------------------------------------------
+
+
+def _give(layer: Any, moments: Moments | None) -> None:
+    kind: Any = type(layer)
+    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    norm: Any = _LAYERS[kind](channels, device=layer.weight.device, dtype=layer.weight.dtype).train(layer.training)
+    if moments is not None:
+        mean_C, var_C, values = moments
+        with torch.no_grad():
+            norm.running_mean.copy_(mean_C)
+            norm.running_var.copy_(var_C * values / (values - 1).clamp(min=1))
+            norm.weight.copy_((norm.running_var + norm.eps).sqrt())
+            norm.bias.copy_(mean_C if layer.bias is None else mean_C + layer.bias.double())
+    layer.bias = None
+    layer.batch_norm = norm
+    layer.__class__ = with_batch_norm(kind)
+
+
+@cache
+def with_batch_norm(kind: type[nn.Module]) -> type:
+    """A subclass of an affine layer's class that normalizes what it computes."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        y: Tensor = kind.forward(self, *args, **kwargs)
+        if kind is nn.Linear and y.dim() > 2:  # features are last
+            return self.batch_norm(y.flatten(0, -2)).view_as(y)
+        return self.batch_norm(y)
+
+    def reduced(self: nn.Module, protocol: int) -> Any:
+        return _made_again, (kind,), self.__dict__
+
+    return type(kind.__name__, (kind,), {"forward": forward, "normalizes": kind, "__reduce_ex__": reduced})
+
+
+def _made_again(kind: type) -> nn.Module:
+    made: Any = with_batch_norm(kind)
+    return made.__new__(made)
+
+
+# ---- trained networks ------------------------------------------------------------------------------------------------
+
+
+def _moments(
+    model: nn.Module, names: list[str], batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any]
+) -> dict[str, Moments]:
+    """Of W u, over all batches."""
+    each: dict[str, list[Moments]] = {name: [] for name in names}
+
+    def noting(name: str) -> Callable[..., None]:
+        def hook(layer: Any, inputs: Any, y: Tensor) -> None:
+            y = y.flatten(0, -2) if isinstance(layer, nn.Linear) else y
+            bias = None if layer.bias is None else layer.bias.double()
+            found = split.statistics(y)[1]
+            each[name].append(found if bias is None else found._replace(mean_C=found.mean_C - bias))
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(noting(name)) for name in names]
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]), preserve_state(model):
+            model.eval()
+            for batch in batches:
+                forward(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if names and not any(each.values()):
+        raise ValueError("batches yielded nothing: insert needs at least one batch of model inputs.")
+    return {
+        name: split.merged(*(torch.stack(t) for t in zip(*some, strict=True))) for name, some in each.items() if some
+    }
+
+
+def _check(model: nn.Module, inserted: nn.Module, example: Any) -> None:
+    """In eval the network computes what it did, beside itself in float64."""
+    wide = to_double(example)
+    before, after = (list(tensors_of(run(copy.deepcopy(m).double(), wide))) for m in (model, inserted))
+    limit = max(TOLERANCE.get(p.dtype, 0.0) for p in inserted.parameters())
+    for a, b in zip(after, before, strict=True):
+        if a.is_floating_point() and not error(a, b) <= limit:
+            off = f"{error(a, b):.1e} of its largest output off, more than {limit:.1e}"
+            raise ValueError(f"insert refused: in eval the network is {off}.")
