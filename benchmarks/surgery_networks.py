@@ -40,10 +40,6 @@ def _segformer_head() -> nn.Module:
     return SegformerDecodeHead(SegformerConfig())
 
 
-class _Sequence(nn.LSTM):
-    """Of an LSTM, the outputs."""
-
-
 IMAGE = torch.randn(2, 3, 64, 64, dtype=torch.float64)
 LARGE = torch.randn(2, 3, 224, 224, dtype=torch.float64)
 WORDS = torch.randn(2, 7, 16, dtype=torch.float64)

@@ -390,8 +390,9 @@ def test_renorm_without_limits():
 def test_renorm_leaves_nothing_behind_that_cannot_be_copied():
     layer = bn.BatchNorm1d(3, statistics=bn.Renorm())
     x = torch.randn(4, 3)
-    state = {name: t.clone() for name, t in layer.state_dict().items()}
-    torch.func.vmap(lambda x: torch.func.functional_call(layer, state, (x,)).sum(), randomness="same")
+    parameters, buffers = torch.func.stack_module_state([layer, copy.deepcopy(layer)])
+    each = torch.func.vmap(lambda p, b: torch.func.functional_call(layer, (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(each[0], copy.deepcopy(layer)(x))
     layer(x)
     again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
     assert again.renorm_steps == 1

@@ -54,15 +54,15 @@ def statistics(x_NCS: Tensor, mask_N1S: Tensor | None = None) -> tuple[Tensor, M
             values = torch.full_like(mean_C[:1], x_NCS.numel() // max(x_NCS.shape[1], 1))
             return x_NCS, Moments(mean_C.where(values > 0, 0), var_C.where(values > 0, 0), values)
     filled_NCS = x_NCS.where(mask_N1S, 0)
-    moments, cancels_C = _without_fill(filled_NCS, mask_N1S, torch.zeros_like)
+    moments, cancels_C = _without_fill(filled_NCS, mask_N1S, 0.0)
     if x_NCS.device.type != "cpu" or cancels_C.any():  # others would have to wait for the answer
         f_C = moments.mean_C.nan_to_num().to(x_NCS.dtype)
         filled_NCS = x_NCS.where(mask_N1S, per_channel(f_C, x_NCS))
-        moments, _ = _without_fill(filled_NCS, mask_N1S, lambda mean_C: f_C)
+        moments, _ = _without_fill(filled_NCS, mask_N1S, f_C.double())
     return filled_NCS, moments
 
 
-def _without_fill(filled_NCS: Tensor, mask_N1S: Tensor, fill: Callable[[Tensor], Tensor]) -> tuple[Moments, Tensor]:
+def _without_fill(filled_NCS: Tensor, mask_N1S: Tensor, f_C: Tensor | float) -> tuple[Moments, Tensor]:
     """The moments of the places that count, by a kernel for whole batches; and where their digits cancelled.
 
     Of m values n count, the others are f. These are 0 away from f, so that mu - f = m / n * (mu_m - f) and
@@ -73,7 +73,6 @@ def _without_fill(filled_NCS: Tensor, mask_N1S: Tensor, fill: Callable[[Tensor],
         share = (mask_N1S[:, :1].numel() / values).where(values > 0, 0)
         of_all = _piece("statistics", filled_NCS)(filled_NCS.detach())
         mean_C, var_C = (t.where(values > 0, 0) for t in of_all)  # NaN of no examples
-        f_C = fill(mean_C).double()
         square_C, away_C = share * (var_C + (mean_C - f_C) ** 2), share * (mean_C - f_C)
         var_C = (square_C - away_C**2).clamp(min=0)
         return Moments((f_C + away_C).where(values > 0, 0), var_C, values), away_C**2 > 4 * var_C

@@ -113,7 +113,7 @@ def _fold_inserted(model: nn.Module) -> Report:
     report = Report()
     for name, layer in model.named_modules():
         norm: Any = getattr(layer, "batch_norm", None)
-        if hasattr(type(layer), "normalizes") and norm.activation is None and norm.running_mean is not None:
+        if hasattr(type(layer), "normalizes") and not norm.fused and norm.running_mean is not None:
             scale_outputs(layer, *affine(norm))
             del layer.batch_norm
             layer.__class__ = type(layer).normalizes
