@@ -20,7 +20,7 @@ from batchnorm.racing.plan import EVALUATIONS, TUNED_FILE, read_tuned
 from batchnorm.racing.task import Task, load_task
 from batchnorm.racing.trainer import Evaluation, Run, train
 
-# What is changed of the contender, and, where given, the learning rate.
+# What is changed of the contender, or of its recipe.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "accelerated": [
         {},
@@ -31,7 +31,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"schedule": "constant", "average": 0.98},
         {"weight_decay": 1.0},
         {"weight_decay": 30.0},
-        {"network": {"batch_norm": True}},
+        {"dropout": 1.0},
     ],
     "baseline": [
         {},
@@ -39,7 +39,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"nesterov": True},
         {"weight_decay": 0.2},
         {"weight_decay": 10.0},
-        {"network": {"dropout": False}},
+        {"dropout": 0.0},
     ],
 }
 
@@ -48,7 +48,11 @@ def held_out_score(name: str, change: dict[str, Any], rate: float, seed: int, ba
     """The best score of one run within its budget."""
     torch.set_num_threads(1)
     task = scaled_task(batch_size)
-    run = Run(replace(CONTENDERS[name], **change), seed, rate, task.steps, task.steps // EVALUATIONS["default"])
+    contender = CONTENDERS[name]
+    of_recipe = {key: value for key, value in change.items() if hasattr(contender.recipe, key)}
+    others = {key: value for key, value in change.items() if key not in of_recipe}
+    contender = replace(contender, recipe=replace(contender.recipe, **of_recipe), **others)
+    run = Run(contender, seed, rate, task.steps, task.steps // EVALUATIONS["default"])
     return max(event.score for event in train(task, run) if isinstance(event, Evaluation))
 
 

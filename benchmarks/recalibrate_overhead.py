@@ -24,8 +24,8 @@ from batchnorm.racing.zoo import inception, mlp
 # Name: the network, the shape of a batch.
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet18, 32x3x64x64": (NETWORKS["resnet18"], (32, 3, 64, 64)),
-    "inception, 256x1x28x28": (lambda: inception(batch_norm=True), (256, 1, 28, 28)),
-    "mlp, 256x784": (lambda: mlp(batch_norm=True), (256, 784)),
+    "inception, 256x1x28x28": (lambda: bn.insert(inception(), torch.randn(2, 1, 28, 28)), (256, 1, 28, 28)),
+    "mlp, 256x784": (lambda: bn.insert(mlp(), torch.randn(2, 784)), (256, 784)),
 }
 
 

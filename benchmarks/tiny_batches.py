@@ -43,7 +43,8 @@ RENORM_SHARES = ((1 / 32, 1 / 4), (1 / 32, 5 / 32))
 
 def fully_connected(*, batch_norm: bool) -> nn.Sequential:
     """The paper's small network, as in the race: 3 hidden layers of 100 sigmoid units; with BN (N, C), before each."""
-    return nn.Sequential(nn.Flatten(), *mlp(batch_norm=batch_norm))
+    network = nn.Sequential(nn.Flatten(), *mlp())
+    return bn.insert(network, torch.randn(2, 1, 28, 28)) if batch_norm else network
 
 
 def convolutions(*, batch_norm: bool) -> nn.Sequential:
@@ -157,7 +158,7 @@ def build(run: Run) -> nn.Sequential:
     if contender.head_only:
         for layer in list(model)[:-1]:
             if isinstance(layer, nn.Linear | nn.Conv2d):
-                layer.requires_grad_(False)
+                layer.weight.requires_grad_(False)
     return model
 
 

@@ -7,20 +7,25 @@ from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d, Ghost, Re
 from batchnorm.population import accumulate_statistics, freeze, preserve_state, recalibrate, unfreeze
 from batchnorm.racing.runner import race
 from batchnorm.racing.task import Task
+from batchnorm.recipe import RECIPES, Recipe, accelerate, find_learning_rate
 from batchnorm.surgery import convert_sync_batchnorm, fold, from_torch, insert, revert_sync_batchnorm, to_torch
 
 __all__ = [
+    "RECIPES",
     "Batch",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "Ghost",
+    "Recipe",
     "Renorm",
     "Synced",
     "Task",
+    "accelerate",
     "accumulate_statistics",
     "batch_norm",
     "convert_sync_batchnorm",
+    "find_learning_rate",
     "fold",
     "freeze",
     "from_torch",

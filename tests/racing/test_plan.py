@@ -52,7 +52,7 @@ def test_every_budget_is_whole_intervals() -> None:
 
 def test_full_leaves_out_what_the_model_cannot_be_asked_for_but_a_named_one_is_refused() -> None:
     assert "sigmoid" not in [c.name for c in plan(toy.plain(), mode="full").contenders]
-    with pytest.raises(RaceError, match=r"'sigmoid' changes activation.*takes batch_norm, dropout"):
+    with pytest.raises(RaceError, match=r"'sigmoid' changes activation.*takes nothing"):
         plan(toy.plain(), contenders=["baseline", "sigmoid"])
 
 
@@ -178,13 +178,10 @@ def test_tuning_never_sees_the_test_examples() -> None:
 def test_a_baseline_at_its_plateau_leaves_the_accelerated_ones_a_smaller_share() -> None:
     task = replace(toy.task(), full_steps=8000)
     share = {mode: plan(task, mode=mode, contenders=["baseline", "accelerated"]).contenders[1].budget for mode in MODES}
-    assert share == {"quick": 0.18, "default": 0.18, "full": 0.07}
-    assert plan(mode="full").contenders[-1].budget == 0.18  # no budget of its own for --full
-
-
-def test_model_without_batch_norm_cannot_race() -> None:
-    with pytest.raises(RaceError, match="takes no batch_norm= and dropout="):
-        plan(replace(toy.task(), model=lambda: toy.model()))
+    own = CONTENDERS["accelerated"]
+    assert share == {"quick": own.budget, "default": own.budget, "full": 1 / own.plateau_speed}  # type: ignore
+    assert share["full"] < share["default"] < 1 / 5
+    assert plan(mode="full").contenders[-1].budget == own.budget  # no budget of its own for --full
 
 
 def test_task_is_the_same_each_time_it_is_loaded_even_if_its_data_is_drawn_unseeded() -> None:
@@ -203,3 +200,8 @@ def test_race_on_another_task_or_torch_is_refused() -> None:
         check_same(plan(), toy.task(), 2)
     with pytest.raises(RaceError, match=r"started with torch = 1\.0"):
         check_same(replace(plan(), torch="1.0"), toy.task(), 1)
+
+
+def test_a_network_with_nothing_to_normalize_is_refused_before_any_training(tmp_path: Path) -> None:
+    with pytest.raises(RaceError, match=r"as contender 'bn-x5': ValueError: there is no layer to normalize"):
+        bn.race(toy.linear(), seeds=1, out=tmp_path / "o")

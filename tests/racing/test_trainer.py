@@ -10,13 +10,15 @@ import torch
 from racing import toy
 from torch import nn
 
-from batchnorm.racing import zoo
 from batchnorm.racing.contenders import CONTENDERS
-from batchnorm.racing.trainer import SCHEDULES, Diverged, Evaluation, Resumed, Run, Trainer, train
+from batchnorm.racing.task import load_task
+from batchnorm.racing.trainer import SCHEDULES, Diverged, Evaluation, Resumed, Run, Trainer, network_of, train
 
 
-def run_of(name: str, steps: int = 60, interval: int = 10, seed: int = 0, **changes: Any) -> Run:
-    return Run(replace(CONTENDERS[name], **changes), seed, 0.1, steps, interval)
+def run_of(
+    name: str, steps: int = 60, interval: int = 10, speed: float | None = None, seed: int = 0, **changes: Any
+) -> Run:
+    return Run(replace(CONTENDERS[name], **changes).at_speed(speed), seed, 0.1, steps, interval)
 
 
 def evaluations(events: list[Any]) -> list[tuple[float, ...]]:
@@ -24,30 +26,48 @@ def evaluations(events: list[Any]) -> list[tuple[float, ...]]:
     return [astuple(event)[:4] for event in events if isinstance(event, Evaluation)]
 
 
-@pytest.mark.parametrize("model", [zoo.inception, zoo.mlp])
-def test_variants_start_from_the_same_weights(model: Any) -> None:
-    """Same initialization for all contenders: a layer without bias must not shift the random numbers."""
+@pytest.mark.parametrize("name", ["inception", "mlp"])
+def test_every_contender_is_the_baselines_network_from_the_same_weights(name: str) -> None:
+    task = load_task(name)
 
-    def weights(**keywords: Any) -> list[torch.Tensor]:
+    def weights(contender: str) -> dict[str, torch.Tensor]:
         torch.manual_seed(3)
-        return [layer.weight for layer in model(**keywords).modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        model = network_of(task, CONTENDERS[contender])
+        return {k: p for k, p in model.named_parameters() if p.ndim > 1}
 
-    plain, normalized = weights(), weights(batch_norm=True, dropout=False)
-    assert len(plain) > 3
-    assert all(torch.equal(a, b) for a, b in zip(plain, normalized, strict=True))
+    baseline = weights("baseline")
+    assert len(baseline) > 3
+    for contender in CONTENDERS:
+        own = weights(contender)
+        assert own.keys() == baseline.keys()
+        assert all(torch.equal(own[k], baseline[k]) for k in baseline)
 
 
-def test_bn_stands_before_each_nonlinearity_and_cancels_biases() -> None:
+def test_bn_stands_before_each_nonlinearity_and_cancels_biases_and_dropout_is_gone() -> None:
     """Section 3.2: z = g(BN(Wu)), the bias is dropped."""
-    layers = [m for m in zoo.inception(batch_norm=True).modules() if not list(m.children())]
-    for before, norm, after in zip(layers, layers[1:], layers[2:], strict=False):
-        if isinstance(norm, nn.BatchNorm2d):
-            assert isinstance(before, nn.Conv2d)
-            assert before.bias is None
-            assert isinstance(after, nn.ReLU)
-    convolutions = sum(isinstance(m, nn.Conv2d) for m in layers)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in layers) == convolutions > 30
-    assert sum(isinstance(m, nn.Linear) for m in layers) == 1  # no fully connected layer but the softmax's
+    model = network_of(load_task("inception"), CONTENDERS["bn-x5"])
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convolutions) > 30
+    assert all(m.bias is None and isinstance(m.batch_norm, nn.BatchNorm2d) for m in convolutions)
+    assert len([m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]) == len(convolutions)
+    (linear,) = (m for m in model.modules() if isinstance(m, nn.Linear))  # before the softmax: left alone
+    assert linear.bias is not None
+    assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0]
+
+
+def test_a_recipe_is_applied_but_for_the_rate_which_the_plan_has_multiplied() -> None:
+    groups = {
+        name: Trainer(toy.task(), run_of(name)).optimizer.param_groups for name in ("baseline", "bn-x5", "accelerated")
+    }
+    decay, own = toy.task().weight_decay, CONTENDERS["accelerated"].recipe
+    assert [[g["weight_decay"] for g in some] for some in groups.values()] == [
+        [decay, 0],
+        [pytest.approx(decay / 5), 0],
+        [pytest.approx(decay * own.weight_decay), 0],
+    ]
+    assert [some[0]["nesterov"] for some in groups.values()] == [False, False, own.nesterov]
+    assert {g["lr"] for some in groups.values() for g in some} == {0.1}
+    assert {p.ndim for g in groups["bn-x5"][1:] for p in g["params"]} == {1}
 
 
 def test_every_contender_sees_the_same_batches_and_each_epoch_every_example_once() -> None:
@@ -112,9 +132,9 @@ def test_averaged_weights_and_their_statistics_are_what_is_scored() -> None:
         trainer.step()
     trainer.evaluate()
     assert trainer.average is not None
-    average, norm = trainer.average.module, trainer.average.module[1]
+    average, norm = trainer.average.module, trainer.average.module[0].batch_norm
     with torch.no_grad():
-        hidden = average[0](trainer.task.train[trainer._epoch(0)[:2000]][0])
+        hidden = trainer.task.train[trainer._epoch(0)[:2000]][0] @ average[0].weight.T
     torch.testing.assert_close(norm.running_mean, hidden.mean(0), rtol=1e-4, atol=1e-5)
     assert not torch.equal(average[0].weight, trainer.model[0].weight)
 
@@ -133,7 +153,7 @@ def test_evaluation_leaves_training_as_it_was() -> None:
 
 @pytest.mark.parametrize(("name", "average"), [("baseline", 0.0), ("bn-x5", 0.0), ("accelerated", 0.9)])
 def test_a_run_stopped_anywhere_goes_on_to_the_same_numbers(name: str, average: float, tmp_path: Path) -> None:
-    run = run_of(name, budget=1.0, average=average)
+    run = run_of(name, speed=1, average=average)
     whole = evaluations(list(train(toy.task(), run)))
     assert len(whole) == 6
     events: list[Any] = []

@@ -11,6 +11,7 @@ def main() -> None:
         import typer
 
         from batchnorm.cli.bench import bench
+        from batchnorm.cli.fold import fold
         from batchnorm.cli.race import race
         from batchnorm.cli.recalibrate import recalibrate
     except ModuleNotFoundError as error:
@@ -25,4 +26,5 @@ def main() -> None:
     app.command()(race)
     app.command()(bench)
     app.command()(recalibrate)
+    app.command()(fold)
     app()

@@ -5,19 +5,16 @@ Comes from: the options; a model and batches that the user's functions make. Goe
 
 from __future__ import annotations
 
-import os
-import pkgutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
+from batchnorm.cli.given import check_files, made, model_of
 from batchnorm.population import recalibrate as run
 from batchnorm.population.checkpoint import Checkpoint
 from batchnorm.population.estimate import Shift
@@ -42,22 +39,15 @@ def recalibrate(
     """Write a checkpoint again with population statistics in place of the moving averages; weights stay as they are."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        if not checkpoint.is_file():
-            raise ValueError(f"--checkpoint {checkpoint}: there is no such file.")
-        if out.exists() and not overwrite:
-            raise ValueError(f"--out {out} is there already: name another one, or pass --overwrite.")
-        if not out.absolute().parent.is_dir():
-            raise ValueError(f"--out {out}: there is no directory {out.absolute().parent}.")
+        check_files(checkpoint, out, overwrite)
         if out.suffix != checkpoint.suffix and ".safetensors" in (out.suffix, checkpoint.suffix):
             raise ValueError(f"--out {out}: {checkpoint.suffix} stays {checkpoint.suffix}, its format is kept.")
         content = Checkpoint(checkpoint, key)
-        network = _made("--model", model)
-        if not isinstance(network, nn.Module):
-            raise ValueError(f"--model {model} returned a {type(network).__name__}, not a torch.nn.Module.")
+        network = model_of(model)
         content.load_into(network)
         network.to(torch.device(device))
         report = run(
-            network, _made("--batches", batches), max_batches=max_batches, estimator=estimator, upstream=upstream,
+            network, made("--batches", batches), max_batches=max_batches, estimator=estimator, upstream=upstream,
             device=device, progress=sys.stderr.isatty(),
         )  # fmt: skip
         if not report:
@@ -71,20 +61,6 @@ def recalibrate(
     console.print(
         f"{out}: {len(report)} layers recalibrated, on up to {max(row.values for row in report):,} values each"
     )
-
-
-def _made(option: str, spec: str) -> Any:
-    """What the user's function returns."""
-    module, colon, function = spec.partition(":")
-    if not (module and colon and function):
-        raise ValueError(f"{option} {spec}: expected a function of yours, package.module:function.")
-    if os.getcwd() not in sys.path:  # as `python -m` does: a user's module lies where the user stands
-        sys.path.insert(0, os.getcwd())
-    try:
-        make: Callable[[], Any] = pkgutil.resolve_name(spec)
-        return make()
-    except Exception as error:
-        raise ValueError(f"{option} {spec}: {type(error).__name__}: {error}") from error
 
 
 def table_of(report: list[Shift]) -> Table:

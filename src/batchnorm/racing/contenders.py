@@ -6,8 +6,10 @@ Source of bn, bn-x5, bn-x30 and bn-x5-sigmoid: Ioffe & Szegedy 2015, Section 4.2
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from batchnorm.recipe.recipe import FAST, PAPER, Recipe
 
 
 @dataclass(frozen=True)
@@ -16,53 +18,51 @@ class Contender:
 
     Args:
         name: as on the command line.
+        batch_norm: ``batchnorm.insert`` puts it into the task's network.
+        recipe: what else changes, as ``batchnorm.accelerate`` has it; ``learning_rate`` is times the baseline's.
         network: keywords for the task's model function, on top of its defaults.
-        learning_rate: initial learning rate, times the baseline's.
-        tuned: its learning rate is its own, chosen by ``--tune``; ``learning_rate`` holds until then.
-        weight_decay: L2 penalty, times the task's.
-        nesterov: Nesterov's momentum in place of the classical one.
+        tuned: its learning rate is its own, chosen by ``--tune``; the recipe's holds until then.
+        plateau_speed: the recipe's ``decay_speed`` under ``--full``, where the baseline runs to its plateau.
         schedule: name of a row of ``trainer.SCHEDULES``.
-        budget: steps, as a share of the baseline's; the learning rate decays over them, to zero in the linear schedule.
-        plateau_budget: the same under ``--full``, where the baseline runs to its plateau; default: ``budget``.
         average: decay per step of an exponential average of the weights, which is what is evaluated; 0: none.
         recalibrate: training examples for the population statistics, re-estimated before each evaluation; 0: none.
     """
 
     name: str
+    batch_norm: bool = False
+    recipe: Recipe = field(default_factory=Recipe)
     network: dict[str, Any] = field(default_factory=dict)
-    learning_rate: float = 1.0
     tuned: bool = False
-    weight_decay: float = 1.0
-    nesterov: bool = False
+    plateau_speed: float | None = None
     schedule: str = "linear"
-    budget: float = 1.0
-    plateau_budget: float | None = None
     average: float = 0.0
     recalibrate: int = 0
 
+    @property
+    def budget(self) -> float:
+        """Steps, as a share of the baseline's; the learning rate decays over them."""
+        return 1 / self.recipe.decay_speed
 
-BN: dict[str, Any] = {"batch_norm": True}  # before each nonlinearity
-POPULATION: dict[str, Any] = {"recalibrate": 2_000}  # what BN is evaluated with, Algorithm 2
-PAPER: dict[str, Any] = {"weight_decay": 1 / 5, "budget": 1 / 6} | POPULATION  # Section 4.2.1: decay 6 times faster
-FAST: dict[str, Any] = {
-    "tuned": True,
-    "nesterov": True,
-    "weight_decay": 10.0,
-    "budget": 0.18,
-    "plateau_budget": 0.07,
-}
+    def at_speed(self, decay_speed: float | None) -> Contender:
+        """The same, decaying faster or slower; None: as it is."""
+        return self if decay_speed is None else replace(self, recipe=replace(self.recipe, decay_speed=decay_speed))
+
+
+BN: dict[str, Any] = {"batch_norm": True, "recalibrate": 2_000}  # evaluated with population statistics, Algorithm 2
+SIGMOID: dict[str, Any] = {"network": {"activation": "sigmoid"}}
+OWN: dict[str, Any] = {"recipe": FAST, "tuned": True, "plateau_speed": 1 / 0.07}
 
 CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("baseline", tuned=True),
-        Contender("bn", BN, plateau_budget=0.5, **POPULATION),
-        Contender("bn-x5", BN | {"dropout": False}, learning_rate=5, **PAPER),
-        Contender("bn-x30", BN | {"dropout": False}, learning_rate=30, **PAPER),
-        Contender("sigmoid", {"activation": "sigmoid"}, plateau_budget=0.5),
-        Contender("bn-x5-sigmoid", BN | {"dropout": False, "activation": "sigmoid"}, learning_rate=5, **PAPER),
-        Contender("accelerated", BN | {"dropout": False}, learning_rate=2, **FAST, **POPULATION),
-        Contender("accelerated-without-bn", {"dropout": False}, learning_rate=1 / 4, **FAST),
+        Contender("bn", **BN, plateau_speed=2),
+        Contender("bn-x5", **BN, recipe=PAPER),
+        Contender("bn-x30", **BN, recipe=replace(PAPER, learning_rate=30)),
+        Contender("sigmoid", **SIGMOID, plateau_speed=2),
+        Contender("bn-x5-sigmoid", **BN, **SIGMOID, recipe=PAPER),
+        Contender("accelerated", **BN, **OWN),
+        Contender("accelerated-without-bn", **OWN),
     )
 }
 DEFAULT = ("baseline", "bn-x5", "accelerated")

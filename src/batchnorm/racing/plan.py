@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -115,9 +115,9 @@ def make_plan(
         raise RaceError(f"{rates} holds no learning rates for task {task.name!r} at the {mode} (or default) budget.")
     baseline = tuned.get("baseline", task.learning_rate)
     if mode == "full" and task.full_steps is not None and steps is None:
-        chosen = [replace(c, budget=c.plateau_budget or c.budget) for c in chosen]
+        chosen = [c.at_speed(c.plateau_speed) for c in chosen]
     learning_rates = {
-        c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{baseline * c.learning_rate:.3g}")
+        c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{baseline * c.recipe.learning_rate:.3g}")
         for c in chosen
     }
     return Plan(
@@ -152,7 +152,7 @@ def read_plan(directory: Path) -> Plan:
     """The plan of the race that was started in this directory."""
     try:
         stored = json.loads((directory / CONFIG).read_text())
-        now = tuple(replace(CONTENDERS[row["name"]], budget=row["budget"]) for row in stored["contenders"])
+        now = tuple(CONTENDERS[row["name"]].at_speed(row["recipe"]["decay_speed"]) for row in stored["contenders"])
         lists = {name: tuple(stored[name]) for name in ("tuned", "left_out")}
         plan = Plan(**{**stored, **lists, "contenders": now})
     except (OSError, ValueError, KeyError, TypeError):
@@ -188,11 +188,6 @@ def _choose(task: Task, names: Sequence[str] | None, mode: Mode, tune: bool) -> 
         if taken is not None:  # a model function without an activation= has no sigmoid variants
             left_out = [name for name in names if not taken.issuperset(CONTENDERS[name].network)]
             names = [name for name in names if name not in left_out]
-            if names == ["baseline"]:
-                raise RaceError(
-                    f"the model function of task {task.name!r} takes no batch_norm= and dropout=, which contenders "
-                    "set: there is nothing to race the baseline against."
-                )
     if isinstance(names, str):
         raise RaceError(f"contenders must be a list of names (got {names!r}).")
     for name in names:

@@ -40,22 +40,22 @@ def rules(plan: Plan) -> str:
 
 def changes(contender: Contender) -> str:
     """What a contender changes against the baseline, in words."""
-    words = {"batch_norm": "BN", "dropout": "dropout", "activation": "activation"}
-    parts = [
-        f"no {words[key]}" if value is False else words[key] if value is True else f"{key}={value}"
-        for key, value in contender.network.items()
-    ]
+    recipe = contender.recipe
+    parts = ["BN"] if contender.batch_norm else []
+    if recipe.dropout != 1:
+        parts.append(f"dropout x{recipe.dropout:g}" if recipe.dropout else "no dropout")
+    parts += [f"{key}={value}" for key, value in contender.network.items()]
     if contender.tuned:
         parts.append("own tuned learning rate")
-    elif contender.learning_rate != 1:
-        parts.append(f"learning rate x{contender.learning_rate:g}")
-    if contender.weight_decay != 1:
-        parts.append(f"weight decay x{contender.weight_decay:g}")
-    if contender.nesterov:
+    elif recipe.learning_rate != 1:
+        parts.append(f"learning rate x{recipe.learning_rate:g}")
+    if recipe.weight_decay != 1:
+        parts.append(f"weight decay x{recipe.weight_decay:g}")
+    if recipe.nesterov:
         parts.append("Nesterov momentum")
     if contender.schedule != "linear":
         parts.append(f"{contender.schedule} schedule")
-    if contender.budget != 1:
+    if recipe.decay_speed != 1:
         parts.append(f"learning rate at zero after {100 * contender.budget:.3g}% of the steps")
     if contender.average:
         parts.append(f"averaged weights (decay {contender.average:g})")

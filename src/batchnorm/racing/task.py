@@ -34,9 +34,8 @@ class Task:
 
     Args:
         name: for tables and plots.
-        model: ``model(*, batch_norm=False, ...)`` returns a new network. A contender passes what it changes:
-            ``batch_norm=True`` for normalization before each nonlinearity, ``dropout=False``, ``activation="sigmoid"``.
-            Only the keywords of the contenders that run are needed. Random weights must come from torch's generator.
+        model: ``model()`` returns a new network without batch normalization; contenders put it in. Where it takes
+            ``activation=``, the contenders with ``"sigmoid"`` can run too. Random weights come from torch's generator.
         train: training examples; ``train[indices]`` with a tensor of indices gives ``(inputs, targets)``, as a
             ``torch.utils.data.TensorDataset`` does.
         test: examples that only score, in the same form.
@@ -51,9 +50,8 @@ class Task:
         held_out: training examples that ``--tune`` sets apart to choose learning rates on. Default: one twelfth.
 
     Example:
-        >>> def make(*, batch_norm=False, dropout=True):
-        ...     norm = [nn.BatchNorm1d(8)] if batch_norm else []
-        ...     return nn.Sequential(nn.Linear(4, 8, bias=not batch_norm), *norm, nn.ReLU(), nn.Linear(8, 2))
+        >>> def make():
+        ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> x, y = torch.randn(120, 4), torch.randint(2, (120,))
         >>> task = Task("toy", make, TensorDataset(x[:100], y[:100]), TensorDataset(x[100:], y[100:]), steps=50)
         >>> len(task.for_tuning().train), len(task.for_tuning().test)

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from batchnorm.population import recalibrate
 from batchnorm.population.estimate import NotFinite
 from batchnorm.racing.contenders import Contender
 from batchnorm.racing.task import Task
+from batchnorm.recipe.accelerate import accelerate, reduce_dropout
 
 EVALUATION_BATCH = 250  # examples; small enough for a core's cache, so faster than large ones on a CPU
 MOMENTUM = 0.9
@@ -102,23 +103,15 @@ class Trainer:
         self.task, self.run, self.step_count = task, run, 0
         contender = run.contender
         torch.manual_seed(run.seed)
-        self.model = task.model(**contender.network)
+        self.model = network_of(task, contender)
         self.network = (
             DistributedDataParallel(self.model, broadcast_buffers=False) if dist.is_initialized() else self.model
         )
-        weights = [p for p in self.model.parameters() if p.ndim > 1]
-        others = [p for p in self.model.parameters() if p.ndim <= 1]  # biases, gamma and beta: no decay
-        groups: list[dict[str, Any]] = [
-            {"params": weights, "weight_decay": task.weight_decay * contender.weight_decay},
-            {"params": others},
-        ]
         self.optimizer = torch.optim.SGD(
-            groups,
-            lr=run.learning_rate,
-            momentum=MOMENTUM,
-            nesterov=contender.nesterov,
-            fused=True,
+            self.model.parameters(), run.learning_rate, MOMENTUM, weight_decay=task.weight_decay, fused=True
         )
+        recipe = replace(contender.recipe, learning_rate=1, only_weights=True)  # the plan has multiplied the rate
+        recipe.apply(self.optimizer)
         self.average = (
             AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(contender.average))
             if contender.average
@@ -199,6 +192,16 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+
+def network_of(task: Task, contender: Contender) -> nn.Module:
+    """The task's network, from torch's random numbers, with what the contender changes of it."""
+    model = task.model(**contender.network)
+    example = (task.train[torch.arange(2)][0],)
+    if contender.batch_norm:
+        return accelerate(model, example, contender.recipe)
+    reduce_dropout(model, contender.recipe.dropout, example)
+    return model
 
 
 def _seed(stream: int, position: int) -> int:

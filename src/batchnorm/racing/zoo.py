@@ -1,7 +1,7 @@
-"""The networks that the built-in tasks train, with and without batch normalization, and the tasks themselves.
+"""The networks that the built-in tasks train, without batch normalization, and the tasks themselves.
 
 Comes from: images of ``data.py``. Goes to: ``task.load_task``.
-Networks take the keywords that contenders change: ``batch_norm``, ``activation``, ``dropout``.
+Networks take the keyword that contenders change: ``activation``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from batchnorm.nn import BatchNorm1d, BatchNorm2d
 from batchnorm.racing.data import load_images
 from batchnorm.racing.task import Task
 
@@ -36,21 +35,19 @@ class Module(nn.Module):
         return torch.cat([self.one(x), self.three(x), self.double_three(x), self.pool(x)], dim=1)
 
 
-def inception(*, batch_norm: bool = False, activation: str = "relu", dropout: bool = True) -> nn.Sequential:
+def inception(*, activation: str = "relu") -> nn.Sequential:
     """The paper's kind of network at 28 x 28: (N, 1, 28, 28) -> (N, 10).
 
     17 convolutions deep, with a pooling that halves the places before the first and the fourth of five modules; no
-    fully connected layer but the softmax's, dropout before it. Where ``batch_norm`` is set, BN stands before each
-    nonlinearity, the softmax among them, and what it follows has no bias (Section 3.2).
+    fully connected layer but the softmax's, dropout before it.
     """
 
     def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
-        convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=not batch_norm)
-        norm = [BatchNorm2d(out_channels)] if batch_norm else []
-        return nn.Sequential(convolution, *norm, ACTIVATIONS[activation]())
+        convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2)
+        return nn.Sequential(convolution, ACTIVATIONS[activation]())
 
     width, generator = 16, _generator()
-    classifier = nn.Linear(4 * width, 10, bias=not batch_norm)
+    classifier = nn.Linear(4 * width, 10)
     network = nn.Sequential(
         conv(1, width, 3, stride=2),
         conv(width, 2 * width, 3, stride=2),
@@ -63,9 +60,8 @@ def inception(*, batch_norm: bool = False, activation: str = "relu", dropout: bo
         Module(conv, 4 * width, width),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Dropout(0.1 if dropout else 0.0),
+        nn.Dropout(0.1),
         classifier,
-        *([BatchNorm1d(10)] if batch_norm else []),
     )
     # He et al. 2015: the network without BN needs an initialization that keeps the scale through its depth.
     _initialize(network, lambda weight: nn.init.kaiming_normal_(weight, generator=generator))
@@ -73,15 +69,14 @@ def inception(*, batch_norm: bool = False, activation: str = "relu", dropout: bo
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def mlp(*, batch_norm: bool = False, activation: str = "sigmoid", dropout: bool = False) -> nn.Sequential:
+def mlp(*, activation: str = "sigmoid") -> nn.Sequential:
     """The network of the paper's Section 4.1: (N, 784) -> (N, 10), 3 hidden layers of 100 sigmoid units.
 
-    "Weights initialized to small random Gaussian values". It has no dropout; the keyword is there for the contenders.
+    "Weights initialized to small random Gaussian values".
     """
 
     def layer(in_features: int, out_features: int) -> list[nn.Module]:
-        norm = [BatchNorm1d(out_features)] if batch_norm else []
-        return [nn.Linear(in_features, out_features, bias=not batch_norm), *norm, ACTIVATIONS[activation]()]
+        return [nn.Linear(in_features, out_features), ACTIVATIONS[activation]()]
 
     generator = _generator()
     network = nn.Sequential(*layer(784, 100), *layer(100, 100), *layer(100, 100), nn.Linear(100, 10))
@@ -90,10 +85,7 @@ def mlp(*, batch_norm: bool = False, activation: str = "sigmoid", dropout: bool 
 
 
 def _generator() -> torch.Generator:
-    """Random numbers for the weights alone, so that variants of a network start from the same weights.
-
-    Torch's own would not do: a layer without a bias draws fewer numbers when it is made than one with a bias.
-    """
+    """Random numbers for the weights alone: they do not hang on what layers draw when they are made."""
     return torch.Generator().manual_seed(int(torch.randint(2**31, ())))
 
 

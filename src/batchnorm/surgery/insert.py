@@ -1,4 +1,4 @@
-"""Batch normalization put into a network: between each affine layer and the nonlinearity that reads it.
+"""Batch normalization put into a network: between each affine layer and the nonlinearity, or the sum before it.
 
 Comes from: a network without it, trained or not. Goes to: training.
 """
@@ -23,6 +23,7 @@ from batchnorm.population.estimate import call_with_inputs
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.fold_check import TOLERANCE, error, to_double
 from batchnorm.surgery.report import LEFT, Report, Row
+from batchnorm.surgery.rewrite import ADDITIONS
 from batchnorm.surgery.watch import Call, Watched, run, tensors_of, watch
 
 _LAYERS: dict[type[nn.Module], type[FusedBatchNorm]] = {
@@ -51,15 +52,17 @@ def insert(
 ) -> Model:
     r"""The model with batch normalization between each affine layer and the nonlinearity that reads it (Section 3.2).
 
-        g(W u + b)  ->  g(BN(W u))
+        g(W u + b)  ->  g(BN(W u)),    g(W u + b + v)  ->  g(BN(W u) + v)
 
-    A layer gets a child ``batch_norm`` and loses its bias, which the mean's subtraction cancels. Its name,
-    its weight's name and its class (it becomes a subclass) stay: ``inserted.load_state_dict(model.state_dict(),
-    strict=False)`` loads the original's weights. The model given is not changed. ``batchnorm_report`` of the result
-    lists what got batch normalization, and what did not, with the reason.
+    The second is a residual block's last layer: each summand is normalized by itself. A layer gets a child
+    ``batch_norm`` and loses its bias, which the mean's subtraction cancels. Its name, its weight's name and its class
+    (it becomes a subclass) stay: ``inserted.load_state_dict(model.state_dict(), strict=False)`` loads the original's
+    weights. The model given is not changed. ``batchnorm_report`` of the result lists what got batch normalization,
+    and what did not, with the reason.
 
     Args:
-        model: any module; what nothing but a nonlinearity reads is normalized, never what goes to a softmax or out.
+        model: any module; what nothing but a nonlinearity reads, or a sum that nothing but a nonlinearity reads, is
+            normalized; never what goes to a softmax or out.
         example: an input: a tensor, a tuple of arguments or a dict of keyword arguments. It is run once to see which
             layers a nonlinearity reads.
         batches: for a trained network, training inputs as ``recalibrate`` takes them. gamma = sqrt(Var[Wu] + eps),
@@ -122,15 +125,27 @@ def _row(seen: Watched, name: str, layer: Any) -> Row:
         why = f"it has batch normalization, {reader.name}"
     elif _is_nonlinearity(reader):
         return Row(name, "normalized", f"before {reader.label}")
+    elif (after := _behind_sums(seen, reader)) is not None and _is_nonlinearity(after):
+        return Row(name, "normalized", f"before {reader.label} and {after.label}")
     else:
         why = f"its output goes to {reader.label}"
     return Row(name, LEFT, why)
 
 
+def _behind_sums(seen: Watched, call: Call) -> Call | None:
+    """What alone reads a sum, or the sum of sums."""
+    if call.kind != "function" or call.name not in ADDITIONS:
+        return None
+    reader = seen.only_reader(call)
+    return reader if reader is None or reader.name not in ADDITIONS else _behind_sums(seen, reader)
+
+
 def _is_nonlinearity(call: Call) -> bool:
-    name = type(call.target).__name__.lower() if call.kind == "module" else call.name.rstrip("_")
-    names = _NONLINEARITIES if call.kind == "function" else {known.replace("_", "") for known in _NONLINEARITIES}
-    return call.kind in ("module", "function") and name in names
+    """By its name: torch's functions and modules, and modules called after them, GELUActivation or QuickGELU say."""
+    if call.kind == "function":
+        return call.name.rstrip("_") in _NONLINEARITIES
+    name = type(call.target).__name__.lower().removesuffix("activation")
+    return call.kind == "module" and name.endswith(tuple(known.replace("_", "") for known in _NONLINEARITIES))
 
 
 # ---- a layer with batch normalization behind it ----------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""``batchnorm fold``: a checkpoint without batch normalization, as weights or as an exported program.
+
+Comes from: the options; a model that the user's function makes. Goes to: ``surgery.fold``; a file.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from batchnorm.cli.given import check_files, made, model_of
+from batchnorm.population.checkpoint import Checkpoint
+from batchnorm.surgery import fold as run
+from batchnorm.surgery.export import FORMATS, write
+
+
+def fold(
+    checkpoint: Annotated[Path, typer.Option(help="A file of torch.save, or *.safetensors.")],
+    model: Annotated[str, typer.Option(help="Your function that returns the model: package.module:function.")],
+    example: Annotated[
+        str, typer.Option(help="The shape of an input, 2x3x224x224 say, or your function that returns one.")
+    ],
+    out: Annotated[Path, typer.Option(help=f"Where it goes: {', '.join(FORMATS)}.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where a file is, the input too.")] = False,
+    key: Annotated[
+        str | None, typer.Option(help="Where the model's state is in the checkpoint.", show_default="it is looked for")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="The largest error beside float64.", show_default="by dtype: 1e-4 in float32")
+    ] = None,
+) -> None:
+    """Fold batch normalization into the layers beside it, check the result, and write it.
+
+    *.pt, *.safetensors: the folded model's state_dict. *.pt2: a program of torch.export; *.onnx: ONNX. Those two run
+    without the model's code, and, from an example of two inputs or more, at any batch size.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        check_files(checkpoint, out, overwrite)
+        if out.suffix not in FORMATS:
+            raise ValueError(f"--out {out}: a file that ends in one of {', '.join(FORMATS)}.")
+        network = model_of(model)
+        Checkpoint(checkpoint, key).load_into(network)
+        inputs = _example(example, network)
+        folded: Any = _folded(network.eval(), inputs, tolerance, example)
+        found = write(folded, inputs, out)
+    except ValueError as error:
+        print(f"fold: {error}", file=sys.stderr)
+        sys.exit(2)
+    for row in folded.batchnorm_report:
+        if row.done != "folded":
+            console.print(f"{row.layer}: {row.done}: {row.why}", highlight=False)
+    done = Counter(row.done for row in folded.batchnorm_report)
+    console.print(f"{out}: {done['folded']} layers folded, {done.total() - done['folded']} left alone. {found}")
+
+
+def _example(given: str, model: nn.Module) -> Any:
+    """Normal random numbers of a shape, or what the user's function returns."""
+    if not re.fullmatch(r"\d+(x\d+)*", given):
+        return made("--example", given)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return torch.randn(*map(int, given.split("x")), generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _folded(model: nn.Module, inputs: Any, tolerance: float | None, given: str) -> nn.Module:
+    try:
+        return run(model, inputs, tolerance=tolerance)
+    except ValueError:
+        raise
+    except Exception as error:  # whatever the user's forward raises
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"--example {given}: the model does not run on it: {type(error).__name__}: {first}") from error

@@ -1,0 +1,47 @@
+"""What users give to commands: functions of theirs by name, files that are read and written.
+
+Comes from: options. Goes to: ``recalibrate``, ``fold``; what is wrong with it is a ValueError that names the option.
+"""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def check_files(checkpoint: Path, out: Path, overwrite: bool) -> None:
+    """One is there, the other may be written."""
+    if not checkpoint.is_file():
+        raise ValueError(f"--checkpoint {checkpoint}: there is no such file.")
+    if out.exists() and not overwrite:
+        raise ValueError(f"--out {out} is there already: name another one, or pass --overwrite.")
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: there is no directory {out.absolute().parent}.")
+
+
+def made(option: str, spec: str) -> Any:
+    """What the user's function returns."""
+    module, colon, function = spec.partition(":")
+    if not (module and colon and function):
+        raise ValueError(f"{option} {spec}: expected a function of yours, package.module:function.")
+    if os.getcwd() not in sys.path:  # as `python -m` does: a user's module lies where the user stands
+        sys.path.insert(0, os.getcwd())
+    try:
+        make: Callable[[], Any] = pkgutil.resolve_name(spec)
+        return make()
+    except Exception as error:
+        raise ValueError(f"{option} {spec}: {type(error).__name__}: {error}") from error
+
+
+def model_of(spec: str) -> nn.Module:
+    """The model that the user's function returns."""
+    model = made("--model", spec)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {spec} returned a {type(model).__name__}, not a torch.nn.Module.")
+    return model

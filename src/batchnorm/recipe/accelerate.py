@@ -1,0 +1,88 @@
+"""Batch normalization and what it makes possible, in one call: the network now, the rest of training as a recipe.
+
+Comes from: a network without batch normalization. Goes to: training; the race.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from batchnorm.recipe.recipe import RECIPES, Recipe
+from batchnorm.surgery.convert import Model
+from batchnorm.surgery.insert import insert
+from batchnorm.surgery.report import LEFT, Report, Row
+from batchnorm.surgery.watch import watch
+
+# Modules that hold the probability of dropout themselves, and under which name.
+_PROBABILITIES: dict[type[nn.Module], str] = {_DropoutNd: "p", nn.MultiheadAttention: "dropout", nn.RNNBase: "dropout"}
+
+
+def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, skip: Sequence[str] = ()) -> Model:
+    """The model with batch normalization, without dropout, and with a recipe for the rest of its training.
+
+    ``insert`` puts batch normalization before the nonlinearities; dropout's probabilities are multiplied by the
+    recipe's factor. What is to change in optimizer and scheduler is ``batchnorm_recipe`` of the result: ``print`` it,
+    ``dataclasses.replace`` what should be otherwise, and ``apply`` it. The model given is not changed.
+    ``batchnorm_report`` lists what was done, layer by layer.
+
+    Args:
+        model: any module, not trained yet.
+        example: an input: a tensor, a tuple of arguments or a dict of keyword arguments.
+        recipe: "paper" (Section 4.2.1), "fast" (the best that the race found), or a ``Recipe``.
+        skip: names of layers that ``insert`` leaves alone.
+
+    Returns:
+        A copy of the model, in its mode.
+
+    Raises:
+        ValueError: an unknown recipe; a name in ``skip`` that there is not.
+        TypeError: not a module.
+
+    Example:
+        >>> import torch, batchnorm as bn
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 2))
+        >>> fast = bn.accelerate(model, torch.randn(2, 4))
+        >>> print(fast.batchnorm_report)
+        layer  done        why
+        0      normalized  before 1
+        3      left alone  its output goes to the model's output
+        2      dropout     0.5 becomes 0
+        >>> optimizer = torch.optim.SGD(fast.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        >>> fast.batchnorm_recipe.apply(optimizer)
+        >>> optimizer.param_groups[0]["lr"]
+        0.5
+
+    Source: Ioffe & Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167, Sections 3.4 and 4.2.1.
+    """
+    if isinstance(recipe, str) and recipe not in RECIPES:
+        raise ValueError(f'unknown recipe "{recipe}". Known: {", ".join(RECIPES)}; or a batchnorm.Recipe.')
+    value = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    if not isinstance(value, Recipe):
+        raise TypeError(f"recipe must be a name or a batchnorm.Recipe, got {type(recipe).__name__}.")
+    accelerated: Any = insert(model, example, skip=skip)
+    accelerated.batchnorm_report.extend(reduce_dropout(accelerated, value.dropout, example))
+    accelerated.batchnorm_recipe = value
+    return accelerated
+
+
+def reduce_dropout(model: nn.Module, factor: float, example: Any) -> Report:
+    """Multiply the dropout probabilities of a model, in place; what was done, and the calls that cannot be reached."""
+    report = Report()
+    if factor == 1:
+        return report
+    for name, module in model.named_modules():
+        for kind, attribute in _PROBABILITIES.items():
+            before = getattr(module, attribute) if isinstance(module, kind) else 0
+            if before:
+                setattr(module, attribute, before * factor)
+                report.append(Row(name, "dropout", f"{before:g} becomes {before * factor:g}"))
+    for call in watch(model, example).calls:
+        if call.kind == "function" and call.name.endswith("dropout"):
+            owner = call.owner or "the model"
+            report.append(Row(owner, LEFT, f"it calls {call.label} itself: set its probability there"))
+    return report

@@ -1,0 +1,186 @@
+"""A learning-rate range test: one short run whose rate grows from batch to batch; where the loss falls fastest.
+
+Comes from: any model, batches and a loss. Goes to: the user, as a number and a plot.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SMOOTHING = 0.1  # weight of a new loss in the moving average
+DIVERGED = 4.0  # times the lowest smoothed loss: the test ends
+LEAST = 10  # steps that tell a slope
+NOTHING = 1e-6  # of the first loss: no fall, but rounding
+
+
+@dataclass(frozen=True)
+class RateTest:
+    """What a range test saw, one entry per step.
+
+    ``rates``: learning rates; ``losses``: of the batches; ``smoothed``: their moving average, without its bias to 0;
+    ``rate``: the suggestion: where the smoothed loss falls fastest over the logarithm of the rate; ``highest``: the
+    rate of the lowest smoothed loss, beyond which training is not stable.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed: tuple[float, ...]
+    rate: float
+    highest: float
+
+    def plot(self, to: Axes | str | os.PathLike[str]) -> None:
+        """Loss against learning rate, with the suggestion: on matplotlib axes, or into a file."""
+        from batchnorm.recipe.rate_plot import draw, save
+
+        draw(self, to) if hasattr(to, "plot") else save(self, to)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return (
+            f"learning rate {self.rate:.2g}: the loss falls fastest there (tried: {self.rates[0]:.2g} to "
+            f"{self.rates[-1]:.2g}; lowest loss at {self.highest:.2g})"
+        )
+
+
+def find_learning_rate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy,
+    *,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    lowest: float = 1e-5,
+    highest: float = 10.0,
+    steps: int = 100,
+    progress: bool = False,
+) -> RateTest:
+    """Learning-rate range test: train a copy of the model while the learning rate grows exponentially.
+
+        rate of step i = lowest * (highest / lowest) ** (i / (steps - 1))
+
+    The rate where the loss falls fastest is a good one for a constant learning rate; with a warm-up, or as the maximum
+    of a schedule, two to five times that is often stable (at most that of the lowest loss). The test ends early where
+    the loss is 4 times its lowest or not finite. The model, and torch's random numbers, are as before afterwards.
+
+    Args:
+        model: any module; a copy in train mode is trained.
+        batches: ``(inputs, targets)``, as a DataLoader gives them; read again from the front where they are too few.
+        loss: ``loss(model(inputs), targets)``, a scalar.
+        optimizer: ``optimizer(parameters, lr=...)``; default: SGD with momentum 0.9. With weight decay or other
+            settings: ``functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4)``.
+        lowest, highest: first and last learning rate.
+        steps: batches to train on.
+        progress: show a progress bar (needs rich).
+
+    Returns:
+        ``.rate``, the suggestion; ``.rates``, ``.losses``, ``.smoothed``; ``.plot("rates.png")``.
+
+    Raises:
+        ValueError: ``batches`` yielded nothing, or less than ``steps`` and cannot be read again; rates that do not
+            grow; fewer than 10 steps; the loss was not finite before the tenth step, or never fell.
+
+    Example:
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <...>
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> x = torch.randn(320, 4)
+        >>> found = find_learning_rate(model, list(zip(x.split(32), (x[:, 0] > 0).long().split(32))))
+        >>> 0.001 < found.rate < 10
+        True
+
+    Source: Smith, "Cyclical Learning Rates for Training Neural Networks", https://arxiv.org/abs/1506.01186.
+    """
+    if not 0 < lowest < highest < math.inf:
+        raise ValueError(f"rates must grow from above 0: lowest < highest (got {lowest:g} and {highest:g}).")
+    if steps < LEAST:
+        raise ValueError(f"steps must be at least {LEAST} to tell a slope (got {steps}).")
+    rates, losses = [], []
+    with _copied(model) as trained:
+        make = optimizer or (lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9))
+        stepper = make([p for p in trained.parameters() if p.requires_grad], lr=lowest)
+        for i, (inputs, targets) in enumerate(_shown(_repeated(batches, steps), steps, progress)):
+            rate = lowest * (highest / lowest) ** (i / (steps - 1))
+            for group in stepper.param_groups:
+                group["lr"] = rate
+            stepper.zero_grad()
+            value = loss(trained(inputs), targets)
+            value.backward()
+            stepper.step()
+            rates.append(rate)
+            losses.append(value.item())
+            if not losses[-1] <= DIVERGED * min(smooth(losses)):
+                break
+    return _read(rates, losses)
+
+
+def smooth(losses: list[float]) -> list[float]:
+    """Moving average, divided by the weights that it has had so far."""
+    average, smoothed = 0.0, []
+    for i, value in enumerate(losses):
+        average += SMOOTHING * (value - average)
+        smoothed.append(average / (1 - (1 - SMOOTHING) ** (i + 1)))
+    return smoothed
+
+
+def _read(rates: list[float], losses: list[float]) -> RateTest:
+    """The rate of the steepest fall before the lowest loss."""
+    seen = next((i for i, value in enumerate(losses) if not math.isfinite(value)), len(losses))
+    if seen < LEAST:
+        raise ValueError(
+            f"the loss was not finite at step {seen + 1} of the range test, at a learning rate of {rates[seen]:.2g}: "
+            "choose a smaller lowest, or look at the data."
+        )
+    smoothed = smooth(losses[:seen])
+    low, reach = smoothed.index(min(smoothed)), max(1, seen // 20)
+    slopes = {i: smoothed[i + reach] - smoothed[i - reach] for i in range(reach, min(low + 1, seen - reach))}
+    if not slopes or min(slopes.values()) > -NOTHING * abs(smoothed[0]):
+        raise ValueError(
+            f"the loss did not fall at learning rates from {rates[0]:.2g} to {rates[seen - 1]:.2g}: choose others, or "
+            "look at the loss."
+        )
+    best = min(slopes, key=lambda i: slopes[i])
+    return RateTest(tuple(rates[:seen]), tuple(losses[:seen]), tuple(smoothed), rates[best], rates[low])
+
+
+@contextmanager
+def _copied(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy to train; torch's random numbers are as before afterwards."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"find_learning_rate takes a torch.nn.Module, got {type(model).__name__}.")
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        yield copy.deepcopy(model).train()
+
+
+def _repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:
+    """So many batches, from the front again where they end."""
+    given = 0
+    while given < steps:
+        before = given
+        for batch in itertools.islice(batches, steps - given):
+            given += 1
+            yield batch
+        if given < steps and (given == before or isinstance(batches, Iterator)):
+            raise ValueError(
+                f"batches yielded {given or 'nothing'}, and the range test takes {steps}: pass a DataLoader or a list "
+                "of (inputs, targets), which can be read again."
+            )
+
+
+def _shown(batches: Iterator[Any], steps: int, progress: bool) -> Iterable[Any]:
+    if not progress:
+        return batches
+    from rich.progress import track
+
+    return track(batches, "learning rates", total=steps)

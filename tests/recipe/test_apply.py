@@ -1,0 +1,174 @@
+"""recipe/recipe.py and apply.py: what becomes of optimizers and schedulers."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as schedulers
+
+import batchnorm as bn
+
+PAPER = bn.RECIPES["paper"]
+FASTER = bn.Recipe(decay_speed=6)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def sgd(model: nn.Module | None = None, **options: float) -> torch.optim.SGD:
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01} | options
+    return torch.optim.SGD((model or network()).parameters(), **settings)  # type: ignore[arg-type]
+
+
+def test_rates_and_decay_are_multiplied_and_gamma_beta_and_biases_do_not_decay() -> None:
+    model = network()
+    optimizer = sgd(model)
+    PAPER.apply(optimizer)
+    weights, others = optimizer.param_groups
+    assert {id(p) for p in weights["params"]} == {id(model[0].weight), id(model[3].weight)}
+    assert {id(p) for p in others["params"]} == {id(p) for p in (model[1].weight, model[1].bias, model[3].bias)}
+    assert (weights["lr"], others["lr"]) == (0.5, 0.5)
+    assert (weights["weight_decay"], others["weight_decay"]) == (pytest.approx(0.002), 0)
+    assert others["momentum"] == 0.9
+
+
+def test_groups_of_the_users_own_keep_their_settings() -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": model[0].parameters(), "lr": 0.1},
+            {"params": [*model[1].parameters()], "weight_decay": 0.5},
+            {"params": model[3].parameters()},
+        ],
+        lr=0.01,
+        weight_decay=0.2,
+    )
+    scheduler = schedulers.StepLR(optimizer, 60)
+    PAPER.apply(optimizer, scheduler)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.5, 0.05, 0.05, 0.05])
+    assert [g["weight_decay"] for g in optimizer.param_groups] == pytest.approx([0.04, 0, 0.04, 0])
+    assert scheduler.base_lrs == pytest.approx([0.5, 0.05, 0.05, 0.05])
+    optimizer.step()
+    scheduler.step()
+
+
+def test_the_state_of_an_optimizer_stays_with_its_parameters() -> None:
+    model = network()
+    optimizer = sgd(model)
+    model(torch.randn(4, 4)).sum().backward()
+    optimizer.step()
+    before = {p: optimizer.state[p]["momentum_buffer"] for p in model.parameters()}
+    PAPER.apply(optimizer)
+    optimizer.step()
+    assert {p: optimizer.state[p]["momentum_buffer"] for p in model.parameters()} == before
+    torch.optim.SGD(model.parameters(), lr=1.0)
+    again = sgd(model)
+    PAPER.apply(again)
+    again.load_state_dict(optimizer.state_dict())  # as in a resumed run
+    assert again.param_groups[1]["weight_decay"] == 0
+
+
+MAKERS = {
+    "StepLR": lambda o, k: schedulers.StepLR(o, 60 // k, gamma=0.3),
+    "MultiStepLR": lambda o, k: schedulers.MultiStepLR(o, [60 // k, 60 // k, 120 // k], gamma=0.3),
+    "ExponentialLR": lambda o, k: schedulers.ExponentialLR(o, 0.99**k),
+    "CosineAnnealingLR": lambda o, k: schedulers.CosineAnnealingLR(o, 240 // k),
+    "CosineAnnealingWarmRestarts": lambda o, k: schedulers.CosineAnnealingWarmRestarts(o, 60 // k),
+    "ConstantLR": lambda o, k: schedulers.ConstantLR(o, 0.2, 60 // k),
+    "LinearLR": lambda o, k: schedulers.LinearLR(o, 0.2, 1, 60 // k),
+    "PolynomialLR": lambda o, k: schedulers.PolynomialLR(o, 240 // k, 2),
+    "LambdaLR": lambda o, k: schedulers.LambdaLR(o, lambda step: 1 / (1 + k * step)),
+    "OneCycleLR": lambda o, k: schedulers.OneCycleLR(o, 0.4, 240 // k),
+    "SequentialLR": lambda o, k: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.2, 1, 60 // k), schedulers.CosineAnnealingLR(o, 180 // k)], [60 // k]
+    ),
+    "ChainedScheduler": lambda o, k: schedulers.ChainedScheduler(
+        [schedulers.LinearLR(o, 0.2, 1, 60 // k), schedulers.StepLR(o, 60 // k)]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_scheduler_runs_six_times_faster_at_rates_five_times_as_high(kind: str) -> None:
+    """Beside one that was made so from the start."""
+
+    def rates(optimizer: torch.optim.Optimizer, scheduler: schedulers.LRScheduler) -> list[float]:
+        found = []
+        for _ in range(39):
+            found.append(optimizer.param_groups[0]["lr"])
+            assert all(group["lr"] == found[-1] for group in optimizer.param_groups)
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    given = sgd()
+    scheduler = MAKERS[kind](given, 1)
+    PAPER.apply(given, scheduler)
+    assert len(given.param_groups) == 2
+    wanted = sgd(lr=0.1)
+    expected = [5 * rate for rate in rates(wanted, MAKERS[kind](wanted, 6))]
+    assert len(set(expected)) > 1
+    if kind in ("CosineAnnealingLR", "SequentialLR", "OneCycleLR"):  # eta_min and min_lr are where they were
+        assert rates(given, scheduler) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    else:
+        assert rates(given, scheduler) == pytest.approx(expected)
+
+
+def test_a_plateau_is_waited_for_a_sixth_of_the_time() -> None:
+    optimizer = sgd()
+    scheduler = schedulers.ReduceLROnPlateau(optimizer, patience=12, cooldown=6)
+    PAPER.apply(optimizer, scheduler)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step(1.0)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
+
+
+def test_refused_before_anything_is_changed() -> None:
+    optimizer = sgd()
+    scheduler = schedulers.StepLR(optimizer, 60)
+    state = optimizer.state_dict()
+
+    def refuse(kind: type[Exception], message: str, recipe: bn.Recipe = PAPER, at: object = scheduler) -> None:
+        with pytest.raises(kind, match=message):
+            recipe.apply(optimizer, at)  # type: ignore[arg-type]
+        assert optimizer.state_dict() == state
+
+    refuse(
+        TypeError, "does not know what a CyclicLR counts in steps. Known: StepLR", at=schedulers.CyclicLR(sgd(), 0.1, 1)
+    )
+    refuse(ValueError, "the StepLR stands on another optimizer", at=schedulers.StepLR(sgd(), 6))
+    optimizer.step()
+    scheduler.step()
+    refuse(ValueError, "the StepLR has stepped already: apply a recipe before training")
+    PAPER.apply(optimizer)
+    state = optimizer.state_dict()
+    refuse(ValueError, "recipe paper has been applied to this optimizer", at=None)
+    optimizer = sgd(momentum=0)
+    state = optimizer.state_dict()
+    refuse(ValueError, "give the optimizer a momentum", bn.RECIPES["fast"], at=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate must be above 0"),
+        ({"decay_speed": -1}, r"decay_speed is a factor, so a finite number of at least 0 \(got -1\)"),
+        ({"weight_decay": math.inf}, "weight_decay is a factor"),
+        ({"dropout": 1.5}, "dropout multiplies probabilities, so it is at most 1"),
+    ],
+)
+def test_wrong_recipes(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(PAPER, **changes)  # type: ignore[arg-type]
+
+
+def test_a_recipe_prints_what_it_changes_and_who_does_it() -> None:
+    assert str(bn.Recipe()) == "recipe mine"
+    assert str(bn.Recipe("x", weight_decay=2)).splitlines()[1].split("    ") == ["weight decay x2", "apply(optimizer)"]
+    assert "no weight decay on gamma, beta and biases" in str(bn.Recipe(only_weights=True))
+    assert "dropout x0.5" in str(bn.Recipe(dropout=0.5))
+    assert len(str(PAPER).splitlines()) == 6

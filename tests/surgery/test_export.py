@@ -1,0 +1,105 @@
+"""surgery/export.py: folded and unfolded models leave torch: torch.export and ONNX, run in onnxruntime beside torch."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from surgery.test_fold import shaken
+from torch import Tensor, nn
+
+import batchnorm as bn
+from batchnorm.surgery.export import write
+
+
+class Block(nn.Module):
+    """Residual, functional activation, grouped and transposed convolutions, a Linear with BN, a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(4)
+        self.up, self.up_norm = nn.ConvTranspose2d(4, 6, 2, stride=2), nn.BatchNorm2d(6)
+        self.linear, self.linear_norm = nn.Linear(6, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        y = F.relu(self.norm(self.conv(x)) + x)
+        y = F.silu(self.up_norm(self.up(y))) * scale[:, None, None, None]
+        return {"classes": self.linear_norm(self.linear(y.mean((2, 3)))), "maps": y}
+
+
+EXAMPLE = (torch.randn(3, 4, 6, 6), torch.rand(3))
+VARIANTS: dict[str, Any] = {
+    "torch's": lambda model: model,
+    "ours": bn.from_torch,
+    "ours, fused": lambda model: bn.from_torch(model, example=EXAMPLE),
+    "folded": lambda model: bn.fold(model, EXAMPLE),
+    "ours, fused, folded": lambda model: bn.fold(bn.from_torch(model, example=EXAMPLE), EXAMPLE),
+}
+
+
+@pytest.fixture
+def model() -> Block:
+    torch.manual_seed(0)
+    return shaken(Block(), torch.float32).eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_exported_program_runs_without_us_at_any_batch_size(model: Block, variant: str, tmp_path: Path) -> None:
+    made, file = VARIANTS[variant](model), tmp_path / "model.pt2"
+    assert write(made, EXAMPLE, file).startswith("Exported for any batch size; read again, ")
+    program = torch.export.load(file)
+    assert "batchnorm" not in str(program.graph)
+    assert ("batch_norm" in str(program.graph)) == ("folded" not in variant)
+    other = (torch.randn(5, 4, 6, 6), torch.rand(5))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(*other), model(*other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_onnxruntime_computes_what_torch_does(model: Block, variant: str, tmp_path: Path) -> None:
+    made, file = VARIANTS[variant](model), tmp_path / "model.onnx"
+    assert write(made, EXAMPLE, file).startswith("Exported for any batch size; in onnxruntime, ")
+    assert {node.domain for node in onnx.load(file).graph.node} == {""}  # ONNX's own operators
+    session = onnxruntime.InferenceSession(file)
+    other = (torch.randn(5, 4, 6, 6), torch.rand(5))
+    found = session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), other, strict=True)})
+    with torch.no_grad():
+        expected = model(*other)
+    for y, wanted in zip(found, expected.values(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(y), wanted, rtol=1e-4, atol=1e-5)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_inserted_and_accelerated_models_are_exported_too(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 2))
+    x = torch.randn(4, 3, 6, 6)
+    model = shaken(bn.accelerate(plain, x), torch.float32).eval()
+    state = copy.deepcopy(model.state_dict())
+    for made in (model, bn.fold(model, x)):
+        assert "in onnxruntime, " in write(made, x, tmp_path / "model.onnx")
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_a_size_that_the_model_fixes_is_said(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(2, 12)
+
+    assert "Exported for inputs of 2x3x4; read again, 0.0e+00" in write(
+        Fixed(), torch.randn(2, 3, 4), tmp_path / "m.pt2"
+    )
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_what_cannot_be_exported_is_said_and_leaves_no_file(tmp_path: Path, suffix: str) -> None:
+    class Reads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum().item() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"torch\.export cannot take the model: "):
+        write(Reads(), torch.randn(2, 3), tmp_path / f"m{suffix}")
+    assert list(tmp_path.iterdir()) == []
