@@ -1,18 +1,19 @@
-"""What ``from_torch``, ``to_torch`` and ``fold`` make of networks that nobody here wrote. From the root:
+"""What ``from_torch``, ``to_torch``, ``fold`` and ``insert`` make of networks that nobody here wrote. From the root:
 
-    python benchmarks/surgery_networks.py [--network resnet18]
+    python benchmarks/surgery_networks.py [--insert] [--network resnet18] [--why]
 
 Networks of transformers, built from their configurations without downloads, in float64, with random running statistics
 and affine parameters (fresh batch normalization is nearly the identity and hides errors). Errors are relative to the
-largest value of the output. Prints a Markdown table, and with --why what was left alone.
+largest value of the output. Prints a Markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -45,24 +46,44 @@ LARGE = torch.randn(2, 3, 224, 224, dtype=torch.float64)
 WORDS = torch.randn(2, 7, 16, dtype=torch.float64)
 SEGMENTS = [torch.randn(2, c, s, s, dtype=torch.float64) for c, s in ((32, 16), (64, 8), (160, 4), (256, 2))]
 
-# Name: the network, its input.
-CASES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    "resnet18": (NETWORKS["resnet18"], IMAGE),
-    "resnet50": (NETWORKS["resnet50"], IMAGE),
-    "regnet": (_transformers("RegNet"), IMAGE),
-    "mobilenetv1": (_transformers("MobileNetV1"), IMAGE),
-    "mobilenetv2": (NETWORKS["mobilenetv2"], IMAGE),
-    "efficientnet": (_transformers("EfficientNet"), IMAGE),
-    "levit": (_transformers("Levit"), LARGE),
-    "segformer's decode head": (_segformer_head, (SEGMENTS,)),
-    "bit": (_transformers("Bit"), IMAGE),
-    "convnext": (_transformers("ConvNext"), IMAGE),
-    "torch's transformer": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2),
-        WORDS,
+
+class Case(NamedTuple):
+    """A network and an input; how many layers of it can be folded, fused and, stripped of batch normalization,
+    normalized, counted by hand in its source (docs/surgery.md says how)."""
+
+    make: Callable[[], nn.Module]
+    example: Any
+    folds: int
+    fuses: int
+    inserts: int
+
+
+CASES = {
+    "resnet18": Case(NETWORKS["resnet18"], IMAGE, 20, 17, 20),
+    "resnet50": Case(NETWORKS["resnet50"], IMAGE, 53, 49, 53),
+    "regnet": Case(_transformers("RegNet"), IMAGE, 71, 67, 115),
+    "mobilenetv1": Case(_transformers("MobileNetV1"), IMAGE, 27, 27, 27),
+    "mobilenetv2": Case(NETWORKS["mobilenetv2"], IMAGE, 52, 45, 35),
+    "efficientnet": Case(_transformers("EfficientNet"), IMAGE, 163, 108, 218),
+    "levit": Case(_transformers("Levit"), LARGE, 62, 3, 3),
+    "segformer's decode head": Case(_segformer_head, (SEGMENTS,), 1, 1, 1),
+    "bit": Case(_transformers("Bit"), IMAGE, 0, 0, 0),
+    "convnext": Case(_transformers("ConvNext"), IMAGE, 0, 0, 18),
+    "torch's transformer": Case(
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2), WORDS, 0, 0, 2
     ),
-    "torch's lstm": (lambda: nn.LSTM(16, 8, 2, batch_first=True), WORDS),
+    "torch's lstm": Case(lambda: nn.LSTM(16, 8, 2, batch_first=True), WORDS, 0, 0, 0),
 }
+
+
+def stripped(model: nn.Module) -> nn.Module:
+    """The model without its batch normalization, which becomes ``nn.Identity``."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, _BatchNorm):
+                setattr(module, name, nn.Identity())
+    return model
 
 
 def shaken(model: nn.Module) -> nn.Module:
@@ -92,27 +113,52 @@ def reasons(report: Any) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=CASES)
-    parser.add_argument("--why", action="store_true")
+    parser.add_argument("--insert", action="store_true", help="insert, on the networks without batch normalization")
+    parser.add_argument("--why", action="store_true", help="also what was left alone")
     options = parser.parse_args()
-    print("| network | BN layers | fused | error | back | folded | error |")
-    print("|---|---:|---:|---:|---|---:|---:|")
-    for name in [options.network] if options.network else CASES:
+    names = [options.network] if options.network else list(CASES)
+    table = insertions if options.insert else conversions
+    for line in table(names, options.why):
+        print(line, flush=True)
+
+
+def conversions(names: list[str], why: bool) -> Iterator[str]:
+    """What ``from_torch``, ``to_torch`` and ``fold`` make of the networks, as lines of a table."""
+    yield "| network | BN layers | fused | of | error | back | folded | of | error |"
+    yield "|---|---:|---:|---:|---:|---|---:|---:|---:|"
+    for name in names:
+        case = CASES[name]
         torch.manual_seed(0)
-        make, example = CASES[name]
-        model = shaken(make())
-        fused = bn.from_torch(model, example=example)
-        folded = bn.fold(model, example)
+        model = shaken(case.make())
+        fused: Any = bn.from_torch(model, example=case.example)
+        folded: Any = bn.fold(model, case.example)
         back = "same" if repr(bn.to_torch(fused)) == repr(model) else "differs"
-        layers = len(folded.batchnorm_report)  # type: ignore[arg-type]
         cells = (
-            name, layers, len(fused.batchnorm_report.of("fused")), f"{error(model, fused, example):.1e}", back,  # type: ignore
-            len(folded.batchnorm_report.of("folded")), f"{error(model, folded, example):.1e}",  # type: ignore
+            name, len(folded.batchnorm_report), len(fused.batchnorm_report.of("fused")), case.fuses,
+            f"{error(model, fused, case.example):.1e}", back, len(folded.batchnorm_report.of("folded")), case.folds,
+            f"{error(model, folded, case.example):.1e}",
         )  # fmt: skip
-        print("|", " | ".join(map(str, cells)), "|", flush=True)
-        if options.why:
-            for what, report in (("fused", fused.batchnorm_report), ("folded", folded.batchnorm_report)):
-                for why, count in reasons(report).most_common():
-                    print(f"    not {what}: {count} x {why}")
+        yield f"| {' | '.join(map(str, cells))} |"
+        for what, report in (("fused", fused.batchnorm_report), ("folded", folded.batchnorm_report)):
+            yield from (f"    not {what}: {n} x {because}" for because, n in reasons(report).most_common() if why)
+
+
+def insertions(names: list[str], why: bool) -> Iterator[str]:
+    """What ``insert`` makes of them without their batch normalization, as lines of a table."""
+    yield "| network | affine layers | normalized | of | error in eval | folded again | error |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for name in names:
+        case = CASES[name]
+        torch.manual_seed(0)
+        model = stripped(case.make()).double().eval()
+        batches = [(case.example if isinstance(case.example, tuple) else (case.example,))]
+        inserted: Any = bn.insert(model, case.example, batches=batches, forward=lambda m, batch: m(*batch))
+        folded: Any = bn.fold(inserted, case.example)
+        report, folded_again = inserted.batchnorm_report, folded.batchnorm_report.of("folded")
+        off, off_folded = (f"{error(model, other, case.example):.1e}" for other in (inserted, folded))
+        cells = (name, len(report), len(report.of("normalized")), case.inserts, off, len(folded_again), off_folded)
+        yield f"| {' | '.join(map(str, cells))} |"
+        yield from (f"    not normalized: {n} x {because}" for because, n in reasons(report).most_common() if why)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_before_each_nonlinearity_that_alone_reads_a_layer():
         "conv": "before act",
         "up": "before tanh()",
         "has": "it has batch normalization, norm",
-        "never": "the example does not reach it",
+        "never": "its forward is not called on the example",
         "tokens": "before silu()",
         "twice": "its output is read more than once",
         "gate": "skipped",
@@ -126,3 +126,81 @@ def test_what_insert_refuses():
         bn.insert(Network(), X, batches=[])
     with pytest.raises(RuntimeError, match="channels"):
         bn.insert(Network(), X[:, :2])
+
+
+class Scaled(nn.Conv2d):
+    """A subclass that computes what the class does."""
+
+    def __init__(self):
+        super().__init__(3, 4, 3)
+
+
+class Custom(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).clamp(max=1)
+
+
+class QuickGELUActivation(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Residual(nn.Module):
+    """Sums before nonlinearities, Identities in between, subclasses, activations of other packages."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = Scaled(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.d, self.e, self.f = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), Custom(4, 4, 1)
+        self.g, self.h = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.act, self.nothing = QuickGELUActivation(), nn.Identity()
+
+    def forward(self, x):
+        y = self.act(self.nothing(self.a(x)))
+        y = F.relu(self.nothing(self.b(y) + self.c(y)) + y)
+        z = self.d(y) + y  # a sum read twice
+        y = F.relu(z) + z
+        y = F.relu(self.e(y) * 2) + F.relu(self.f(y))
+        y = self.g(y).add_(y)
+        y = torch.relu(y)
+        return self.h(y) + y
+
+
+def test_sums_before_a_nonlinearity_and_what_passes_on():
+    model = Residual()
+    inserted = bn.insert(model, X)
+    assert {row.layer: row.why for row in inserted.batchnorm_report} == {
+        "a": "before act",
+        "b": "before add() and relu()",
+        "c": "before add() and relu()",
+        "d": "its output goes to add()",
+        "e": "its output goes to mul()",
+        "f": "a Custom may do more than its weights",
+        "g": "before add_() and relu()",
+        "h": "its output goes to add()",
+    }
+    assert isinstance(inserted.a, Scaled)
+    trained = bn.insert(model.double().eval(), X.double(), batches=[X.double()])
+    torch.testing.assert_close(trained(X.double()), model(X.double()), rtol=1e-12, atol=1e-12)
+    folded = bn.fold(trained, X.double())
+    assert type(folded.a) is Scaled
+    torch.testing.assert_close(folded(X.double()), model(X.double()), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_torchs_transformer_does_not_read_past_what_is_inserted(mask):
+    """In eval its fast path takes the weights of the layers and computes by itself."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(4, 5, 8)
+    inserted = bn.insert(model, x)
+    assert inserted.batchnorm_report.of("normalized") == ["layers.0.linear1", "layers.1.linear1"]
+    inserted.train()(x)  # statistics that are not 0 and 1
+    padded = torch.zeros(4, 5, dtype=torch.bool)
+    padded[:, 4] = mask
+    arguments = {"src_key_padding_mask": padded} if mask else {}
+    slow = copy.deepcopy(inserted).eval()
+    for part in slow.modules():
+        part.register_forward_hook(lambda module, args, out: None)  # with hooks torch calls every layer
+    with torch.no_grad():
+        torch.testing.assert_close(inserted.eval()(x, **arguments), slow(x, **arguments))
+        assert not torch.allclose(model(x), slow(x), atol=1e-3)

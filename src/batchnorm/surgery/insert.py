@@ -23,7 +23,7 @@ from batchnorm.population.estimate import call_with_inputs
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.fold_check import TOLERANCE, error, to_double
 from batchnorm.surgery.report import LEFT, Report, Row
-from batchnorm.surgery.rewrite import ADDITIONS
+from batchnorm.surgery.rewrite import ADDITIONS, NOTHING
 from batchnorm.surgery.watch import Call, Watched, run, tensors_of, watch
 
 _LAYERS: dict[type[nn.Module], type[FusedBatchNorm]] = {
@@ -103,6 +103,7 @@ def insert(
     moments = {} if batches is None else _moments(inserted, names, batches, forward or call_with_inputs)
     for name in names:
         _give(inserted.get_submodule(name), moments.get(name))
+    _without_fast_paths(inserted)
     if batches is not None:
         _check(model, inserted, example)
     inserted.batchnorm_report = report  # type: ignore[assignment]
@@ -112,10 +113,10 @@ def insert(
 def _row(seen: Watched, name: str, layer: Any) -> Row:
     """What becomes of a layer, or why it is left alone."""
     calls = seen.of(name)
-    reader = seen.only_reader(calls[0]) if len(calls) == 1 else None
+    reader = _reader(seen, calls[0]) if len(calls) == 1 else None
     if len(calls) != 1:
-        why = "the example does not reach it" if not calls else f"it is called {len(calls)} times"
-    elif type(layer) not in _LAYERS:
+        why = "its forward is not called on the example" if not calls else f"it is called {len(calls)} times"
+    elif _kind(layer) is None:
         why = f"a {type(layer).__qualname__} may do more than its weights"
     elif nn.utils.parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
         why = "its weight is computed from others"
@@ -132,11 +133,24 @@ def _row(seen: Watched, name: str, layer: Any) -> Row:
     return Row(name, LEFT, why)
 
 
+def _kind(layer: nn.Module) -> type[nn.Module] | None:
+    """Which of torch's layers it computes as; None where it may do more."""
+    kind = next(kind for kind in _LAYERS if isinstance(layer, kind))
+    same = all(getattr(type(layer), f, None) is getattr(kind, f, None) for f in ("forward", "_conv_forward"))
+    return kind if same else None
+
+
+def _reader(seen: Watched, call: Call) -> Call | None:
+    """What alone reads its output, behind what only passes it on."""
+    reader = seen.only_reader(call)
+    return _reader(seen, reader) if reader is not None and type(reader.target) in NOTHING else reader
+
+
 def _behind_sums(seen: Watched, call: Call) -> Call | None:
     """What alone reads a sum, or the sum of sums."""
     if call.kind != "function" or call.name not in ADDITIONS:
         return None
-    reader = seen.only_reader(call)
+    reader = _reader(seen, call)
     return reader if reader is None or reader.name not in ADDITIONS else _behind_sums(seen, reader)
 
 
@@ -152,7 +166,7 @@ def _is_nonlinearity(call: Call) -> bool:
 
 
 def _give(layer: Any, moments: Moments | None) -> None:
-    kind: Any = type(layer)
+    kind: Any = _kind(layer)
     channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     norm: Any = _LAYERS[kind](channels, device=layer.weight.device, dtype=layer.weight.dtype).train(layer.training)
     if moments is not None:
@@ -164,7 +178,18 @@ def _give(layer: Any, moments: Moments | None) -> None:
             norm.bias.copy_(mean_C if layer.bias is None else mean_C + layer.bias.double())
     layer.bias = None
     layer.batch_norm = norm
-    layer.__class__ = with_batch_norm(kind)
+    own_kind: Any = type(layer)
+    layer.__class__ = with_batch_norm(own_kind)
+
+
+def _without_fast_paths(model: nn.Module) -> None:
+    """Torch's Transformer in eval reads the weights of its layers, past their forward: not where these normalize."""
+    for module in model.modules():
+        if any(hasattr(type(part), "normalizes") for part in module.modules()):
+            if isinstance(module, nn.TransformerEncoderLayer):
+                module.activation_relu_or_gelu = 0
+            elif isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
 
 
 @cache
@@ -173,7 +198,7 @@ def with_batch_norm(kind: type[nn.Module]) -> type:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         y: Tensor = kind.forward(self, *args, **kwargs)
-        if kind is nn.Linear and y.dim() > 2:  # features are last
+        if issubclass(kind, nn.Linear) and y.dim() > 2:  # features are last
             return self.batch_norm(y.flatten(0, -2)).view_as(y)
         return self.batch_norm(y)
 
