@@ -41,6 +41,7 @@ def _segformer_head() -> nn.Module:
     return SegformerDecodeHead(SegformerConfig())
 
 
+torch.manual_seed(0)
 IMAGE = torch.randn(2, 3, 64, 64, dtype=torch.float64)
 LARGE = torch.randn(2, 3, 224, 224, dtype=torch.float64)
 WORDS = torch.randn(2, 7, 16, dtype=torch.float64)
@@ -83,11 +84,19 @@ def stripped(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if isinstance(child, _BatchNorm):
                 setattr(module, name, nn.Identity())
-    return model
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            nn.init.kaiming_normal_(weight)  # what comes in is to come out: batch normalization saw to that
+    return shaken(model)
 
 
 def shaken(model: nn.Module) -> nn.Module:
-    """Random statistics and affine parameters, in float64 and eval."""
+    """Random statistics, affine parameters, biases and scales (0, 1 or 1e-6 when fresh), in float64 and eval."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, 0, 0.3)
+        elif parameter.ndim == 1:
+            nn.init.uniform_(parameter, 0.3, 1.3)
     for layer in model.modules():
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None and layer.running_var is not None:
             layer.running_mean.normal_(0, 0.3)
@@ -150,7 +159,7 @@ def insertions(names: list[str], why: bool) -> Iterator[str]:
     for name in names:
         case = CASES[name]
         torch.manual_seed(0)
-        model = stripped(case.make()).double().eval()
+        model = stripped(case.make())
         batches = [(case.example if isinstance(case.example, tuple) else (case.example,))]
         inserted: Any = bn.insert(model, case.example, batches=batches, forward=lambda m, batch: m(*batch))
         folded: Any = bn.fold(inserted, case.example)
