@@ -20,7 +20,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SMOOTHING = 0.1  # weight of a new loss in the moving average
+SMOOTHING = 0.2  # weight of a new loss in the moving average
 DIVERGED = 4.0  # times the lowest smoothed loss: the test ends
 LEAST = 10  # steps that tell a slope
 NOTHING = 1e-6  # of the first loss: no fall, but rounding
