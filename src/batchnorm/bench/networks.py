@@ -1,4 +1,4 @@
-"""A training step of a whole network with torch's layers and after ``from_torch``, side by side.
+"""A training step of a whole network, or its inference, with torch's layers and after surgery, side by side.
 
 Comes from: ``cli/bench.py``; networks from transformers, built from their configurations. Goes to: the terminal.
 """
@@ -16,7 +16,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from batchnorm.bench.clock import seconds_of
-from batchnorm.surgery import from_torch
+from batchnorm.surgery import fold, from_torch
 
 
 def _resnet(layers: str, depths: list[int], sizes: list[int]) -> nn.Module:
@@ -39,11 +39,19 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-# What is timed: a model, and whether torch.compile is around it.
-KINDS = {
-    "cpu": {"torch": False, "ours": False},
-    "cuda": {"torch": False, "torch compiled": True, "ours": False, "ours compiled": True},
+# What is made of the stock model, given an example.
+MADE: dict[str, Callable[[Any, Any], nn.Module]] = {
+    "torch": lambda stock, example: stock,
+    "ours": lambda stock, example: from_torch(stock),
+    "fused": lambda stock, example: from_torch(stock, example=example),
+    "folded": lambda stock, example: fold(stock, example),
 }
+
+
+def kinds_of(device: str, training: bool) -> tuple[str, ...]:
+    """What is timed: names of ``MADE``, with "compiled" behind them where torch.compile is around."""
+    kinds = ("torch", "ours", "fused") if training else ("torch", "ours", "fused", "folded")
+    return kinds if device == "cpu" else tuple(name for kind in kinds for name in (kind, f"{kind} compiled"))
 
 
 TURN = {"cpu": 0.0, "cuda": 0.5}  # seconds: one step; or several, so that the host runs ahead as it does in training
@@ -66,36 +74,40 @@ class NetworkRow:
 
 
 def bench_network(
-    name: str, *, batch: int, size: int, channels_last: bool, steps: int, device: str = "cpu",
+    name: str, *, batch: int, size: int, channels_last: bool, steps: int, device: str = "cpu", training: bool = True,
     report: Callable[[], object] = lambda: None,
 ) -> NetworkRow:  # fmt: skip
-    """Time ``steps`` steps (forward, backward, SGD) with each kind of layer, in turns.
+    """Time ``steps`` steps (forward, backward, SGD; or inference) of each kind of model, in turns.
 
     Args:
         name: one of ``NETWORKS``.
         batch: examples; images are (batch, 3, size, size).
         channels_last: layout of images and weights.
         device: "cpu", in float32; or "cuda", under autocast to bfloat16, and with torch.compile beside.
+        training: whether a step trains; else it is a forward pass in eval, without gradients.
         report: called after each step.
     """
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    stock: Any = NETWORKS[name]().to(device, memory_format=layout).train()  # type: ignore[call-overload]
-    plain = {"torch": stock, "ours": from_torch(stock)}
-    models = {
-        kind: torch.compile(plain[kind.split()[0]]) if compiled else plain[kind]
-        for kind, compiled in KINDS[device].items()
-    }
+    stock: Any = NETWORKS[name]().to(device, memory_format=layout).train(training)  # type: ignore[call-overload]
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
-    labels = torch.randint(stock.config.num_labels, (batch,), device=device)
+    inputs = {"pixel_values": images}
+    if training:
+        inputs["labels"] = torch.randint(stock.config.num_labels, (batch,), device=device)
+    example = {key: value[:2] for key, value in inputs.items()}
+    models: dict[str, Any] = {}
+    for kind in kinds_of(device, training):
+        model = MADE[kind.removesuffix(" compiled")](stock, example).train(training)
+        models[kind] = torch.compile(model) if kind.endswith("compiled") else model
     optimizer = torch.optim.SGD(stock.parameters(), lr=1e-4, momentum=0.9, fused=True)  # the parameters are shared
 
     def step(model: Any) -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = model(pixel_values=images, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"), torch.set_grad_enabled(training):
+            out = model(**inputs)
+        if training:
+            out.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     times: dict[str, list[float]] = {kind: [] for kind in models}
     peak = dict.fromkeys(models, 0)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from batchnorm.bench import layers
 from batchnorm.bench.layers import ACTIVATIONS, DTYPES, LAYOUTS, SIDES, Case, Row, geometric_mean
-from batchnorm.bench.networks import KINDS, NETWORKS, bench_network
+from batchnorm.bench.networks import NETWORKS, bench_network, kinds_of
 from batchnorm.bench.tables import DEFAULT, TABLES
 
 NAMES = {"ours compiled": "ours under torch.compile", "eager": "torch", "compiled": "torch under torch.compile"}
@@ -44,7 +44,9 @@ def bench(
     dtype: Annotated[str, typer.Option(help=", ".join(DTYPES))] = "float32",
     activation: Annotated[str, typer.Option(help=", ".join(ACTIVATIONS))] = "relu",
     residual: Annotated[bool, typer.Option("--residual", help="Add a second tensor before the activation.")] = False,
-    inference: Annotated[bool, typer.Option("--inference", help="Evaluation mode, forward alone.")] = False,
+    inference: Annotated[
+        bool, typer.Option("--inference", help="Evaluation mode, forward alone; of networks folded too.")
+    ] = False,
     forward: Annotated[bool, typer.Option("--forward", help="Training mode, without backward.")] = False,
     no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave torch.compile out: it takes long.")] = False,
     threads: Annotated[int | None, typer.Option(help="Of torch.", show_default="torch's default")] = None,
@@ -82,7 +84,7 @@ def bench(
         print(f"bench: {error}", file=sys.stderr)
         sys.exit(2)
     if network is not None:
-        _network(network, layout, device, threads, console)
+        _network(network, layout, device, threads, not inference, console)
         return
     sides = tuple(side for side in SIDES if not (no_compile and side.endswith("compiled")))
     made = layers.bench(cases, sides, seconds=seconds, threads=threads, keep_memory=not default_allocator)
@@ -111,32 +113,31 @@ def machine(device: str, threads: int | None = None) -> dict[str, Any]:
     return {"processor": platform.processor() or platform.machine(), "threads": threads or torch.get_num_threads()}
 
 
-def _network(name: str, layout: str, device: str, threads: int | None, console: Console) -> None:
-    """A training step of a whole network, at the usual size of 224 and batch of 32, on CUDA 64 in bfloat16."""
+def _network(name: str, layout: str, device: str, threads: int | None, training: bool, console: Console) -> None:
+    """A step or the inference of a whole network, at the usual size of 224 and batch of 32, on CUDA 64 in bfloat16."""
     if threads is not None:
         torch.set_num_threads(threads)
-    kinds = KINDS[device]
+    kinds = kinds_of(device, training)
     table = Table("network", "layout", box=None)
     for kind in kinds:
-        for name_of in (f"{kind} (ms)", "spread", "images/s", *(["peak (GB)"] if device == "cuda" else [])):
+        for name_of in (f"{kind} (ms)", "spread", *(["peak (GB)"] if device == "cuda" else [])):
             table.add_column(name_of, justify="right")
-    table.add_column("torch / ours", justify="right")
+    for kind in kinds[1:]:
+        table.add_column(f"torch / {kind}", justify="right")
     table.add_column("BN's share", justify="right")
     for chosen in LAYOUTS if layout == "both" else (layout,):
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task(f"{name}, {chosen}", total=len(kinds) * (STEPS + 2))
             row = bench_network(
                 name, batch=64 if device == "cuda" else 32, size=224, channels_last=chosen == "channels-last",
-                steps=STEPS, device=device, report=partial(progress.advance, bar),
+                steps=STEPS, device=device, training=training, report=partial(progress.advance, bar),
             )  # fmt: skip
         cells = []
         for kind in kinds:
             cells += [f"{1e3 * row.seconds[kind]:.0f}", f"{100 * row.spread[kind]:.0f}%"]
-            cells.append(f"{row.batch / row.seconds[kind]:.0f}")
             cells += [f"{row.peak[kind] / 1e9:.1f}"] if device == "cuda" else []
-        table.add_row(
-            name, chosen, *cells, f"{row.seconds['torch'] / row.seconds['ours']:.2f}", f"{100 * row.share:.0f}%"
-        )
+        ratios = [f"{row.seconds['torch'] / row.seconds[kind]:.2f}" for kind in kinds[1:]]
+        table.add_row(name, chosen, *cells, *ratios, f"{100 * row.share:.0f}%")
     console.print(table)
 
 
