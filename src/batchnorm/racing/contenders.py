@@ -50,7 +50,7 @@ class Contender:
 
 BN: dict[str, Any] = {"batch_norm": True, "recalibrate": 2_000}  # evaluated with population statistics, Algorithm 2
 SIGMOID: dict[str, Any] = {"network": {"activation": "sigmoid"}}
-OWN: dict[str, Any] = {"recipe": FAST, "tuned": True, "plateau_speed": 1 / 0.07}
+OWN: dict[str, Any] = {"tuned": True, "plateau_speed": 1 / 0.06}
 
 CONTENDERS = {
     contender.name: contender
@@ -61,8 +61,8 @@ CONTENDERS = {
         Contender("bn-x30", **BN, recipe=replace(PAPER, learning_rate=30)),
         Contender("sigmoid", **SIGMOID, plateau_speed=2),
         Contender("bn-x5-sigmoid", **BN, **SIGMOID, recipe=PAPER),
-        Contender("accelerated", **BN, **OWN),
-        Contender("accelerated-without-bn", **OWN),
+        Contender("accelerated", **BN, **OWN, recipe=FAST),
+        Contender("accelerated-without-bn", **OWN, recipe=replace(FAST, learning_rate=1)),
     )
 }
 DEFAULT = ("baseline", "bn-x5", "accelerated")

@@ -7,7 +7,7 @@ Source of "paper": Ioffe & Szegedy 2015, Section 4.2.1; of "fast": the race (doc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -117,7 +117,5 @@ class Recipe:
 PAPER = Recipe(
     "paper", learning_rate=5, weight_decay=1 / 5, only_weights=True, decay_speed=6, dropout=0, shuffle=True
 )  # fmt: skip
-FAST = Recipe(
-    "fast", learning_rate=2, weight_decay=10, only_weights=True, decay_speed=6, nesterov=True, dropout=0, shuffle=True
-)  # fmt: skip
+FAST = replace(PAPER, name="fast", nesterov=True)
 RECIPES = {recipe.name: recipe for recipe in (PAPER, FAST)}
