@@ -58,9 +58,8 @@ def test_without_dropout_training_passes_are_alike() -> None:
 
 def test_recipes_by_name_by_value_and_edited() -> None:
     half = replace(bn.RECIPES["fast"], name="half", dropout=0.5)
-    accelerated = bn.accelerate(Network(), X, half, skip=["linear"])
+    accelerated = bn.accelerate(Network(), X, half)
     assert accelerated.drop.p == 0.2
-    assert accelerated.batchnorm_report.of("normalized") == []
     assert bn.accelerate(Network(), X, bn.Recipe()).drop.p == 0.4
     again = pickle.loads(pickle.dumps(accelerated))
     assert again.batchnorm_recipe == copy.deepcopy(accelerated).batchnorm_recipe == half
@@ -83,7 +82,42 @@ def test_it_trains_as_the_recipe_says() -> None:
     assert (model.eval()(x).argmax(1) == y).float().mean() > 0.97
 
 
+class Drops(nn.Module):
+    """Dropout where only train shows it, in a module without children, within attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.leaf, self.dropout = nn.Linear(4, 8), Leaf(), 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.leaf(F.relu(self.linear(x)))
+        y = F.dropout(y, 0.0)
+        p = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(y, y, y, dropout_p=p)
+
+
+class Leaf(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.alpha_dropout(x, 0.2, True) if self.training else x
+
+
+def test_every_call_that_drops_in_train_is_named() -> None:
+    rows = bn.accelerate(Drops(), X).batchnorm_report
+    assert [(row.layer, row.why.split("()")[0]) for row in rows if "itself" in row.why] == [
+        ("leaf", "it calls alpha_dropout"),
+        ("the model", "it calls scaled_dot_product_attention"),
+    ]
+
+
+def test_dropout_before_a_nonlinearity_is_not_in_the_way() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 2))
+    assert bn.accelerate(model, X[0]).batchnorm_report.of("normalized") == ["0"]
+    assert bn.insert(model, X[0]).batchnorm_report.of("normalized") == []
+
+
 def test_refused() -> None:
+    with pytest.raises(ValueError, match=r"there is no layer to normalize.\nlayer .*\n0 .*goes to the model's output"):
+        bn.accelerate(nn.Sequential(nn.Linear(4, 8)), X)
     with pytest.raises(ValueError, match=r'unknown recipe "quick". Known: paper, fast; or a batchnorm.Recipe'):
         bn.accelerate(Network(), X, "quick")
     with pytest.raises(TypeError, match=r"recipe must be a name or a batchnorm\.Recipe, got dict"):

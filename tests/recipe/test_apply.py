@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,6 @@ def test_the_state_of_an_optimizer_stays_with_its_parameters() -> None:
     PAPER.apply(optimizer)
     optimizer.step()
     assert {p: optimizer.state[p]["momentum_buffer"] for p in model.parameters()} == before
-    torch.optim.SGD(model.parameters(), lr=1.0)
     again = sgd(model)
     PAPER.apply(again)
     again.load_state_dict(optimizer.state_dict())  # as in a resumed run
@@ -111,10 +111,55 @@ def test_a_scheduler_runs_six_times_faster_at_rates_five_times_as_high(kind: str
     wanted = sgd(lr=0.1)
     expected = [5 * rate for rate in rates(wanted, MAKERS[kind](wanted, 6))]
     assert len(set(expected)) > 1
-    if kind in ("CosineAnnealingLR", "SequentialLR", "OneCycleLR"):  # eta_min and min_lr are where they were
-        assert rates(given, scheduler) == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    else:
-        assert rates(given, scheduler) == pytest.approx(expected)
+    assert rates(given, scheduler) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("total", [100, 101, 250])
+@pytest.mark.parametrize("options", [{}, {"anneal_strategy": "linear"}, {"three_phase": True}])
+def test_one_cycle_ends_at_its_lowest_rate_whatever_its_length(total: int, options: dict[str, Any]) -> None:
+    optimizer = sgd()
+    scheduler = schedulers.OneCycleLR(optimizer, 0.4, total, **options)
+    PAPER.apply(optimizer, scheduler)
+    assert scheduler.total_steps == round(total / 6)
+    found = [optimizer.param_groups[0]["lr"]]
+    for _ in range(scheduler.total_steps - 1):
+        optimizer.step()
+        scheduler.step()
+        found.append(optimizer.param_groups[0]["lr"])
+    assert min(found) == found[-1] == pytest.approx(5 * 0.4 / 25 / 1e4)
+    assert max(found) == pytest.approx(5 * 0.4, rel=0.1)
+
+
+def test_floors_lists_that_are_shared_and_several_schedulers() -> None:
+    optimizer = sgd()
+    warm_up = schedulers.LinearLR(optimizer, 0.5, 1, 60)
+    plateau = schedulers.ReduceLROnPlateau(optimizer, min_lr=0.01)
+    PAPER.apply(optimizer, [warm_up, plateau])
+    assert plateau.min_lrs == [0.05, 0.05]
+    assert warm_up.total_iters == 10
+    optimizer = sgd()
+    both = schedulers.SequentialLR(
+        optimizer, [schedulers.ConstantLR(optimizer), schedulers.StepLR(optimizer, 60)], [60]
+    )
+    PAPER.apply(optimizer, both)
+    assert both.get_last_lr() == pytest.approx([0.5 / 3, 0.5 / 3])
+
+
+def test_what_becomes_much_shorter_or_longer_than_asked_is_said() -> None:
+    optimizer = sgd()
+    with pytest.warns(
+        UserWarning, match="3 cannot be made 6 times shorter, it becomes 1: let the scheduler count in steps"
+    ):
+        PAPER.apply(optimizer, schedulers.MultiStepLR(optimizer, [3, 60]))
+
+
+def test_names_of_parameters_go_where_they_go() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, weight_decay=0.01)
+    PAPER.apply(optimizer)
+    assert [g["param_names"] for g in optimizer.param_groups] == [
+        ["0.weight", "3.weight"], ["1.weight", "1.bias", "3.bias"]
+    ]  # fmt: skip
 
 
 def test_a_plateau_is_waited_for_a_sixth_of_the_time() -> None:
@@ -141,15 +186,17 @@ def test_refused_before_anything_is_changed() -> None:
         TypeError, "does not know what a CyclicLR counts in steps. Known: StepLR", at=schedulers.CyclicLR(sgd(), 0.1, 1)
     )
     refuse(ValueError, "the StepLR stands on another optimizer", at=schedulers.StepLR(sgd(), 6))
+    refuse(ValueError, "a scheduler stands on this optimizer: pass it too", at=None)
     optimizer.step()
     scheduler.step()
     refuse(ValueError, "the StepLR has stepped already: apply a recipe before training")
+    optimizer = sgd()
     PAPER.apply(optimizer)
     state = optimizer.state_dict()
     refuse(ValueError, "recipe paper has been applied to this optimizer", at=None)
-    optimizer = sgd(momentum=0)
-    state = optimizer.state_dict()
-    refuse(ValueError, "give the optimizer a momentum", bn.RECIPES["fast"], at=None)
+    for optimizer in (sgd(momentum=0), sgd(dampening=0.5), torch.optim.AdamW(network().parameters())):
+        state = optimizer.state_dict()
+        refuse(ValueError, "the recipe asks for Nesterov's momentum", bn.RECIPES["fast"], at=None)
 
 
 @pytest.mark.parametrize(
@@ -170,5 +217,6 @@ def test_a_recipe_prints_what_it_changes_and_who_does_it() -> None:
     assert str(bn.Recipe()) == "recipe mine"
     assert str(bn.Recipe("x", weight_decay=2)).splitlines()[1].split("    ") == ["weight decay x2", "apply(optimizer)"]
     assert "no weight decay on gamma, beta and biases" in str(bn.Recipe(only_weights=True))
+    assert "learning-rate decay 2 times slower, for 2 times the steps" in str(bn.Recipe(decay_speed=0.5))
     assert "dropout x0.5" in str(bn.Recipe(dropout=0.5))
     assert len(str(PAPER).splitlines()) == 6

@@ -101,7 +101,7 @@ def test_what_was_inserted_folds_away_again():
     inserted = bn.insert(model, X.double(), batches=[torch.randn(8, 3, 6, 6, dtype=torch.float64)])
     folded = bn.fold(inserted, X.double())
     assert folded.batchnorm_report.of("folded") == [
-        *(f"{name}.batch_norm" for name in ("conv", "up", "tokens", "gate")),
+        *(f"{name}.batch_norm" for name in ("conv", "up", "tokens")),
         "norm",
     ]
     assert [type(m) for m in folded.modules()].count(nn.Identity) == 1
@@ -120,7 +120,9 @@ def test_copies_and_pickles():
 def test_what_insert_refuses():
     with pytest.raises(TypeError, match=r"insert takes a torch.nn.Module, got list"):
         bn.insert([], X)
-    with pytest.raises(ValueError, match=r"skip names layers that there are not: convv"):
+    with pytest.raises(
+        ValueError, match=r"skip names no Linear, Conv or ConvTranspose, nor a module around one: convv"
+    ):
         bn.insert(Network(), X, skip=["convv"])
     with pytest.raises(ValueError, match="batches yielded nothing"):
         bn.insert(Network(), X, batches=[])
@@ -175,7 +177,7 @@ def test_sums_before_a_nonlinearity_and_what_passes_on():
         "c": "before add() and relu()",
         "d": "its output goes to add()",
         "e": "its output goes to mul()",
-        "f": "a Custom may do more than its weights",
+        "f": "a Custom with a forward of its own may do more than its weights",
         "g": "before add_() and relu()",
         "h": "its output goes to add()",
     }
@@ -204,3 +206,93 @@ def test_torchs_transformer_does_not_read_past_what_is_inserted(mask):
     with torch.no_grad():
         torch.testing.assert_close(inserted.eval()(x, **arguments), slow(x, **arguments))
         assert not torch.allclose(model(x), slow(x), atol=1e-3)
+
+
+class Heads(nn.Module):
+    """What a model gives out through a nonlinearity; a layer that train reads once more; a head behind a maximum."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.aux, self.image, self.classes = (nn.Conv2d(3, 3, 1) for _ in range(4))
+        self.mask, self.hidden = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        x = F.relu(F.max_pool2d(self.conv(x), 2))
+        y = self.aux(x)
+        z = F.relu(self.hidden(torch.sigmoid(self.mask(x))))
+        out = torch.tanh(self.image(F.relu(y) + z)), torch.sigmoid(self.classes(z)).flatten(1)
+        return (*out, y) if self.training else out
+
+
+def test_never_before_what_a_model_gives_out_and_the_same_in_train_as_in_eval():
+    inserted = bn.insert(Heads(), X)
+    assert {row.layer: row.why for row in inserted.batchnorm_report} == {
+        "conv": "before relu()",
+        "aux": "it, or what reads it, is called differently in train",
+        "image": "its output goes to the model's output through tanh()",
+        "classes": "its output goes to the model's output through sigmoid()",
+        "mask": "before sigmoid()",
+        "hidden": "before relu()",
+    }
+
+
+def test_a_maximum_may_stand_between():
+    """PyTorch's own MNIST example: relu(max_pool2d(conv)) is max_pool2d(relu(conv))."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.Dropout(0.0), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    assert bn.insert(model, X).batchnorm_report.of("normalized") == ["0"]
+    assert (
+        bn.insert(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.1), nn.ReLU()), X).batchnorm_report[0].done
+        == "left alone"
+    )
+
+
+def test_skip_takes_modules_around_layers():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)))
+    assert bn.insert(model, X, skip=["2"]).batchnorm_report.of("normalized") == ["0"]
+    with pytest.raises(TypeError, match="skip is a list of names, got the string '0'"):
+        bn.insert(model, X, skip="0")
+    with pytest.raises(ValueError, match=r"skip names no Linear.*: 1"):
+        bn.insert(model, X, skip=["1"])
+
+
+class LayerNormGELU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return F.gelu(F.layer_norm(x, (6,), self.weight))
+
+
+def test_what_only_sounds_like_a_nonlinearity_and_what_has_been_given_already():
+    model = nn.Sequential(nn.Linear(6, 6), LayerNormGELU(), nn.Linear(6, 6), nn.ReLU())
+    once = bn.insert(model, X)
+    assert [row.why for row in once.batchnorm_report] == ["its output goes to 1", "before 3"]
+    assert [row.why for row in bn.insert(once, X).batchnorm_report][1] == "it has batch normalization, 2.batch_norm"
+
+
+def test_an_example_without_a_batch():
+    model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU())
+    (row,) = bn.insert(model, torch.randn(3, 8)).batchnorm_report
+    assert row.why == "its output has no batch dimension: give an example with one"
+    (row,) = bn.insert(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(3)).batchnorm_report
+    assert row.done == "left alone"
+
+
+class ReadsTheBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return F.relu(self.a(x)) * self.a.bias.sum()
+
+
+def test_a_forward_that_does_not_go_through_what_was_inserted():
+    with pytest.raises(ValueError, match=r"batch normalization in a the model does not run .*NoneType.*skip="):
+        bn.insert(ReadsTheBias(), X)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    model[0].forward = lambda x: F.linear(x, model[0].weight, model[0].bias)  # as wrappers do it
+    (row,) = bn.insert(model, X).batchnorm_report
+    assert row.why == "a Linear with a forward of its own may do more than its weights"
+    assert bn.insert(nn.Sequential(nn.ReLU()), X, batches=[X]).batchnorm_report == []

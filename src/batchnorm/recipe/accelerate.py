@@ -5,17 +5,19 @@ Comes from: a network without batch normalization. Goes to: training; the race.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
 from batchnorm.recipe.recipe import RECIPES, Recipe
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.insert import insert
 from batchnorm.surgery.report import LEFT, Report, Row
-from batchnorm.surgery.watch import watch
+from batchnorm.surgery.watch import run
 
 # Modules that hold the probability of dropout themselves, and under which name.
 _PROBABILITIES: dict[type[nn.Module], str] = {_DropoutNd: "p", nn.MultiheadAttention: "dropout", nn.RNNBase: "dropout"}
@@ -39,7 +41,7 @@ def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, sk
         A copy of the model, in its mode.
 
     Raises:
-        ValueError: an unknown recipe; a name in ``skip`` that there is not.
+        ValueError: an unknown recipe; no layer that could be normalized, with the reasons; what ``insert`` refuses.
         TypeError: not a module.
 
     Example:
@@ -64,8 +66,15 @@ def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, sk
     value = RECIPES[recipe] if isinstance(recipe, str) else recipe
     if not isinstance(value, Recipe):
         raise TypeError(f"recipe must be a name or a batchnorm.Recipe, got {type(recipe).__name__}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}.")
+    model = copy.deepcopy(model)
+    dropout = reduce_dropout(model, value.dropout, example)
     accelerated: Any = insert(model, example, skip=skip)
-    accelerated.batchnorm_report.extend(reduce_dropout(accelerated, value.dropout, example))
+    report = accelerated.batchnorm_report
+    if not report.of("normalized"):
+        raise ValueError(f"accelerate: there is no layer to normalize.\n{report or 'The model has no affine layer.'}")
+    report.extend(dropout)
     accelerated.batchnorm_recipe = value
     return accelerated
 
@@ -81,8 +90,46 @@ def reduce_dropout(model: nn.Module, factor: float, example: Any) -> Report:
             if before:
                 setattr(module, attribute, before * factor)
                 report.append(Row(name, "dropout", f"{before:g} becomes {before * factor:g}"))
-    for call in watch(model, example).calls:
-        if call.kind == "function" and call.name.endswith("dropout"):
-            owner = call.owner or "the model"
-            report.append(Row(owner, LEFT, f"it calls {call.label} itself: set its probability there"))
+    for owner, function in _dropout_calls(model, example):
+        report.append(Row(owner or "the model", LEFT, f"it calls {function}() itself: set its probability there"))
     return report
+
+
+class _Noting(TorchFunctionMode):
+    """Notes the calls of functions that drop something, and the module in whose forward they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[str] = []
+        self.found: list[tuple[str, str]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            drops = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0
+        else:
+            p, training = kwargs.get("p", [*args, 0.5][1]), kwargs.get("training", [*args, True, True][2])
+            drops = name.endswith("dropout") and p > 0 and training
+        if drops:
+            self.found.append((self.inside[-1], name))
+        return function(*args, **kwargs)
+
+
+def _dropout_calls(model: nn.Module, example: Any) -> list[tuple[str, str]]:
+    """(module, function) of each call that drops something in train; in eval, where it cannot be trained on."""
+    noting = _Noting()
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: noting.inside.append(name)))
+        hooks.append(module.register_forward_hook(lambda *_: noting.inside.pop() and None, always_call=True))
+    try:
+        run(model, example, noting, train=True)
+    except Exception:  # whatever the user's forward raises: one value per channel, say
+        noting.found.clear()
+        noting.inside.clear()
+        run(model, example, noting)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(dict.fromkeys(noting.found))

@@ -5,6 +5,7 @@ Comes from: ``Recipe.apply``. Goes to: the user's training loop.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,15 +19,25 @@ Change = Callable[[Any, float], Any]
 
 
 def _shorter(steps: float, speed: float) -> int:
-    return max(1, round(steps / speed))
-
-
-def _perhaps_none(steps: float, speed: float) -> int:
-    return round(steps / speed)
+    found = max(1, round(steps / speed))
+    if not 3 / 4 < steps / speed / found < 4 / 3:
+        warnings.warn(
+            f"{steps:g} cannot be made {speed:g} times shorter, it becomes {found}: let the scheduler count in steps "
+            "instead of epochs.",
+            stacklevel=4,
+        )
+    return found
 
 
 def _faster(factors: list[Callable[[int], float]], speed: float) -> list[Callable[[int], float]]:
     return [lambda step, f=f: f(round(step * speed)) for f in factors]  # type: ignore[misc]
+
+
+def _phases(phases: list[dict[str, Any]], speed: float) -> list[dict[str, Any]]:
+    """Of the one cycle: the last one ends with the last step."""
+    steps = phases[-1]["end_step"] + 1
+    share = max(1, round(steps / speed)) / steps
+    return [phase | {"end_step": (phase["end_step"] + 1) * share - 1} for phase in phases]
 
 
 # What each scheduler counts in steps, and what becomes of it. A new scheduler is one row.
@@ -42,23 +53,23 @@ TIMES: dict[type, dict[str, Change]] = {
     lr_scheduler.LinearLR: {"total_iters": _shorter},
     lr_scheduler.PolynomialLR: {"total_iters": _shorter},
     lr_scheduler.LambdaLR: {"lr_lambdas": _faster},
-    lr_scheduler.OneCycleLR: {
-        "total_steps": _shorter,
-        "_schedule_phases": lambda phases, speed: [p | {"end_step": (p["end_step"] + 1) / speed - 1} for p in phases],
+    lr_scheduler.OneCycleLR: {"total_steps": _shorter, "_schedule_phases": _phases},
+    lr_scheduler.ReduceLROnPlateau: {
+        "patience": lambda steps, speed: round(steps / speed),
+        "cooldown": lambda steps, speed: round(steps / speed),
     },
-    lr_scheduler.ReduceLROnPlateau: {"patience": _perhaps_none, "cooldown": _perhaps_none},
     lr_scheduler.SequentialLR: {"_milestones": lambda at, speed: [_shorter(m, speed) for m in at]},
     lr_scheduler.ChainedScheduler: {},
 }
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
-PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs")  # a scheduler's lists, one entry per group
-SCALED = ("base_lrs", "_last_lr")
+PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "lr_lambdas")  # a scheduler's lists, one entry per group
 MARK = "recipe"  # in a parameter group: what was applied
 
 
 def apply(recipe: Recipe, optimizer: Optimizer, scheduler: Any) -> None:
     """See ``Recipe.apply``."""
-    schedulers = [] if scheduler is None else _family(scheduler)
+    given = scheduler if isinstance(scheduler, list | tuple) else [] if scheduler is None else [scheduler]
+    schedulers = [member for each in given for member in _family(each)]
     _check(recipe, optimizer, schedulers)
     origins = _split(optimizer) if recipe.only_weights else []
     for group in optimizer.param_groups:
@@ -68,15 +79,16 @@ def apply(recipe: Recipe, optimizer: Optimizer, scheduler: Any) -> None:
                 group[key] = group[key] * recipe.learning_rate
         if "weight_decay" in group:
             group["weight_decay"] = group["weight_decay"] * recipe.weight_decay
-        if recipe.nesterov and "nesterov" in group:
+        if recipe.nesterov:
             group["nesterov"] = True
+    lists = {id(vars(s)[name]): (name, vars(s)[name]) for s in schedulers for name in PER_GROUP if name in vars(s)}
+    for name, values in lists.values():  # some share one
+        values += [values[origin] for origin in origins]
+        if name != "lr_lambdas":
+            values[:] = [value * recipe.learning_rate for value in values]
     for each in schedulers:
-        for name in PER_GROUP:
-            if name in vars(each):
-                values = getattr(each, name)
-                values += [values[origin] for origin in origins]
-                if name in SCALED:
-                    values[:] = [value * recipe.learning_rate for value in values]
+        if hasattr(each, "eta_min"):
+            each.eta_min *= recipe.learning_rate
         if recipe.decay_speed != 1:
             for name, change in TIMES[type(each)].items():
                 setattr(each, name, change(getattr(each, name), recipe.decay_speed))
@@ -88,12 +100,17 @@ def _family(scheduler: Any) -> list[Any]:
 
 
 def _check(recipe: Recipe, optimizer: Optimizer, schedulers: list[Any]) -> None:
-    applied = [group[MARK] for group in optimizer.param_groups if MARK in group]
+    groups = optimizer.param_groups
+    applied = [group[MARK] for group in groups if MARK in group]
     if applied:
         raise ValueError(f"recipe {applied[0]} has been applied to this optimizer: make a new one to apply another.")
-    momenta = [group["momentum"] for group in optimizer.param_groups if "nesterov" in group]
-    if recipe.nesterov and not all(momenta):
-        raise ValueError("the recipe asks for Nesterov's momentum: give the optimizer a momentum, 0.9 say.")
+    if recipe.nesterov and not all("nesterov" in g and g["momentum"] and not g["dampening"] for g in groups):
+        raise ValueError(
+            "the recipe asks for Nesterov's momentum: take torch.optim.SGD with a momentum, 0.9 say, and without "
+            "dampening; or leave it out, dataclasses.replace(recipe, nesterov=False)."
+        )
+    if not schedulers and any("initial_lr" in group for group in groups):
+        raise ValueError("a scheduler stands on this optimizer: pass it too, apply(optimizer, scheduler).")
     for scheduler in schedulers:
         kind = type(scheduler).__name__
         if type(scheduler) not in TIMES:
@@ -114,12 +131,18 @@ def _split(optimizer: Optimizer) -> list[int]:
     for i, group in enumerate(list(optimizer.param_groups)):
         if not group.get("weight_decay"):
             continue
-        weights = [p for p in group["params"] if p.ndim > 1]
-        others = [p for p in group["params"] if p.ndim <= 1]
-        if weights and others:
+        names = group.get("param_names", [None] * len(group["params"]))
+        pairs = list(zip(group["params"], names, strict=True))
+        parts = [[pair for pair in pairs if (pair[0].ndim > 1) is many] for many in (True, False)]
+        weights, others = ({"params": [p for p, _ in part]} | _named([n for _, n in part]) for part in parts)
+        if weights["params"] and others["params"]:
             origins.append(i)
-            group["params"] = weights
-            optimizer.param_groups.append({**group, "params": others, "weight_decay": 0.0})
-        elif others:
+            group |= weights
+            optimizer.param_groups.append({**group, **others, "weight_decay": 0.0})
+        elif others["params"]:
             group["weight_decay"] = 0.0
     return origins
+
+
+def _named(names: list[str | None]) -> dict[str, Any]:
+    return {"param_names": names} if any(names) else {}

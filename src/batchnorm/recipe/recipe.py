@@ -1,18 +1,24 @@
 """Recipes: what to change in training once the network has batch normalization. A new recipe is one row.
 
 Goes to: ``accelerate.py``, which changes the network; ``apply.py``, which changes optimizer and scheduler; the race.
-Source of "paper": Ioffe & Szegedy 2015, Section 4.2.1; of "fast": the race (docs/results.md).
+Source of "paper": Ioffe & Szegedy 2015, Section 4.2.1, but for what its images and its network alone have (photometric
+distortions, local response normalization); that gamma, beta and biases do not decay is today's practice. Source of
+"fast": the race (docs/results.md).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from batchnorm.recipe.apply import apply
+
+Scheduler = LRScheduler | ReduceLROnPlateau
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "float" and not (isinstance(value, int | float) and 0 <= value < math.inf):
+            if field.type == "float" and not (isinstance(value, Real) and 0 <= float(value) < math.inf):
                 raise ValueError(f"Recipe: {field.name} is a factor, so a finite number of at least 0 (got {value!r}).")
         for name in ("learning_rate", "decay_speed"):
             if not getattr(self, name):
@@ -72,13 +78,15 @@ class Recipe:
         decay += ["none on gamma, beta and biases"] if self.only_weights else []
         if len(decay) == 1 and self.only_weights:
             decay = ["no weight decay on gamma, beta and biases"]
-        speed = f"{self.decay_speed:.3g}"
+        speed = f"{self.decay_speed:.3g} times faster, for 1/{self.decay_speed:.3g}"
+        if self.decay_speed < 1:
+            speed = f"{1 / self.decay_speed:.3g} times slower, for {1 / self.decay_speed:.3g} times"
         rows = [
             (f"learning rate x{self.learning_rate:g}" * (self.learning_rate != 1), "apply(optimizer)"),
             (", ".join(decay), "apply(optimizer)"),
             ("Nesterov momentum" * self.nesterov, "apply(optimizer)"),
             (
-                f"learning-rate decay {speed} times faster, for 1/{speed} of the steps" * (self.decay_speed != 1),
+                f"learning-rate decay {speed} of the steps".replace("times of", "times") * (self.decay_speed != 1),
                 "apply(optimizer, scheduler)",
             ),
             (f"dropout x{self.dropout:g}" * (self.dropout != 1) if self.dropout else "no dropout", "accelerate"),
@@ -90,17 +98,17 @@ class Recipe:
         width = max((len(what) for what, _ in self.changes()), default=0)
         return "\n".join([f"recipe {self.name}", *(f"{what:{width}}    {who}" for what, who in self.changes())])
 
-    def apply(self, optimizer: Optimizer, scheduler: LRScheduler | ReduceLROnPlateau | None = None) -> None:
-        """Change an optimizer, and the scheduler that stands on it, in place, before training.
+    def apply(self, optimizer: Optimizer, scheduler: Scheduler | Sequence[Scheduler] | None = None) -> None:
+        """Change an optimizer, and the scheduler (or schedulers) that stand on it, in place, before training.
 
         The optimizer must hold the accelerated model's parameters: ``torch.optim.SGD(accelerated.parameters(), ...)``.
-        Learning rates and weight decay of every group are multiplied; a group with both weights and parameters of one
-        dimension is cut in two where ``only_weights``. What the scheduler counts in steps (``step_size``,
-        ``milestones``, ``T_max``, ``total_steps``, ``patience``, ...) is divided by ``decay_speed``.
+        Learning rates, the floors of schedules too, and weight decay are multiplied in every group; a group with both
+        weights and parameters of one dimension is cut in two where ``only_weights``. What the scheduler counts in steps
+        (``step_size``, ``milestones``, ``T_max``, ``total_steps``, ``patience``, ...) is divided by ``decay_speed``.
 
         Raises:
-            ValueError: a recipe has been applied already; the scheduler has stepped; it stands on another optimizer;
-                nesterov without momentum.
+            ValueError: a recipe has been applied already; the scheduler has stepped, stands on another optimizer, or
+                was not passed; nesterov with another optimizer than SGD with momentum.
             TypeError: a scheduler whose time cannot be changed. Nothing has been changed then.
 
         Example:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.pooling import _AdaptiveMaxPoolNd, _MaxPoolNd
 
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.base import FusedBatchNorm
@@ -22,6 +24,7 @@ from batchnorm.population import preserve_state
 from batchnorm.population.estimate import call_with_inputs
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.fold_check import TOLERANCE, error, to_double
+from batchnorm.surgery.fuse import _in_train as watch_in_train
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.rewrite import ADDITIONS, NOTHING
 from batchnorm.surgery.watch import Call, Watched, run, tensors_of, watch
@@ -40,6 +43,9 @@ _NONLINEARITIES = {
     "softplus", "hardsigmoid", "hardtanh", "sigmoid", "tanh", "softsign", "logsigmoid", "tanhshrink",
     "hardshrink", "softshrink",
 }  # fmt: skip
+_OUTPUTS = {"sigmoid", "hardsigmoid", "logsigmoid", "tanh", "softplus"}  # that a model's output may end in
+_RESHAPES = {"flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "movedim"}
+_MAXIMA = (_MaxPoolNd, _AdaptiveMaxPoolNd)
 
 
 def insert(
@@ -62,20 +68,21 @@ def insert(
 
     Args:
         model: any module; what nothing but a nonlinearity reads, or a sum that nothing but a nonlinearity reads, is
-            normalized; never what goes to a softmax or out.
+            normalized; never what goes to a softmax or out, nor what a sigmoid or the like gives out.
         example: an input: a tensor, a tuple of arguments or a dict of keyword arguments. It is run once to see which
             layers a nonlinearity reads.
         batches: for a trained network, training inputs as ``recalibrate`` takes them. gamma = sqrt(Var[Wu] + eps),
             beta = E[Wu + b] and the running statistics are then such that in eval the network computes what it did;
             that is checked. Default: gamma 1, beta 0, for a network that is yet to be trained.
         forward: ``forward(model, batch)`` runs the model on one of the batches; default: ``model(inputs)``.
-        skip: names of layers to leave alone.
+        skip: names of layers to leave alone, or of modules around them.
 
     Returns:
         A copy of the model, in its mode.
 
     Raises:
-        ValueError: ``batches`` yielded nothing; a name in ``skip`` that there is not.
+        ValueError: ``batches`` yielded nothing; a name in ``skip`` that there is not; with batch normalization the
+            model does not run on the example, or, with ``batches``, computes something else.
         TypeError: not a module.
 
     Example:
@@ -91,59 +98,99 @@ def insert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"insert takes a torch.nn.Module, got {type(model).__name__}.")
     inserted = copy.deepcopy(model)
-    unknown = [name for name in skip if name not in dict(model.named_modules())]
-    if unknown:
-        raise ValueError(f"skip names layers that there are not: {', '.join(unknown)}.")
-    seen = watch(inserted, example)
+    layers = {name: layer for name, layer in inserted.named_modules() if isinstance(layer, tuple(_LAYERS))}
+    skipped = _skipped(skip, layers)
+    seen, in_train = watch(inserted, example), watch_in_train(inserted, example)
     report = Report()
-    for name, layer in inserted.named_modules():
-        if isinstance(layer, tuple(_LAYERS)):
-            report.append(Row(name, LEFT, "skipped") if name in skip else _row(seen, name, layer))
+    for name, layer in layers.items():
+        row = Row(name, LEFT, "skipped") if name in skipped else _row(seen, name, layer)
+        if row.done != LEFT and in_train is not None and _row(in_train, name, layer) != row:
+            row = Row(name, LEFT, "it, or what reads it, is called differently in train")
+        report.append(row)
     names = report.of("normalized")
     moments = {} if batches is None else _moments(inserted, names, batches, forward or call_with_inputs)
     for name in names:
         _give(inserted.get_submodule(name), moments.get(name))
     _without_fast_paths(inserted)
+    _check_called(inserted, names, example)
     if batches is not None:
         _check(model, inserted, example)
     inserted.batchnorm_report = report  # type: ignore[assignment]
     return inserted
 
 
+def _skipped(skip: Sequence[str], layers: dict[str, Any]) -> set[str]:
+    """The layers that ``skip`` names, by themselves or by a module around them."""
+    if isinstance(skip, str):
+        raise TypeError(f"skip is a list of names, got the string {skip!r}.")
+    found = {given: {name for name in layers if f"{name}.".startswith(f"{given}.")} for given in skip}
+    unknown = [given for given, names in found.items() if not names]
+    if unknown:
+        raise ValueError(f"skip names no Linear, Conv or ConvTranspose, nor a module around one: {', '.join(unknown)}.")
+    return {name for names in found.values() for name in names}
+
+
 def _row(seen: Watched, name: str, layer: Any) -> Row:
     """What becomes of a layer, or why it is left alone."""
     calls = seen.of(name)
     reader = _reader(seen, calls[0]) if len(calls) == 1 else None
-    if len(calls) != 1:
+    if hasattr(type(layer), "normalizes"):
+        why = f"it has batch normalization, {name}.batch_norm"
+    elif len(calls) != 1:
         why = "its forward is not called on the example" if not calls else f"it is called {len(calls)} times"
     elif _kind(layer) is None:
-        why = f"a {type(layer).__qualname__} may do more than its weights"
+        why = f"a {type(layer).__qualname__} with a forward of its own may do more than its weights"
     elif nn.utils.parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
         why = "its weight is computed from others"
+    elif not _has_batch(layer, calls[0]):
+        why = "its output has no batch dimension: give an example with one"
     elif reader is None:
         why = "its output is read more than once"
     elif isinstance(reader.target, _BatchNorm):
         why = f"it has batch normalization, {reader.name}"
     elif _is_nonlinearity(reader):
-        return Row(name, "normalized", f"before {reader.label}")
+        return _before(seen, name, reader, reader.label)
     elif (after := _behind_sums(seen, reader)) is not None and _is_nonlinearity(after):
-        return Row(name, "normalized", f"before {reader.label} and {after.label}")
+        return _before(seen, name, after, f"{reader.label} and {after.label}")
     else:
         why = f"its output goes to {reader.label}"
     return Row(name, LEFT, why)
+
+
+def _before(seen: Watched, name: str, nonlinearity: Call, label: str) -> Row:
+    """Normalized, unless what follows is the model's output: a sigmoid there is the softmax of two classes."""
+    reader = _reader(seen, nonlinearity)
+    while reader is not None and (reader.name in _RESHAPES or isinstance(reader.target, nn.Flatten | nn.Unflatten)):
+        reader = _reader(seen, reader)
+    if _base_name(nonlinearity) in _OUTPUTS and reader is not None and reader.kind == "output":
+        return Row(name, LEFT, f"its output goes to the model's output through {label}")
+    return Row(name, "normalized", f"before {label}")
 
 
 def _kind(layer: nn.Module) -> type[nn.Module] | None:
     """Which of torch's layers it computes as; None where it may do more."""
     kind = next(kind for kind in _LAYERS if isinstance(layer, kind))
     same = all(getattr(type(layer), f, None) is getattr(kind, f, None) for f in ("forward", "_conv_forward"))
-    return kind if same else None
+    return kind if same and "forward" not in vars(layer) else None
+
+
+def _has_batch(layer: nn.Module, call: Call) -> bool:
+    dimensions = {BatchNorm1d: 3, BatchNorm2d: 4, BatchNorm3d: 5}
+    least = 2 if isinstance(layer, nn.Linear) else dimensions[_LAYERS[_kind(layer)]]  # type: ignore[index]
+    return len(call.shape or ()) >= least
 
 
 def _reader(seen: Watched, call: Call) -> Call | None:
-    """What alone reads its output, behind what only passes it on."""
+    """What alone reads its output, behind what only passes it on; a maximum and a nonlinearity may change places."""
     reader = seen.only_reader(call)
-    return _reader(seen, reader) if reader is not None and type(reader.target) in NOTHING else reader
+    return _reader(seen, reader) if reader is not None and _passes_on(reader) else reader
+
+
+def _passes_on(call: Call) -> bool:
+    if call.kind == "function":
+        return call.name.startswith(("max_pool", "adaptive_max_pool"))
+    without_effect = isinstance(call.target, _DropoutNd) and call.target.p == 0
+    return type(call.target) in NOTHING or isinstance(call.target, _MAXIMA) or without_effect
 
 
 def _behind_sums(seen: Watched, call: Call) -> Call | None:
@@ -155,11 +202,20 @@ def _behind_sums(seen: Watched, call: Call) -> Call | None:
 
 
 def _is_nonlinearity(call: Call) -> bool:
-    """By its name: torch's functions and modules, and modules called after them, GELUActivation or QuickGELU say."""
+    return _base_name(call) in _NONLINEARITIES
+
+
+def _base_name(call: Call) -> str:
+    """The nonlinearity's name in torch: also of modules called after it, GELUActivation or QuickGELU say."""
     if call.kind == "function":
-        return call.name.rstrip("_") in _NONLINEARITIES
+        return call.name.rstrip("_")
+    if call.kind != "module":
+        return ""
     name = type(call.target).__name__.lower().removesuffix("activation")
-    return call.kind == "module" and name.endswith(tuple(known.replace("_", "") for known in _NONLINEARITIES))
+    known = {known.replace("_", ""): known for known in _NONLINEARITIES}
+    own = next(call.target.parameters(), None) is not None or next(call.target.buffers(), None) is not None
+    ends = [] if own else [known[k] for k in sorted(known, key=len) if name.endswith(k)]
+    return known.get(name) or (ends[-1] if ends else name)
 
 
 # ---- a layer with batch normalization behind it ----------------------------------------------------------------------
@@ -247,11 +303,34 @@ def _moments(
     }
 
 
+def _check_called(inserted: nn.Module, names: list[str], example: Any) -> None:
+    """The network runs, and what was inserted is called."""
+    called: set[str] = set()
+    hooks = [
+        inserted.get_submodule(f"{name}.batch_norm").register_forward_hook(lambda *_, name=name: called.add(name))
+        for name in names
+    ]
+    try:
+        run(inserted, example)
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"insert refused: with batch normalization in {', '.join(names)} the model does not run on the example "
+            f"({type(error).__name__}: {first}): leave layers alone with skip=."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missing = [name for name in names if name not in called]
+    if missing:
+        raise ValueError(f"insert refused: the model does not call what was put into {', '.join(missing)}: skip= it.")
+
+
 def _check(model: nn.Module, inserted: nn.Module, example: Any) -> None:
     """In eval the network computes what it did, beside itself in float64."""
     wide = to_double(example)
     before, after = (list(tensors_of(run(copy.deepcopy(m).double(), wide))) for m in (model, inserted))
-    limit = max(TOLERANCE.get(p.dtype, 0.0) for p in inserted.parameters())
+    limit = max((TOLERANCE.get(p.dtype, 0.0) for p in inserted.parameters()), default=0.0)
     for a, b in zip(after, before, strict=True):
         if a.is_floating_point() and not error(a, b) <= limit:
             off = f"{error(a, b):.1e} of its largest output off, more than {limit:.1e}"
