@@ -14,6 +14,7 @@ def main() -> None:
         from batchnorm.cli.fold import fold
         from batchnorm.cli.race import race
         from batchnorm.cli.recalibrate import recalibrate
+        from batchnorm.cli.reproduce import reproduce
     except ModuleNotFoundError as error:
         print(f"batchnorm: the command line needs {error.name}: pip install 'batchnorm[race]'", file=sys.stderr)
         sys.exit(2)
@@ -27,4 +28,5 @@ def main() -> None:
     app.command()(bench)
     app.command()(recalibrate)
     app.command()(fold)
+    app.command()(reproduce)
     app()

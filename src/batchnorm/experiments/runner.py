@@ -1,0 +1,104 @@
+"""Experiments from their cells to their results: on all cores, with progress, and on from where a killed run was.
+
+Comes from: ``cli/reproduce.py``, ``run``. Goes to: ``DIR/cells/<experiment>/*.json``, one file per cell that has been
+measured; ``report.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from batchnorm.experiments import load
+from batchnorm.experiments.claim import Cell, Record, Result
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def run(name: str, *, quick: bool = False, seeds: int = 3) -> Result:
+    """One experiment in this process, without files.
+
+    Args:
+        name: see ``experiments.NAMES``.
+        quick: fewer settings and shorter runs: minutes for all experiments together.
+        seeds: runs of each setting, where chance matters.
+
+    Raises:
+        ValueError: there is no such experiment.
+    """
+    experiment = load(name)
+    return experiment.conclude([cell | experiment.measure(**cell) for cell in experiment.cells(quick, seeds)])
+
+
+def run_all(
+    names: list[str], *, quick: bool, seeds: int, out: Path, workers: int, console: Console
+) -> Iterator[tuple[str, Result]]:
+    """The experiments' results, in their order; those that take times last, one cell at a time."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    experiments = {name: load(name) for name in names}
+    cells = {name: experiment.cells(quick, seeds) for name, experiment in experiments.items()}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        for alone in (False, True):
+            chosen = [name for name in names if experiments[name].alone is alone]
+            bars = {name: progress.add_task(name, total=len(cells[name])) for name in chosen}
+            for name, _ in measured([(n, cell) for n in chosen for cell in cells[n]], out, 1 if alone else workers):
+                progress.advance(bars[name])
+    for name in names:
+        yield name, experiments[name].conclude([read(out, name, cell) for cell in cells[name]])
+
+
+def measured(jobs: list[tuple[str, Cell]], out: Path, workers: int) -> Iterator[tuple[str, Cell]]:
+    """Measure what has left no file yet; each job as it is done."""
+    todo = []
+    for name, cell in jobs:
+        if file_of(out, name, cell).exists():
+            yield name, cell
+        else:
+            todo.append((name, cell))
+    if not todo:
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        min(workers, len(todo)), context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        futures = {pool.submit(measure_to_file, name, cell, out): (name, cell) for name, cell in todo}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def measure_to_file(name: str, cell: Cell, out: Path) -> None:
+    """Measure one cell; its file appears whole or not at all."""
+    found = cell | load(name).measure(**cell)
+    file = file_of(out, name, cell)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part{os.getpid()}")
+    part.write_text(json.dumps(found))
+    part.replace(file)
+
+
+def read(out: Path, name: str, cell: Cell) -> Record:
+    """What was measured in a cell."""
+    record: Record = json.loads(file_of(out, name, cell).read_text())
+    return record
+
+
+def file_of(out: Path, name: str, cell: Cell) -> Path:
+    """Named after the settings: another setting is another file."""
+    digest = hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:16]
+    return out / "cells" / name / f"{digest}.json"

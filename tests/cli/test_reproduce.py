@@ -1,0 +1,79 @@
+"""batchnorm reproduce: what it lists, writes, refuses, and where it goes on after a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "batchnorm", "reproduce", *options], cwd=folder, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == code, out + err
+    return out + err
+
+
+def test_without_names_it_lists_the_claims(tmp_path: Path) -> None:
+    out = finish(start(tmp_path))
+    assert "Section 3.2" in out
+    assert "capacity" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_table_and_pictures(tmp_path: Path) -> None:
+    out = finish(start(tmp_path, "scale", "convolution", "--quick"))
+    assert "confirmed" in out
+    directory = tmp_path / "runs" / "reproduce" / "quick"
+    report = (directory / "report.md").read_text()
+    assert "## scale" in report
+    assert "**Confirmed.** With eps = 0 the errors are at most" in report
+    assert "| what | eps = 0 | eps = 1e-5, a = 1e-3 | eps = 1e-5, a = 1e3 |" in report
+    assert json.loads((directory / "results.json").read_text())["results"]["scale"]["verdict"] == "confirmed"
+    for name in ("scale", "convolution"):
+        assert (directory / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    options = ("capacity", "--quick", "--seeds", "2", "--workers", "1", "--out", "o")
+    process = start(tmp_path, *options)
+    cells = tmp_path / "o" / "cells" / "capacity"
+    until = time.monotonic() + 100
+    while not list(cells.glob("*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    first = {file: file.stat().st_mtime_ns for file in cells.glob("*.json")}
+    assert 0 < len(first) < 4
+    finish(start(tmp_path, *options))
+    assert len(list(cells.glob("*.json"))) == 4
+    assert all(file.stat().st_mtime_ns == written for file, written in first.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["speed"], 'reproduce: unknown experiment "speed". Known: capacity'),
+        (["scale", "--all"], "--all runs all of them"),
+        (["scale", "--seeds", "0"], "--seeds must be at least 1 (got 0)"),
+        (["scale", "--out", "there"], "there holds results of another kind: quick was True, is False"),
+    ],
+)
+def test_refused_in_one_line(tmp_path: Path, options: list[str], message: str) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "config.json").write_text('{"quick": true}')
+    out = finish(start(tmp_path, *options), 2)
+    assert message in out
+    assert len(out.strip().splitlines()) == 1

@@ -1,0 +1,48 @@
+"""experiments/: each runs at its quick size, concludes, draws; a claim that fails is "not confirmed", not an error."""
+
+import copy
+
+import pytest
+from matplotlib.figure import Figure
+
+from batchnorm.experiments import NAMES, load
+from batchnorm.experiments.numbers import interval, with_interval
+from batchnorm.experiments.runner import run
+
+# In a record: what, made so large, must turn the verdict.
+SPOILS = {"capacity": "with_eps", "scale": "output, eps=0", "convolution": "per_map"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_concludes_draws_and_would_notice(name: str) -> None:
+    experiment = load(name)
+    assert experiment.claim.name == name
+    records = [cell | experiment.measure(**cell) for cell in experiment.cells(True, 1)]
+    result = experiment.conclude(records)
+    assert result.verdict == "confirmed"  # these are exact
+    assert result.rows
+    assert {tuple(row) for row in result.rows} == {tuple(result.rows[0])}
+    figure = Figure()
+    result.draw(figure)
+    assert figure.get_suptitle()
+    spoiled = copy.deepcopy(records)
+    value = spoiled[0][SPOILS[name]]
+    spoiled[0][SPOILS[name]] = [1.0] * len(value) if isinstance(value, list) else 1.0
+    assert experiment.conclude(spoiled).verdict == "not confirmed"
+
+
+def test_run_is_the_whole_experiment() -> None:
+    assert run("scale", quick=True, seeds=2).headline == run("scale", quick=True, seeds=2).headline
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match=r'unknown experiment "speed". Known: capacity, scale'):
+        load("speed")
+
+
+def test_intervals_against_known_answers() -> None:
+    """Mean 2, deviation 1, n = 3: t = 4.302653, half width 4.302653 / sqrt(3)."""
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484138, 2 + 2.484138))
+    assert interval([0.5]) is None
+    assert with_interval([0.1, 0.2, 0.3]) == "20.00% ± 24.84"
+    assert with_interval([0.25]) == "25.00%"
