@@ -123,6 +123,28 @@ def test_what_is_left_of_a_fused_layer():
     assert_same(model, folded, x)
 
 
+class AddsInPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = x * 1
+        x += self.norm(self.conv(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True)), AddsInPlace()], ids=type
+)
+def test_what_is_changed_in_place_later_is_checked_as_it_was(model):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    shaken(model)
+    folded = bn.fold(model, x)
+    assert [row.done for row in folded.batchnorm_report] == ["folded"]
+    assert_same(model, folded, x)
+
+
 class Several(nn.Module):
     """One of each that cannot be folded."""
 

@@ -36,7 +36,8 @@ def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[F
 
     def noting(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
-            saw[name], made[name] = next(iter(tensors_of((inputs, named)))), output
+            saw[name] = next(iter(tensors_of((inputs, named)))).clone()  # what follows may change it in place
+            made[name] = output.clone()
 
         return hook
 
