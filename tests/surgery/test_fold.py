@@ -1,6 +1,7 @@
 """Folding: every kind of layer, both directions, what is refused and why: pain 22."""
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.surgery.fold import Rest
+from batchnorm.surgery.fold_check import run_in_double
 
 
 def shaken(model, dtype=torch.float64):
@@ -143,6 +145,54 @@ def test_what_is_changed_in_place_later_is_checked_as_it_was(model):
     folded = bn.fold(model, x)
     assert [row.done for row in folded.batchnorm_report] == ["folded"]
     assert_same(model, folded, x)
+
+
+class NamesDtypes(nn.Module):
+    """As recurrent networks make their first state, and as models guard against narrow inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.gru = nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.GRU(6, 5, batch_first=True)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x.float().to(torch.float32)))
+        return self.gru(y.transpose(1, 2), torch.zeros(1, len(x), 5))[0] + torch.ones(5, dtype=torch.float32)
+
+
+def test_a_forward_that_names_its_dtypes_is_checked_in_float64():
+    x = torch.randn(2, 4, 6)
+    model = shaken(NamesDtypes(), torch.float32)
+    assert run_in_double(copy.deepcopy(model).double(), x.double()).dtype == torch.float64
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [("norm", "folded", "into conv, before it")]
+    assert torch.get_default_dtype() == torch.float32
+    assert_same(model, folded, x, 1e-5)
+
+
+def test_a_model_that_does_not_run_in_float64_is_refused():
+    class Keeps(nn.Linear):
+        def forward(self, x):
+            return F.linear(super().forward(x), self.kept)
+
+    model = nn.Sequential(Keeps(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    model[0].kept = torch.eye(4)
+    with pytest.raises(ValueError, match=r"does not run in float64, .*: RuntimeError: .* dtype.*take dtypes from"):
+        bn.fold(model, torch.randn(2, 4))
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_examples_in_mappings_of_other_kinds():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, pixels):
+            return self.model(pixels)
+
+    x = torch.randn(2, 4, 6, 6)
+    folded = bn.fold(shaken(Named(), torch.float32), UserDict(pixels=x))  # as transformers' BatchFeature is one
+    assert folded.batchnorm_report.of("folded") == ["model.1"]
 
 
 class Several(nn.Module):
