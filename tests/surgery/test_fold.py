@@ -195,6 +195,40 @@ def test_examples_in_mappings_of_other_kinds():
     assert folded.batchnorm_report.of("folded") == ["model.1"]
 
 
+class PlainBlocks(nn.Module):
+    """For ``insert``: before an activation module, before a function, before a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+        self.b, self.c, self.head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = F.relu(self.b(self.relu(self.a(x))))
+        return self.head(F.relu(self.c(x) + x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "then", [lambda m, x: m, lambda m, x: bn.from_torch(m, example=x), lambda m, x: bn.to_torch(m)],
+    ids=["insert", "from_torch", "to_torch"],
+)  # fmt: skip
+def test_what_insert_gave_goes_back_whatever_was_done_in_between(then):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = then(shaken(bn.insert(PlainBlocks().double(), x)), x)
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [(f"{name}.batch_norm", "folded", f"into {name}") for name in "abc"]
+    assert type(folded) is PlainBlocks
+    assert type(folded.a) is nn.Conv2d
+    assert_same(model, folded, x)
+
+
+def test_what_insert_gave_and_somebody_took_away():
+    x = torch.randn(2, 4)
+    model = bn.insert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), x).eval()
+    model[0].batch_norm = nn.Identity()
+    assert bn.fold(model, x).batchnorm_report == []
+
+
 class Several(nn.Module):
     """One of each that cannot be folded."""
 

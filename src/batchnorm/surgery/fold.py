@@ -19,6 +19,7 @@ from batchnorm.nn.norm import AnyBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.surgery.convert import OURS, Model
 from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, to_double
+from batchnorm.surgery.fuse import unfuse
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import Call, Watched, watch
 from batchnorm.surgery.weights import TRANSPOSED, affine, scale_inputs, scale_outputs
@@ -53,8 +54,9 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
 
     A layer folds into the one before it if nothing else reads that one's output; else into the one after it, if that
     alone reads its output and does not pad. The names of modules stay: a folded layer is an ``nn.Identity``, or what is
-    left of it, the activation. The model given is not changed. ``batchnorm_report`` of the result lists what was
-    folded into what, and what was not, with the reason; ``print`` it.
+    left of it, the activation; forwards that ``from_torch`` wrote anew are again what they were. The model given is not
+    changed. ``batchnorm_report`` of the result lists what was folded into what, and what was not, with the reason;
+    ``print`` it.
 
     Args:
         model: in eval (or with frozen statistics); torch's layers or ours, any dtype.
@@ -90,6 +92,7 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
                 f"fold needs running statistics in use, layer {name!r} is in train mode: call model.eval() first."
             )
     folded = copy.deepcopy(model).eval()
+    unfuse(folded)  # what ``from_torch`` wrote around layers knows them unfolded
     wide, wide_example = copy.deepcopy(folded).double(), to_double(example)
     report = _fold_inserted(folded)
     seen = watch(folded, example)
@@ -112,8 +115,9 @@ def _fold_inserted(model: nn.Module) -> Report:
     """What ``insert`` gave to layers goes back into them."""
     report = Report()
     for name, layer in model.named_modules():
-        norm: Any = getattr(layer, "batch_norm", None)
-        if hasattr(type(layer), "normalizes") and not norm.fused and norm.running_mean is not None:
+        norm: Any = getattr(layer, "batch_norm", None)  # which may be another one by now, or none
+        plain = type(norm) in _KNOWN and getattr(norm, "activation", None) is None
+        if hasattr(type(layer), "normalizes") and plain and norm.running_mean is not None:
             scale_outputs(layer, *affine(norm))
             del layer.batch_norm
             layer.__class__ = type(layer).normalizes

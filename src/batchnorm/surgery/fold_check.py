@@ -128,8 +128,8 @@ def run_in_double(wide: nn.Module, example: Any) -> Any:
     except Exception as failure:
         first = (str(failure).strip().splitlines() or [""])[0]
         raise ValueError(
-            f"the model does not run in float64, beside which the result is checked: {type(failure).__name__}: {first}. "
-            "Let its forward take dtypes from its input (x.dtype), and keep its tensors in buffers."
+            f"the model does not run in float64, beside which the result is checked: {type(failure).__name__}: "
+            f"{first}. Let its forward take dtypes from its input (x.dtype), and keep its tensors in buffers."
         ) from failure
     finally:
         torch.set_default_dtype(default)
