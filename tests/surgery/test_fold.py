@@ -59,7 +59,16 @@ def test_into_the_layer_before(layer, package, affine):
 
 @pytest.mark.parametrize(
     "layer",
-    [c for c in CONVS if not isinstance(c, nn.modules.conv._ConvTransposeNd) and not any(getattr(c, "padding", (0,)))],
+    [
+        *[
+            c
+            for c in CONVS
+            if not isinstance(c, nn.modules.conv._ConvTransposeNd) and not any(getattr(c, "padding", ()))
+        ],
+        nn.Conv2d(4, 6, 3, padding="valid"),
+        nn.Conv1d(4, 6, 3, padding="same", padding_mode="circular"),
+        *[nn.Conv2d(4, 6, 3, padding=(1, 2), groups=2, padding_mode=m) for m in ("reflect", "replicate", "circular")],
+    ],
     ids=str,
 )
 def test_into_the_layer_after(layer):
@@ -301,6 +310,21 @@ def test_what_is_refused():
         bn.fold(model.half(), x.half())
     model.float().load_state_dict(before)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_compiled_models_and_those_that_torch_cannot_copy_are_refused_by_name():
+    x = torch.randn(5, 3)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    with pytest.raises(ValueError, match=r"pass model._orig_mod, and compile the result"):
+        bn.fold(torch.compile(model, backend="eager"), x)
+    with pytest.raises(ValueError, match=r"fold: 0 is compiled .*: put its _orig_mod in its place"):
+        bn.fold(nn.Sequential(torch.compile(model, backend="eager")), x)
+    model[1].seen, model[0].seen = {"last": model(x)}, [3, "x"]
+    with pytest.raises(ValueError, match=r"cannot be copied: 1.seen is computed, .*torch.no_grad\(\)"):
+        bn.fold(model, x)
+    with torch.no_grad():
+        model[1].seen = {"last": model(x)}
+    assert bn.fold(model, x).batchnorm_report.of("folded") == ["1"]
 
 
 def test_frozen_statistics_are_enough():
