@@ -35,13 +35,64 @@ def test_the_rate_scales_with_the_curvature_and_lies_below_the_largest_stable_on
     assert found[0.1] == pytest.approx(found[1.0]) == pytest.approx(found[10.0])
 
 
-def test_ends_where_the_loss_is_four_times_its_lowest() -> None:
+def test_ends_where_the_smoothed_loss_is_far_above_its_lowest() -> None:
     model, batches, loss = quadratic(1.0)
     test = bn.find_learning_rate(model, batches, loss, optimizer=torch.optim.SGD, highest=1e6, steps=30)
     assert len(test.rates) < 30
-    assert test.losses[-1] > 4 * min(test.smoothed[:-1])
+    assert test.smoothed[-1] > min(test.smoothed) + 3 * test.smoothed[0]
+    assert test.smoothed[-2] <= min(test.smoothed) + 3 * test.smoothed[0]
     assert test.rates[0] == 1e-5
     assert len(test.rates) == len(test.losses) == len(test.smoothed)
+
+
+@pytest.mark.parametrize("shift", [1.0, 10.0])
+def test_a_loss_may_be_negative(shift: float) -> None:
+    model, batches, loss = quadratic(1.0)
+    options = {"optimizer": torch.optim.SGD, "highest": 100.0}
+    test = bn.find_learning_rate(model, batches, lambda y, t: loss(y, t) - shift, **options)
+    assert test.rate == bn.find_learning_rate(model, batches, loss, **options).rate
+    assert max(test.smoothed[:-1]) <= 3 * shift  # it ends where it diverges here too
+    assert len(test.rates) < 100
+
+
+def test_one_bad_batch_does_not_end_it() -> None:
+    model, batches, loss = quadratic(1.0)
+    weights = [torch.ones(1, 1)] * 100
+    weights[50] = torch.full((1, 1), 3.0)  # 9 times the loss
+    test = bn.find_learning_rate(model, [(w, batches[0][1]) for w in weights], loss, highest=0.1)
+    assert len(test.rates) == 100
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        y: Tensor = self.linear(a + b)
+        return y
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "forward"])
+def test_batches_of_several_inputs(kind: str) -> None:
+    torch.manual_seed(0)
+    a, b, target, model = torch.randn(8, 1), torch.randn(8, 1), torch.ones(8, 1), Sum()
+    expected = bn.find_learning_rate(model.linear, [(a + b, target)], nn.functional.mse_loss).losses
+    batch: Any = {"tuple": ([a, b], target), "dict": ({"b": b, "a": a}, target), "forward": {"a": a, "b": b}}[kind]
+
+    def forward(trained: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(trained(**inputs), target)
+
+    found = bn.find_learning_rate(
+        model, [batch], nn.functional.mse_loss, forward=forward if kind == "forward" else None
+    )
+    assert found.losses == expected
+
+
+@pytest.mark.parametrize("batch", [{"x": torch.ones(1, 1)}, torch.ones(2, 1), (1, 2, 3)], ids=["dict", "tensor", "3"])
+def test_batches_that_are_no_pairs_are_refused(batch: Any) -> None:
+    with pytest.raises(TypeError, match=r"a batch is \(inputs, targets\), got a \w+( of 3)?: for others pass forward"):
+        bn.find_learning_rate(nn.Linear(1, 1), [batch])
 
 
 def test_the_model_and_random_numbers_are_as_before() -> None:
@@ -88,6 +139,8 @@ def nan(y: Tensor, t: Tensor) -> Tensor:
         ({"batches": []}, "batches yielded nothing, and the range test takes 100"),
         ({"batches": iter(quadratic(1.0)[1])}, "batches yielded 1, and the range test takes 100: pass a DataLoader"),
         ({"loss": nan}, r"not finite at step 1 of the range test, at a learning rate of 1e-05"),
+        ({"lowest": 5.0, "highest": 5e4}, r"the loss diverged at step \d of the range test, at a learning rate of"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS needs a closure"),
         ({"loss": lambda y, t: 1 + 0 * y.sum()}, "the loss did not fall at learning rates from 1e-05"),
     ],
 )

@@ -103,3 +103,10 @@ def test_what_cannot_be_exported_is_said_and_leaves_no_file(tmp_path: Path, suff
     with pytest.raises(ValueError, match=r"torch\.export cannot take the model: "):
         write(Reads(), torch.randn(2, 3), tmp_path / f"m{suffix}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_onnxruntime_cannot_run_is_said_and_leaves_no_file(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).bfloat16().eval()
+    with pytest.raises(ValueError, match=r"onnxruntime cannot take the model: \w+: "):
+        write(model, torch.randn(2, 3, 6, 6).bfloat16(), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,7 @@
 """Folding: every kind of layer, both directions, what is refused and why: pain 22."""
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm.surgery.fold import Rest
+from batchnorm.surgery.fold_check import run_in_double
 
 
 def shaken(model, dtype=torch.float64):
@@ -57,7 +59,16 @@ def test_into_the_layer_before(layer, package, affine):
 
 @pytest.mark.parametrize(
     "layer",
-    [c for c in CONVS if not isinstance(c, nn.modules.conv._ConvTransposeNd) and not any(getattr(c, "padding", (0,)))],
+    [
+        *[
+            c
+            for c in CONVS
+            if not isinstance(c, nn.modules.conv._ConvTransposeNd) and not any(getattr(c, "padding", ()))
+        ],
+        nn.Conv2d(4, 6, 3, padding="valid"),
+        nn.Conv1d(4, 6, 3, padding="same", padding_mode="circular"),
+        *[nn.Conv2d(4, 6, 3, padding=(1, 2), groups=2, padding_mode=m) for m in ("reflect", "replicate", "circular")],
+    ],
     ids=str,
 )
 def test_into_the_layer_after(layer):
@@ -121,6 +132,110 @@ def test_what_is_left_of_a_fused_layer():
     assert isinstance(folded.norm, Rest)
     assert repr(folded.norm) == "Rest(activation='relu')"
     assert_same(model, folded, x)
+
+
+class AddsInPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = x * 1
+        x += self.norm(self.conv(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True)), AddsInPlace()], ids=type
+)
+def test_what_is_changed_in_place_later_is_checked_as_it_was(model):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    shaken(model)
+    folded = bn.fold(model, x)
+    assert [row.done for row in folded.batchnorm_report] == ["folded"]
+    assert_same(model, folded, x)
+
+
+class NamesDtypes(nn.Module):
+    """As recurrent networks make their first state, and as models guard against narrow inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.gru = nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), nn.GRU(6, 5, batch_first=True)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x.float().to(torch.float32)))
+        return self.gru(y.transpose(1, 2), torch.zeros(1, len(x), 5))[0] + torch.ones(5, dtype=torch.float32)
+
+
+def test_a_forward_that_names_its_dtypes_is_checked_in_float64():
+    x = torch.randn(2, 4, 6)
+    model = shaken(NamesDtypes(), torch.float32)
+    assert run_in_double(copy.deepcopy(model).double(), x.double()).dtype == torch.float64
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [("norm", "folded", "into conv, before it")]
+    assert torch.get_default_dtype() == torch.float32
+    assert_same(model, folded, x, 1e-5)
+
+
+def test_a_model_that_does_not_run_in_float64_is_refused():
+    class Keeps(nn.Linear):
+        def forward(self, x):
+            return F.linear(super().forward(x), self.kept)
+
+    model = nn.Sequential(Keeps(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    model[0].kept = torch.eye(4)
+    with pytest.raises(ValueError, match=r"does not run in float64, .*: RuntimeError: .* dtype.*take dtypes from"):
+        bn.fold(model, torch.randn(2, 4))
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_examples_in_mappings_of_other_kinds():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, pixels):
+            return self.model(pixels)
+
+    x = torch.randn(2, 4, 6, 6)
+    folded = bn.fold(shaken(Named(), torch.float32), UserDict(pixels=x))  # as transformers' BatchFeature is one
+    assert folded.batchnorm_report.of("folded") == ["model.1"]
+
+
+class PlainBlocks(nn.Module):
+    """For ``insert``: before an activation module, before a function, before a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+        self.b, self.c, self.head = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = F.relu(self.b(self.relu(self.a(x))))
+        return self.head(F.relu(self.c(x) + x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "then", [lambda m, x: m, lambda m, x: bn.from_torch(m, example=x), lambda m, x: bn.to_torch(m)],
+    ids=["insert", "from_torch", "to_torch"],
+)  # fmt: skip
+def test_what_insert_gave_goes_back_whatever_was_done_in_between(then):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = then(shaken(bn.insert(PlainBlocks().double(), x)), x)
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [(f"{name}.batch_norm", "folded", f"into {name}") for name in "abc"]
+    assert type(folded) is PlainBlocks
+    assert type(folded.a) is nn.Conv2d
+    assert_same(model, folded, x)
+
+
+def test_what_insert_gave_and_somebody_took_away():
+    x = torch.randn(2, 4)
+    model = bn.insert(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), x).eval()
+    model[0].batch_norm = nn.Identity()
+    assert bn.fold(model, x).batchnorm_report == []
 
 
 class Several(nn.Module):
@@ -195,6 +310,21 @@ def test_what_is_refused():
         bn.fold(model.half(), x.half())
     model.float().load_state_dict(before)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_compiled_models_and_those_that_torch_cannot_copy_are_refused_by_name():
+    x = torch.randn(5, 3)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    with pytest.raises(ValueError, match=r"pass model._orig_mod, and compile the result"):
+        bn.fold(torch.compile(model, backend="eager"), x)
+    with pytest.raises(ValueError, match=r"fold: 0 is compiled .*: put its _orig_mod in its place"):
+        bn.fold(nn.Sequential(torch.compile(model, backend="eager")), x)
+    model[1].seen, model[0].seen = {"last": model(x)}, [3, "x"]
+    with pytest.raises(ValueError, match=r"cannot be copied: 1.seen is computed, .*torch.no_grad\(\)"):
+        bn.fold(model, x)
+    with torch.no_grad():
+        model[1].seen = {"last": model(x)}
+    assert bn.fold(model, x).batchnorm_report.of("folded") == ["1"]
 
 
 def test_frozen_statistics_are_enough():

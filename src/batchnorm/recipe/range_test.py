@@ -5,7 +5,6 @@ Comes from: any model, batches and a loss. Goes to: the user, as a number and a 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import os
@@ -17,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.surgery.copied import copied
+from batchnorm.surgery.watch import arguments
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMOOTHING = 0.2  # weight of a new loss in the moving average
-DIVERGED = 4.0  # times the lowest smoothed loss: the test ends
+DIVERGED = 3.0  # of the first or lowest smoothed loss, the larger, above the lowest one: the test ends
 LEAST = 10  # steps that tell a slope
 NOTHING = 1e-6  # of the first loss: no fall, but rounding
 
@@ -59,6 +61,7 @@ def find_learning_rate(
     batches: Iterable[Any],
     loss: Callable[[Any, Any], Tensor] = nn.functional.cross_entropy,
     *,
+    forward: Callable[[nn.Module, Any], Tensor] | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     lowest: float = 1e-5,
     highest: float = 10.0,
@@ -71,12 +74,15 @@ def find_learning_rate(
 
     The rate where the loss falls fastest is a good one for a constant learning rate; with a warm-up, or as the maximum
     of a schedule, two to five times that is often stable (at most that of the lowest loss). The test ends early where
-    the loss is 4 times its lowest or not finite. The model, and torch's random numbers, are as before afterwards.
+    the loss is not finite, or its moving average is above its lowest by three times the size of its first (or of its
+    lowest, where that is larger). The model, and torch's random numbers, are as before afterwards.
 
     Args:
         model: any module; a copy in train mode is trained.
         batches: ``(inputs, targets)``, as a DataLoader gives them; read again from the front where they are too few.
-        loss: ``loss(model(inputs), targets)``, a scalar.
+            Inputs in a tuple or list are positional arguments, in a dict keyword arguments.
+        loss: ``loss(model(inputs), targets)``, a scalar; it may be negative.
+        forward: ``forward(model, batch)`` runs the model on a batch of any kind, and returns the loss instead.
         optimizer: ``optimizer(parameters, lr=...)``; default: SGD with momentum 0.9. With weight decay or other
             settings: ``functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4)``.
         lowest, highest: first and last learning rate.
@@ -88,7 +94,9 @@ def find_learning_rate(
 
     Raises:
         ValueError: ``batches`` yielded nothing, or less than ``steps`` and cannot be read again; rates that do not
-            grow; fewer than 10 steps; the loss was not finite before the tenth step, or never fell.
+            grow; fewer than 10 steps; the loss diverged or was not finite before the tenth step, or never fell; an
+            optimizer whose step needs a closure, LBFGS.
+        TypeError: not a module; a batch that is not ``(inputs, targets)``, without ``forward``.
 
     Example:
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
@@ -109,19 +117,35 @@ def find_learning_rate(
     with _copied(model) as trained:
         make = optimizer or (lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9))
         stepper = make([p for p in trained.parameters() if p.requires_grad], lr=lowest)
-        for i, (inputs, targets) in enumerate(_shown(_repeated(batches, steps), steps, progress)):
+        if isinstance(stepper, torch.optim.LBFGS):
+            raise ValueError("find_learning_rate makes one step per batch, and LBFGS needs a closure: choose another.")
+        for i, batch in enumerate(_shown(_repeated(batches, steps), steps, progress)):
             rate = lowest * (highest / lowest) ** (i / (steps - 1))
             for group in stepper.param_groups:
                 group["lr"] = rate
             stepper.zero_grad()
-            value = loss(trained(inputs), targets)
+            value = _loss(trained, batch, loss) if forward is None else forward(trained, batch)
             value.backward()
             stepper.step()
             rates.append(rate)
             losses.append(value.item())
-            if not losses[-1] <= DIVERGED * min(smooth(losses)):
+            smoothed = smooth(losses)
+            low = min(smoothed)
+            if not smoothed[-1] - low <= DIVERGED * max(abs(smoothed[0]), abs(low)):  # nor NaN
                 break
     return _read(rates, losses)
+
+
+def _loss(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor]) -> Tensor:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        of = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise TypeError(
+            f"a batch is (inputs, targets), got a {type(batch).__name__}{of}: for others pass forward, "
+            "forward(model, batch), which returns the loss."
+        )
+    inputs, targets = batch
+    positional, named = arguments(inputs)
+    return loss(model(*positional, **named), targets)
 
 
 def smooth(losses: list[float]) -> list[float]:
@@ -137,9 +161,10 @@ def _read(rates: list[float], losses: list[float]) -> RateTest:
     """The rate of the steepest fall before the lowest loss."""
     seen = next((i for i, value in enumerate(losses) if not math.isfinite(value)), len(losses))
     if seen < LEAST:
+        what, step = ("diverged", seen) if seen == len(losses) else ("was not finite", seen + 1)
         raise ValueError(
-            f"the loss was not finite at step {seen + 1} of the range test, at a learning rate of {rates[seen]:.2g}: "
-            "choose a smaller lowest, or look at the data."
+            f"the loss {what} at step {step} of the range test, at a learning rate of {rates[step - 1]:.2g}: choose a "
+            "smaller lowest, or look at the data."
         )
     smoothed = smooth(losses[:seen])
     low, reach = smoothed.index(min(smoothed)), max(1, seen // 20)
@@ -160,7 +185,7 @@ def _copied(model: nn.Module) -> Iterator[nn.Module]:
         raise TypeError(f"find_learning_rate takes a torch.nn.Module, got {type(model).__name__}.")
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices), torch.enable_grad():
-        yield copy.deepcopy(model).train()
+        yield copied(model).train()
 
 
 def _repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:

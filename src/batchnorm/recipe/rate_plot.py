@@ -23,7 +23,8 @@ def draw(found: RateTest, axes: Axes) -> None:
     axes.plot(found.rates, found.smoothed, color=BLUE, linewidth=2)
     axes.axvline(found.rate, color="black", linewidth=1)
     axes.set_xscale("log")
-    top, bottom = max(found.smoothed), min(found.losses)
+    fallen = found.smoothed.index(min(found.smoothed)) + 1  # what comes behind may be many times that
+    top, bottom = max(found.smoothed[:fallen]), min(found.losses)
     axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.15 * (top - bottom))
     axes.annotate(
         f" {found.rate:.2g}", (found.rate, 0.98), xycoords=("data", "axes fraction"), va="top", fontweight="bold"

@@ -69,9 +69,9 @@ def _onnx(model: nn.Module, example: Any, file: Path) -> str:
         import onnxruntime
     except ImportError:
         return f"Exported for {batch}; not run again: pip install onnxruntime."
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    inputs = zip((i.name for i in session.get_inputs()), tensors_of(example), strict=True)
     with _says("onnxruntime"):
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        inputs = zip((i.name for i in session.get_inputs()), tensors_of(example), strict=True)
         again = session.run(None, {name: t.detach().cpu().numpy() for name, t in inputs})
     return f"Exported for {batch}; in onnxruntime, {_beside(model, example, [torch.from_numpy(y) for y in again])}."
 

@@ -18,7 +18,9 @@ from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.norm import AnyBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.surgery.convert import OURS, Model
+from batchnorm.surgery.copied import copied
 from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, to_double
+from batchnorm.surgery.fuse import unfuse
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import Call, Watched, watch
 from batchnorm.surgery.weights import TRANSPOSED, affine, scale_inputs, scale_outputs
@@ -52,9 +54,10 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
         W' = gamma / sqrt(var + eps) * W,   b' = gamma / sqrt(var + eps) * (b - mean) + beta
 
     A layer folds into the one before it if nothing else reads that one's output; else into the one after it, if that
-    alone reads its output and does not pad. The names of modules stay: a folded layer is an ``nn.Identity``, or what is
-    left of it, the activation. The model given is not changed. ``batchnorm_report`` of the result lists what was
-    folded into what, and what was not, with the reason; ``print`` it.
+    alone reads its output and does not pad with 0. The names of modules stay: a folded layer is an ``nn.Identity``, or
+    what is left of it, the activation; forwards that ``from_torch`` wrote anew are again what they were. The model
+    given is not changed. ``batchnorm_report`` of the result lists what was folded into what, and what was not, with the
+    reason; ``print`` it.
 
     Args:
         model: in eval (or with frozen statistics); torch's layers or ours, any dtype.
@@ -68,7 +71,8 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
         A copy of the model, in eval.
 
     Raises:
-        ValueError: a layer in train mode; the error is above the tolerance, with the layer's name.
+        ValueError: a layer in train mode; the error is above the tolerance, with the layer's name; the model is
+            compiled, cannot be copied, or does not run in float64.
         TypeError: not a module.
 
     Example:
@@ -85,11 +89,15 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
     if not isinstance(model, nn.Module):
         raise TypeError(f"fold takes a torch.nn.Module, got {type(model).__name__}.")
     for name, layer in model.named_modules():
+        if hasattr(layer, "_orig_mod"):
+            what, inside = (name, "put its _orig_mod in its place") if name else ("the model", "pass model._orig_mod")
+            raise ValueError(f"fold: {what} is compiled by torch.compile: {inside}, and compile the result.")
         if isinstance(layer, _BatchNorm) and layer.training and not getattr(layer, "frozen_statistics", False):
             raise ValueError(
                 f"fold needs running statistics in use, layer {name!r} is in train mode: call model.eval() first."
             )
-    folded = copy.deepcopy(model).eval()
+    folded = copied(model).eval()
+    unfuse(folded)  # what ``from_torch`` wrote around layers knows them unfolded
     wide, wide_example = copy.deepcopy(folded).double(), to_double(example)
     report = _fold_inserted(folded)
     seen = watch(folded, example)
@@ -112,8 +120,9 @@ def _fold_inserted(model: nn.Module) -> Report:
     """What ``insert`` gave to layers goes back into them."""
     report = Report()
     for name, layer in model.named_modules():
-        norm: Any = getattr(layer, "batch_norm", None)
-        if hasattr(type(layer), "normalizes") and not norm.fused and norm.running_mean is not None:
+        norm: Any = getattr(layer, "batch_norm", None)  # which may be another one by now, or none
+        plain = type(norm) in _KNOWN and getattr(norm, "activation", None) is None
+        if hasattr(type(layer), "normalizes") and plain and norm.running_mean is not None:
             scale_outputs(layer, *affine(norm))
             del layer.batch_norm
             layer.__class__ = type(layer).normalizes
@@ -194,11 +203,16 @@ def _after(seen: Watched, call: Call, layer: _BatchNorm) -> tuple[Call | None, s
     if getattr(layer, "activation", None) is not None or len(call.inputs) > 1:
         return None, "its activation or residual comes before the next layer"
     target: Any = reader.target
-    if not isinstance(target, nn.Linear) and (target.padding == "same" or any(p != 0 for p in target.padding)):
+    if not isinstance(target, nn.Linear) and _pads_with_zeros(target):
         return None, f"{reader.name} after it pads with 0"
     if isinstance(target, nn.Linear) and len(call.shape or ()) != 2:
         return None, f"{reader.name} after it reads its last dimension, not the second"
     return _usable(seen, reader, "after")
+
+
+def _pads_with_zeros(conv: Any) -> bool:
+    """Other modes pad with what is there, scaled and shifted as it is."""
+    return conv.padding_mode == "zeros" and conv.padding != "valid" and any(p != 0 for p in conv.padding)
 
 
 def _usable(seen: Watched, call: Call, side: str) -> tuple[Call | None, str]:

@@ -1,15 +1,16 @@
 """Whether a folded model does what the model did: each layer on what it sees, then the whole, beside float64.
 
-Comes from: ``fold``. Goes to: its errors.
+Comes from: ``fold``, ``insert``. Goes to: their errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from batchnorm.ops.reference import per_channel
@@ -36,14 +37,15 @@ def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[F
 
     def noting(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
-            saw[name], made[name] = next(iter(tensors_of((inputs, named)))), output
+            saw[name] = next(iter(tensors_of((inputs, named)))).clone()  # what follows may change it in place
+            made[name] = output.clone()
 
         return hook
 
     watched = {name for one in folds for name in (one.layer, one.into)}
     hooks = [wide_modules[name].register_forward_hook(noting(name), with_kwargs=True) for name in watched]
     try:
-        run(wide, example)
+        run_in_double(wide, example)
     finally:
         for hook in hooks:
             hook.remove()
@@ -73,10 +75,9 @@ def check_outputs(
     model: nn.Module, folded: nn.Module, wide: nn.Module, example: Any, wide_example: Any, tolerance: float | None
 ) -> None:
     """The whole model beside itself in float64."""
-    exact = _outputs(wide, wide_example)
-    for i, (new, old, expected) in enumerate(
-        zip(_outputs(folded, example), _outputs(model, example), exact, strict=True)
-    ):
+    found = (_floating(run(folded, example)), _floating(run(model, example)))
+    exact = _floating(run_in_double(wide, wide_example))
+    for i, (new, old, expected) in enumerate(zip(*found, exact, strict=True)):
         limit = max(TOLERANCE.get(new.dtype, 0.0) if tolerance is None else tolerance, 2 * error(old, expected))
         if not error(new, expected) <= limit:
             raise ValueError(
@@ -85,8 +86,8 @@ def check_outputs(
             )
 
 
-def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    return [t for t in tensors_of(run(model, example)) if t.is_floating_point()]
+def _floating(outputs: Any) -> list[Tensor]:
+    return [t for t in tensors_of(outputs) if t.is_floating_point()]
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -99,5 +100,50 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def to_double(example: Any) -> Any:
-    """The floating-point tensors of an example in float64."""
-    return _pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, example)
+    """The floating-point tensors of an example in float64; mappings that torch does not know become dicts."""
+
+    def wider(leaf: Any) -> Any:
+        if isinstance(leaf, Mapping):
+            return {key: to_double(value) for key, value in leaf.items()}
+        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return _pytree.tree_map(wider, example)
+
+
+def run_in_double(wide: nn.Module, example: Any) -> Any:
+    """What a model and an example in float64 give, also where the forward names another dtype, or takes the default.
+
+    Raises:
+        ValueError: it does not run in float64.
+    """
+    try:
+        return run(wide, example)
+    except Exception:  # whatever two dtypes in one operation raise
+        pass
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _EveryDtypeIsDouble():
+            return run(wide, example)
+    except Exception as failure:
+        first = (str(failure).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"the model does not run in float64, beside which the result is checked: {type(failure).__name__}: "
+            f"{first}. Let its forward take dtypes from its input (x.dtype), and keep its tensors in buffers."
+        ) from failure
+    finally:
+        torch.set_default_dtype(default)
+
+
+class _EveryDtypeIsDouble(TorchFunctionMode):
+    """``x.to(torch.float32)``, ``x.half()`` and their like give float64."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            function = Tensor.double
+        args, kwargs = _pytree.tree_map_only(torch.dtype, _wider, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype.is_floating_point else dtype
