@@ -5,7 +5,6 @@ Comes from: a network without batch normalization. Goes to: training; the race.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from batchnorm.recipe.recipe import RECIPES, Recipe
 from batchnorm.surgery.convert import Model
+from batchnorm.surgery.copied import copied
 from batchnorm.surgery.insert import insert
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import run
@@ -68,7 +68,7 @@ def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, sk
         raise TypeError(f"recipe must be a name or a batchnorm.Recipe, got {type(recipe).__name__}.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}.")
-    model = copy.deepcopy(model)
+    model = copied(model)
     dropout = reduce_dropout(model, value.dropout, example)
     accelerated: Any = insert(model, example, skip=skip)
     report = accelerated.batchnorm_report

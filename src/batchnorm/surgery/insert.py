@@ -5,7 +5,6 @@ Comes from: a network without it, trained or not. Goes to: training.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -23,7 +22,8 @@ from batchnorm.ops.split import Moments
 from batchnorm.population import preserve_state
 from batchnorm.population.estimate import call_with_inputs
 from batchnorm.surgery.convert import Model
-from batchnorm.surgery.fold_check import TOLERANCE, error, to_double
+from batchnorm.surgery.copied import copied
+from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, to_double
 from batchnorm.surgery.fuse import _in_train as watch_in_train
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.rewrite import ADDITIONS, NOTHING
@@ -97,7 +97,7 @@ def insert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"insert takes a torch.nn.Module, got {type(model).__name__}.")
-    inserted = copy.deepcopy(model)
+    inserted = copied(model)
     layers = {name: layer for name, layer in inserted.named_modules() if isinstance(layer, tuple(_LAYERS))}
     skipped = _skipped(skip, layers)
     seen, in_train = watch(inserted, example), watch_in_train(inserted, example)
@@ -329,7 +329,7 @@ def _check_called(inserted: nn.Module, names: list[str], example: Any) -> None:
 def _check(model: nn.Module, inserted: nn.Module, example: Any) -> None:
     """In eval the network computes what it did, beside itself in float64."""
     wide = to_double(example)
-    before, after = (list(tensors_of(run(copy.deepcopy(m).double(), wide))) for m in (model, inserted))
+    before, after = (list(tensors_of(run_in_double(copied(m).double(), wide))) for m in (model, inserted))
     limit = max((TOLERANCE.get(p.dtype, 0.0) for p in inserted.parameters()), default=0.0)
     for a, b in zip(after, before, strict=True):
         if a.is_floating_point() and not error(a, b) <= limit:
