@@ -55,19 +55,18 @@ def test_bn_stands_before_each_nonlinearity_and_cancels_biases_and_dropout_is_go
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0]
 
 
-def test_a_recipe_is_applied_but_for_the_rate_which_the_plan_has_multiplied() -> None:
-    groups = {
-        name: Trainer(toy.task(), run_of(name)).optimizer.param_groups for name in ("baseline", "bn-x5", "accelerated")
-    }
-    decay, own = toy.task().weight_decay, CONTENDERS["accelerated"].recipe
-    assert [[g["weight_decay"] for g in some] for some in groups.values()] == [
-        [decay, 0],
-        [pytest.approx(decay / 5), 0],
-        [pytest.approx(decay * own.weight_decay), 0],
+def test_a_recipe_is_applied_and_the_classifier_keeps_the_baselines_rate() -> None:
+    groups = {name: Trainer(toy.task(), run_of(name)).optimizer.param_groups for name in ("baseline", "bn-x5")}
+    decay = toy.task().weight_decay
+    assert [(g["lr"], g["weight_decay"]) for g in groups["baseline"]] == [(0.1, decay), (0.1, 0)]
+    assert [(g["lr"], g["weight_decay"], {p.ndim for p in g["params"]}) for g in groups["bn-x5"]] == [
+        (0.1, pytest.approx(decay / 5), {2}),  # the run's rate is that of the normalized layers: 5 times the baseline's
+        (pytest.approx(0.02), pytest.approx(decay / 5), {2}),
+        (0.1, 0, {1}),
+        (pytest.approx(0.02), 0, {1}),
     ]
-    assert [some[0]["nesterov"] for some in groups.values()] == [False, False, own.nesterov]
-    assert {g["lr"] for some in groups.values() for g in some} == {0.1}
-    assert {p.ndim for g in groups["bn-x5"][1:] for p in g["params"]} == {1}
+    assert not groups["bn-x5"][0]["nesterov"]
+    assert Trainer(toy.task(), run_of("accelerated")).optimizer.param_groups[0]["nesterov"]
 
 
 def test_every_contender_sees_the_same_batches_and_each_epoch_every_example_once() -> None:

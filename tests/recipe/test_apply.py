@@ -1,5 +1,6 @@
 """recipe/recipe.py and apply.py: what becomes of optimizers and schedulers."""
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -151,6 +152,26 @@ def test_what_becomes_much_shorter_or_longer_than_asked_is_said() -> None:
         UserWarning, match="3 cannot be made 6 times shorter, it becomes 1: let the scheduler count in steps"
     ):
         PAPER.apply(optimizer, schedulers.MultiStepLR(optimizer, [3, 60]))
+
+
+def test_layers_without_batch_normalization_keep_their_rate() -> None:
+    model = bn.accelerate(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4))
+    optimizer = sgd(model)
+    scheduler = schedulers.MultiStepLR(optimizer, [60, 120])
+    model.batchnorm_recipe.apply(optimizer, scheduler, model)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert [rates[id(p)] for p in (model[0].weight, model[0].batch_norm.bias)] == [0.5, 0.5]
+    assert [rates[id(p)] for p in (model[2].weight, model[2].bias)] == [0.1, 0.1]
+    assert [decays[id(p)] for p in (model[0].weight, model[2].weight)] == pytest.approx([0.002, 0.002])
+    assert [decays[id(p)] for p in (model[0].batch_norm.weight, model[2].bias)] == [0, 0]
+    for _ in range(11):
+        optimizer.step()
+        scheduler.step()
+    assert sorted(scheduler.get_last_lr()) == pytest.approx([0.01, 0.01, 0.05, 0.05])
+    other = sgd(copy.deepcopy(model))
+    with pytest.raises(ValueError, match=r"and an optimizer of its parameters: torch\.optim\.SGD\(accelerated"):
+        PAPER.apply(other, None, model)
 
 
 def test_names_of_parameters_go_where_they_go() -> None:

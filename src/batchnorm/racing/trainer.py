@@ -107,11 +107,13 @@ class Trainer:
         self.network = (
             DistributedDataParallel(self.model, broadcast_buffers=False) if dist.is_initialized() else self.model
         )
+        recipe = replace(contender.recipe, only_weights=True)
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), run.learning_rate, MOMENTUM, weight_decay=task.weight_decay, fused=True
-        )
-        recipe = replace(contender.recipe, learning_rate=1, only_weights=True)  # the plan has multiplied the rate
-        recipe.apply(self.optimizer)
+            self.model.parameters(), run.learning_rate / recipe.learning_rate, MOMENTUM, weight_decay=task.weight_decay,
+            fused=True,
+        )  # fmt: skip
+        recipe.apply(self.optimizer, model=self.model if contender.batch_norm else None)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = (
             AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(contender.average))
             if contender.average
@@ -125,9 +127,9 @@ class Trainer:
         run = self.run
         done = min(1.0, self.step_count / run.steps)  # timing goes past a short budget
         warm_up = min(1.0, (self.step_count + 1) / (WARM_UP * run.steps))
-        rate = run.learning_rate * min(warm_up, SCHEDULES[run.contender.schedule](done))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        share = min(warm_up, SCHEDULES[run.contender.schedule](done))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
         inputs, targets = self.task.train[self._batch()[self.rank :: self.ranks]]
         self.network.train()
         self.optimizer.zero_grad()

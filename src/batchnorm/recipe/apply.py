@@ -10,7 +10,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer, lr_scheduler
+
+from batchnorm.surgery.report import LEFT
 
 if TYPE_CHECKING:
     from batchnorm.recipe.recipe import Recipe
@@ -66,26 +70,35 @@ PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "lr_lambdas")  # a scheduler's l
 MARK = "recipe"  # in a parameter group: what was applied
 
 
-def apply(recipe: Recipe, optimizer: Optimizer, scheduler: Any) -> None:
+def apply(recipe: Recipe, optimizer: Optimizer, scheduler: Any, model: nn.Module | None) -> None:
     """See ``Recipe.apply``."""
     given = scheduler if isinstance(scheduler, list | tuple) else [] if scheduler is None else [scheduler]
     schedulers = [member for each in given for member in _family(each)]
     _check(recipe, optimizer, schedulers)
-    origins = _split(optimizer) if recipe.only_weights else []
+    kept = set() if model is None else _not_normalized(model, optimizer)
+
+    def kind(parameter: Tensor) -> tuple[bool, bool]:
+        """(no weight decay, learning rate as it is)"""
+        return recipe.only_weights and parameter.ndim <= 1, id(parameter) in kept
+
+    origins = _split(optimizer, kind)
+    factors = []
     for group in optimizer.param_groups:
+        undecayed, as_it_is = kind(group["params"][0])
+        factors.append(1.0 if as_it_is else recipe.learning_rate)
         group[MARK] = recipe.name
         for key in RATES:
             if key in group:
-                group[key] = group[key] * recipe.learning_rate
+                group[key] = group[key] * factors[-1]
         if "weight_decay" in group:
-            group["weight_decay"] = group["weight_decay"] * recipe.weight_decay
+            group["weight_decay"] = 0.0 if undecayed else group["weight_decay"] * recipe.weight_decay
         if recipe.nesterov:
             group["nesterov"] = True
     lists = {id(vars(s)[name]): (name, vars(s)[name]) for s in schedulers for name in PER_GROUP if name in vars(s)}
     for name, values in lists.values():  # some share one
         values += [values[origin] for origin in origins]
         if name != "lr_lambdas":
-            values[:] = [value * recipe.learning_rate for value in values]
+            values[:] = [value * factor for value, factor in zip(values, factors, strict=True)]
     for each in schedulers:
         if hasattr(each, "eta_min"):
             each.eta_min *= recipe.learning_rate
@@ -125,24 +138,37 @@ def _check(recipe: Recipe, optimizer: Optimizer, schedulers: list[Any]) -> None:
             raise ValueError(f"the {kind} has stepped already: apply a recipe before training.")
 
 
-def _split(optimizer: Optimizer) -> list[int]:
-    """Gamma, beta and biases into groups of their own, without weight decay; from which group each new one came."""
+def _not_normalized(model: nn.Module, optimizer: Optimizer) -> set[int]:
+    """Parameters of the affine layers that ``insert`` left without batch normalization, by their id."""
+    report = getattr(model, "batchnorm_report", None)
+    mine = {id(p) for p in model.parameters()}
+    if report is None or not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "apply takes the model that accelerate() returned, and an optimizer of its parameters: "
+            "torch.optim.SGD(accelerated.parameters(), ...)."
+        )
+    modules = dict(model.named_modules())
+    left = [modules.get(row.layer) for row in report if row.done == LEFT and "has batch normalization" not in row.why]
+    return {id(p) for m in left if isinstance(m, nn.Linear | _ConvNd) for p in m.parameters(recurse=False)}
+
+
+def _split(optimizer: Optimizer, kind: Callable[[Tensor], tuple[bool, bool]]) -> list[int]:
+    """Groups whose parameters are all of a kind: behind the others, the parts cut off; from which group each came."""
     origins = []
     for i, group in enumerate(list(optimizer.param_groups)):
-        if not group.get("weight_decay"):
-            continue
         names = group.get("param_names", [None] * len(group["params"]))
-        pairs = list(zip(group["params"], names, strict=True))
-        parts = [[pair for pair in pairs if (pair[0].ndim > 1) is many] for many in (True, False)]
-        weights, others = ({"params": [p for p, _ in part]} | _named([n for _, n in part]) for part in parts)
-        if weights["params"] and others["params"]:
-            origins.append(i)
-            group |= weights
-            optimizer.param_groups.append({**group, **others, "weight_decay": 0.0})
-        elif others["params"]:
-            group["weight_decay"] = 0.0
+        parts: dict[tuple[bool, bool], list[tuple[Tensor, str | None]]] = {}
+        for parameter, name in zip(group["params"], names, strict=True):
+            parts.setdefault(kind(parameter), []).append((parameter, name))
+        cut = [parts[key] for key in sorted(parts)]  # those that decay, and change their rate, first
+        for number, part in enumerate(cut):
+            new: dict[str, Any] = {"params": [p for p, _ in part]}
+            if "param_names" in group:
+                new["param_names"] = [name for _, name in part]
+            if number == 0:
+                first = new
+            else:
+                origins.append(i)
+                optimizer.param_groups.append({**group, **new})
+        group |= first
     return origins
-
-
-def _named(names: list[str | None]) -> dict[str, Any]:
-    return {"param_names": names} if any(names) else {}

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -29,7 +30,7 @@ class Recipe:
 
     Args:
         name: for prints.
-        learning_rate: times the optimizer's learning rates.
+        learning_rate: times the optimizer's learning rates; see ``apply``.
         weight_decay: times the optimizer's weight decay.
         only_weights: no weight decay on gamma, beta and biases (parameters of one dimension or none).
         decay_speed: the scheduler's time runs so many times faster; train for as many times fewer steps.
@@ -98,7 +99,12 @@ class Recipe:
         width = max((len(what) for what, _ in self.changes()), default=0)
         return "\n".join([f"recipe {self.name}", *(f"{what:{width}}    {who}" for what, who in self.changes())])
 
-    def apply(self, optimizer: Optimizer, scheduler: Scheduler | Sequence[Scheduler] | None = None) -> None:
+    def apply(
+        self,
+        optimizer: Optimizer,
+        scheduler: Scheduler | Sequence[Scheduler] | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
         """Change an optimizer, and the scheduler (or schedulers) that stand on it, in place, before training.
 
         The optimizer must hold the accelerated model's parameters: ``torch.optim.SGD(accelerated.parameters(), ...)``.
@@ -106,9 +112,13 @@ class Recipe:
         weights and parameters of one dimension is cut in two where ``only_weights``. What the scheduler counts in steps
         (``step_size``, ``milestones``, ``T_max``, ``total_steps``, ``patience``, ...) is divided by ``decay_speed``.
 
+        With the accelerated ``model``, layers that got no batch normalization, the classifier say, keep their learning
+        rate: what makes a higher one stable (Section 3.3 of the paper) does not hold for them.
+
         Raises:
             ValueError: a recipe has been applied already; the scheduler has stepped, stands on another optimizer, or
-                was not passed; nesterov with another optimizer than SGD with momentum.
+                was not passed; nesterov with another optimizer than SGD with momentum; another model than the
+                optimizer's.
             TypeError: a scheduler whose time cannot be changed. Nothing has been changed then.
 
         Example:
@@ -119,7 +129,7 @@ class Recipe:
             >>> scheduler.step_size, [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
             (5, [(0.5, 0.002), (0.5, 0.0)])
         """
-        apply(self, optimizer, scheduler)
+        apply(self, optimizer, scheduler, model)
 
 
 PAPER = Recipe(
