@@ -437,3 +437,18 @@ def test_gradients_are_compared_without_a_trace_in_random_numbers():
     state = torch.get_rng_state()
     bn.from_torch(model, example=X)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_forward_that_cannot_be_checked_is_not_rewritten():
+    class Written(nn.Sequential):
+        def forward(self, x):
+            return F.relu(self[1](self[0](x.float())))
+
+    why = bn.from_torch(Written(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), example=X.float()).batchnorm_report[0].why
+    assert why.endswith("cannot be traced: it does not run in float64, in which it is checked")
+
+
+def test_in_inference_mode():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.ReLU())
+    with torch.inference_mode():
+        assert bn.from_torch(model, example=X.float() + 1).batchnorm_report.of("fused") == ["0.1"]

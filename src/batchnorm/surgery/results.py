@@ -29,14 +29,14 @@ def results(module: nn.Module, given: Any) -> list[list[Tensor]]:
 
 
 def _outputs_and_gradients(module: nn.Module, given: Any, wide: bool, train: bool) -> list[list[Tensor]]:
-    copied = copy.deepcopy(module).train(train)
-    copied = copied.double() if wide else copied
-    args, kwargs = _pytree.tree_map_only(Tensor, _leaf if wide else torch.clone, given)
-    with in_eager(module), torch.enable_grad():
+    with in_eager(module), torch.inference_mode(False), torch.set_grad_enabled(wide):
+        copied = copy.deepcopy(module).train(train)
+        copied = copied.double() if wide else copied
+        args, kwargs = _pytree.tree_map_only(Tensor, _leaf if wide else torch.clone, given)
         out = list(tensors_of(copied(*args, **kwargs)))
         wanted = [t for t in (*tensors_of((args, kwargs)), *copied.parameters()) if t.requires_grad]
         weighted = [(t * _weights(t)).sum() for t in out if t.requires_grad]
-        gradients = torch.autograd.grad(weighted, wanted, allow_unused=True) if wide and weighted else ()
+        gradients = torch.autograd.grad(weighted, wanted, allow_unused=True) if weighted else ()
     return [[t.detach() for t in out], [t for t in gradients if t is not None]]
 
 
