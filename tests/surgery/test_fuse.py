@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+import random
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 
@@ -251,3 +254,201 @@ def test_what_cannot_go_back():
         bn.to_torch(frozen)
     with pytest.raises(TypeError, match=r"to_torch takes a torch.nn.Module, got list"):
         bn.to_torch([])
+
+
+class Stem(nn.Module):
+    """An activation in its forward, and blocks with some in theirs, one in a child that only normalizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.Sequential(Block(), Block())
+
+    def forward(self, x):
+        return self.blocks(F.relu(self.stem(x)))
+
+
+def test_only_what_holds_a_layer_is_written_into_a_forward_around_it():
+    model = shaken(Stem())
+    called = []
+    model.blocks.register_forward_hook(lambda *_: called.append(1))
+    fused = bn.from_torch(model, example=X)
+    assert fused.batchnorm_report.of("fused") == ["stem.1"] + [f"blocks.{i}.bn{j}" for i in range(2) for j in (1, 2)]
+    called.clear()
+    same(model, fused, X)
+    assert len(called) == 4  # each of both, in eval and train
+    assert_back(model, fused)
+    model.stem.register_forward_hook(lambda *_: None)
+    why = bn.from_torch(model, example=X).batchnorm_report[0].why
+    assert why == "the forward of the model cannot be traced: stem in it has hooks, which would not be called"
+
+
+class SideHead(nn.Module):
+    """In train one more reader: of the layer's output, where in eval the activation alone reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.relu, self.aux = nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 1)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return (self.relu(y), self.aux(y)) if self.training else self.relu(y)
+
+
+def test_one_more_reader_in_train():
+    fused = bn.from_torch(shaken(SideHead()), example=X)
+    assert fused.batchnorm_report[0].why == "it, or what follows it, is called differently in train"
+
+
+def test_a_model_that_gives_other_values_with_all_fused_is_put_back(monkeypatch):
+    from batchnorm.surgery import fuse
+
+    monkeypatch.setattr(fuse, "_same", lambda *_: True)  # were the reader in train not seen
+    model = shaken(nn.Sequential(SideHead()))
+    fused = bn.from_torch(model, example=X)
+    assert fused.batchnorm_report[0].done == "left alone"
+    assert fused.batchnorm_report[0].why.startswith("with all that could be fused, the model gives other values")
+    assert type(fused[0].relu) is nn.ReLU
+    assert fused[0].norm.activation is None
+
+
+class NotRecorded(nn.Module):
+    """What torch.fx does not record, in a forward that is to be rewritten."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.conv, self.norm, self.what, self.calls, self.seen = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), what, 0, []
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        if self.what == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                x = self.conv(x)
+        elif self.what == "no_grad":
+            with torch.no_grad():
+                x = self.conv(x)
+        elif self.what == "set_grad_enabled":
+            with torch.set_grad_enabled(False):
+                x = self.conv(x)
+        elif self.what == "checkpoint":
+            x = checkpoint(self.conv, x, use_reentrant=False)
+        elif self.what == "random":
+            x = x * random.random()
+        elif self.what == "numpy":
+            x = x * numpy.random.rand()
+        elif self.what == "torch":
+            x = x + torch.rand(1)
+        elif self.what == "attribute":
+            self.calls += 1
+        elif self.what == "list":
+            self.seen.append(len(self.seen))
+        elif self.what == "buffer":
+            self.count += 1
+        return F.relu(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("autocast", "it enters autocast, which would be lost"),
+        ("no_grad", "it enters no_grad, which would be lost"),
+        ("set_grad_enabled", "it enters set_grad_enabled, which would be lost"),
+        ("checkpoint", "it calls torch.utils.checkpoint, which would be lost"),
+        *[(what, "it draws random numbers that would be constants") for what in ("random", "numpy", "torch")],
+        *[(what, "it changes its attributes, which would happen once") for what in ("attribute", "list", "buffer")],
+    ],
+)
+def test_what_torch_fx_would_lose_is_left_alone(what, why):
+    model = NotRecorded(what)
+    fused = bn.from_torch(model, example=X.float())
+    assert fused.batchnorm_report[0].why == f"the forward of the model cannot be traced: {why}"
+    assert not any(isinstance(value, torch.fx.Proxy) for value in (*vars(fused).values(), *fused.seen))
+    assert type(fused) is NotRecorded
+    assert torch.is_grad_enabled()
+    pickle.loads(pickle.dumps(fused))
+
+
+def test_a_reader_that_keeps_the_tensor_and_none():
+    class Keeps(nn.Sequential):
+        def forward(self, x):
+            self.feature = self[0](x)
+            return self[1](self.feature)
+
+    kept = bn.from_torch(Keeps(nn.BatchNorm2d(4), nn.ReLU()), example=X.float())
+    assert kept.batchnorm_report[0].why == "its output is read more than once"
+
+    class Unread(nn.Sequential):
+        def forward(self, x):
+            self[0](x)
+            return x
+
+    unread = bn.from_torch(Unread(nn.BatchNorm2d(4)), example=X.float())
+    assert unread.batchnorm_report[0].why == "nothing is known to read its output"
+
+
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_an_activation_with_hooks_stays(register):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    getattr(model[2], register)(lambda *_: None)
+    assert bn.from_torch(model, example=X.float()).batchnorm_report[0].why == "its output goes to 2, which has hooks"
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    model[1].register_full_backward_hook(lambda *_: None)
+    assert "hooks" in bn.from_torch(model, example=X.float()).batchnorm_report[0].why
+
+
+def test_back_from_a_forward_that_was_rewritten_twice():
+    model = shaken(nn.Sequential(Block()))
+    hook = model[0].bn2.register_forward_hook(lambda *_: None)
+    once = bn.from_torch(model, example=X)
+    once[0].bn2._forward_hooks.clear(), hook.remove()
+    twice = bn.from_torch(once, example=X)
+    assert twice[0].bn2.fused
+    same(model, twice, X)
+    assert_back(model, twice)
+
+
+@pytest.mark.parametrize("default", [(1, 2), [1], {"a": 1}], ids=str)
+def test_containers_as_defaults(default):
+    class WithDefault(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x, sizes=default):
+            return F.relu(self.norm(x)) * len(sizes)
+
+    report = bn.from_torch(shaken(WithDefault()), example=X).batchnorm_report
+    assert len(report) == 1  # fused, or left alone with a reason
+
+
+def test_compiled_and_scripted_parts():
+    compiled = bn.from_torch(torch.compile(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())), example=torch.randn(3, 4))
+    assert compiled.batchnorm_report.of("fused") == ["_orig_mod.0"]
+    inner = nn.BatchNorm1d(4)
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4), inner)), nn.BatchNorm1d(4), nn.ReLU())
+    fused = bn.from_torch(model, example=torch.randn(3, 4))
+    assert fused.batchnorm_report.of("fused") == ["1"]
+    assert inner.num_batches_tracked == 0
+
+
+def test_gradients_are_compared_without_a_trace_in_random_numbers():
+    model = shaken(nn.Sequential(Block(), nn.Dropout()))
+    state = torch.get_rng_state()
+    bn.from_torch(model, example=X)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_forward_that_cannot_be_checked_is_not_rewritten():
+    class Written(nn.Sequential):
+        def forward(self, x):
+            return F.relu(self[1](self[0](x.float())))
+
+    why = bn.from_torch(Written(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), example=X.float()).batchnorm_report[0].why
+    assert why.endswith("cannot be traced: it does not run in float64, in which it is checked")
+
+
+def test_in_inference_mode():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.ReLU())
+    with torch.inference_mode():
+        assert bn.from_torch(model, example=X.float() + 1).batchnorm_report.of("fused") == ["0.1"]

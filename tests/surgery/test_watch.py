@@ -1,7 +1,9 @@
 """What one watched forward pass tells: makers and readers of tensors."""
 
 import copy
+import random
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,3 +88,81 @@ def test_the_model_is_as_before_on_errors_too():
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     y = model(torch.randn(2, 2, 5, 5))  # no hook is left that would fail
     assert y["out"].requires_grad
+
+
+@torch.jit.script
+def scripted(x):
+    return x.exp()
+
+
+class Shown:
+    def __init__(self, *tensors):
+        self.tensors = tensors
+
+
+class Reads(nn.Module):
+    """A layer that an activation reads, and something else."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.norm, self.relu, self.other = nn.BatchNorm1d(3), nn.ReLU(), other
+
+    def forward(self, x):
+        y = self.norm(x)
+        z = self.relu(y)
+        if self.other == "keeps":
+            self.feature = y
+        elif self.other == "shows":
+            return Shown(z, y)
+        else:
+            return z, self.other(y)
+        return z
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, x):
+        return self.inner(x.exp())
+
+
+@pytest.mark.parametrize(
+    ("other", "label"),
+    [
+        (scripted, "exp()"),
+        (torch.vmap(lambda x: x.exp()), "exp()"),
+        (torch.jit.script(Inner()), "exp()"),
+        ("keeps", "what keeps it after the run"),
+        ("shows", "the model's output"),
+    ],
+    ids=["script", "vmap", "scripted module", "attribute", "object"],
+)
+def test_readers_that_torchs_functions_do_not_show_are_seen(other, label):
+    watched = watch(Reads(other), torch.randn(4, 3))
+    assert {watched.calls[i].label for i in watched.of("norm")[0].readers} == {"relu", label}
+
+
+class Rude(nn.Module):
+    """Changes what it is given, and draws from all generators."""
+
+    def forward(self, x):
+        random.random(), numpy.random.rand(), torch.rand(1)
+        return x.mul_(2)
+
+
+def test_the_example_and_random_numbers_are_as_before():
+    x = torch.ones(2, 3)
+    before = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state()
+    watch(Rude(), x)
+    assert x.eq(1).all()
+    assert random.getstate() == before[0]
+    assert numpy.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_what_is_compiled_is_watched_as_it_was_written():
+    watched = watch(torch.compile(nn.Sequential(nn.Linear(3, 3), nn.ReLU())), torch.randn(2, 3))
+    (linear,) = watched.of("_orig_mod.0")
+    assert watched.only_reader(linear).name == "_orig_mod.1"

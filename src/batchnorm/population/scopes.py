@@ -50,10 +50,11 @@ def preserve_state(model: Model) -> Iterator[Model]:
     finally:
         with torch.no_grad():
             for module, buffers, not_saved, values in saved:
-                module._buffers.clear()
-                module._buffers.update(buffers)
-                module._non_persistent_buffers_set.clear()
-                module._non_persistent_buffers_set.update(not_saved)
+                if not isinstance(module, torch.jit.ScriptModule):  # which can neither gain nor lose buffers
+                    module._buffers.clear()
+                    module._buffers.update(buffers)
+                    module._non_persistent_buffers_set.clear()
+                    module._non_persistent_buffers_set.update(not_saved)
                 for name, value in values.items():
                     module._buffers[name].copy_(value)  # type: ignore[union-attr]
         for module, training in modes:

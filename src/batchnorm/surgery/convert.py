@@ -33,8 +33,9 @@ def from_torch(model: Model, *, example: Any = None) -> Model:
     With an ``example``, a layer also takes over the addition and the activation behind it, where a forward pass on the
     example shows that nothing else reads what is in between. An activation module that is then done becomes an
     ``nn.Identity``; an addition or an activation that is written in a module's ``forward`` is fused in a forward that
-    torch.fx writes anew, checked beside the old one, outputs and gradients. ``batchnorm_report`` of the result has a
-    row for each layer: what it was fused with, or why not.
+    torch.fx writes anew. There, arguments that the example does not give and plain attributes that the forward reads
+    are constants. Outputs and gradients are checked beside the old ones, of each new forward and of the whole model.
+    ``batchnorm_report`` of the result has a row for each layer: what it was fused with, or why not.
 
     Args:
         model: any module.

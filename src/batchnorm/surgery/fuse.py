@@ -18,9 +18,11 @@ from batchnorm.functional import parse_activation
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.surgery.report import LEFT, Report, Row
-from batchnorm.surgery.rewrite import ADDITIONS, NOTHING, rewrite
-from batchnorm.surgery.watch import Call, Watched, watch
+from batchnorm.surgery.results import difference, results
+from batchnorm.surgery.rewrite import ADDITIONS, NOTHING, hooked, rewrite
+from batchnorm.surgery.watch import Call, Watched, arguments, watch
 
+TOLERANCE = 1e-6  # of the whole model in float64, where roundings add up
 _IN_PLACE = ("add_", "__iadd__", "iadd")
 
 
@@ -34,13 +36,13 @@ class Fused(nn.Identity):
 
 def fuse(model: nn.Module, example: Any) -> Report:
     """Fuse what can be, in place; the model's layers are ours already."""
-    seen, in_train = watch(model, example), _in_train(model, example)
+    seen, in_train, before = watch(model, example), _in_train(model, example), results(model, arguments(example))
     report, within = Report(), dict[str, list[str]]()
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, FusedBatchNorm):
             continue
         reason, last = _follow(seen, name, layer)
-        if last is not None and in_train is not None and not _same_calls(seen, in_train, (name, last.name)):
+        if last is not None and in_train is not None and not _same(seen, in_train, name, layer):
             reason, last = "it, or what follows it, is called differently in train", None
         if last is None:
             report.append(Row(name, LEFT, reason))
@@ -49,8 +51,15 @@ def fuse(model: nn.Module, example: Any) -> Report:
             report.append(Row(name, "fused", f"with {last.name}"))
         else:
             within.setdefault(_around(name, last.owner), []).append(name)
-    for place, names in within.items():
-        report += rewrite(model, example, place, names)
+    for place in sorted(within, key=len, reverse=True):  # inner ones first, which outer ones may take up
+        report += rewrite(model, example, place, within[place])
+    order = [name for name, _ in model.named_modules()]
+    report.sort(key=lambda row: order.index(row.layer))
+    wrong = difference(before, results(model, arguments(example)), TOLERANCE) if report.of("fused") else None
+    if wrong is not None:
+        unfuse(model)
+        why = f"with all that could be fused, the model {wrong}"
+        return Report(Row(row.layer, LEFT, why) if row.done == "fused" else row for row in report)
     return report
 
 
@@ -62,7 +71,8 @@ def unfuse(model: nn.Module) -> None:
                 setattr(module, name, child.was[0].train(child.training))
         if isinstance(module, FusedBatchNorm) and module.fused:
             module.activation, module.fused = None, False
-        module.__class__ = getattr(type(module), "written_for", type(module))
+        while hasattr(type(module), "written_for"):  # of one that was written for one that was written
+            module.__class__ = getattr(type(module), "written_for")  # noqa: B009
 
 
 def _in_train(model: nn.Module, example: Any) -> Watched | None:
@@ -73,8 +83,12 @@ def _in_train(model: nn.Module, example: Any) -> Watched | None:
         return None
 
 
-def _same_calls(a: Watched, b: Watched, names: tuple[str, ...]) -> bool:
-    return all(len(a.of(name)) == len(b.of(name)) for name in names)
+def _same(a: Watched, b: Watched, name: str, layer: FusedBatchNorm) -> bool:
+    """Whether the same alone reads the layer, and is called as often."""
+    (why, last), (other_why, other) = _follow(a, name, layer), _follow(b, name, layer)
+    if last is None or other is None:
+        return False
+    return (why, last.label, len(a.of(last.name))) == (other_why, other.label, len(b.of(last.name)))
 
 
 # ---- what follows a layer --------------------------------------------------------------------------------------------
@@ -88,25 +102,27 @@ def _follow(seen: Watched, name: str, layer: FusedBatchNorm) -> tuple[str, Call 
     (call,) = calls
     if layer.activation is not None or len(call.inputs) > 1:
         return "it has an activation or a residual already", None
-    if layer._forward_hooks:
-        return "it has forward hooks, which would see what follows it", None
+    if hooked(layer, ("forward", "backward", "backward_pre")):
+        return "it has hooks, which would see what follows it", None
     call = _past_identities(seen, call)
     reader = seen.only_reader(call)
     if reader is None:
-        return "its output is read more than once", None
+        return "its output is read more than once" if call.readers else "nothing is known to read its output", None
     added = _adds(seen, call, reader)
     after = seen.only_reader(reader) if added else reader
     if after is not None and _activation(after) is not None:
         return ("an addition" if added else "" if after.kind == "module" else "a function"), after
     if added:
         return "an addition", reader
-    return f"its output goes to {reader.name if reader.kind == 'module' else reader.name + '()'}", None
+    hooks = ", which has hooks" if reader.kind == "module" and hooked(reader.target) else ""
+    return f"its output goes to {reader.label}{hooks}", None
 
 
 def _past_identities(seen: Watched, call: Call) -> Call:
     """The last of those that give the same tensor on."""
     reader = seen.only_reader(call)
-    return _past_identities(seen, reader) if reader is not None and type(reader.target) in NOTHING else call
+    passes = reader is not None and type(reader.target) in NOTHING and not hooked(reader.target)
+    return _past_identities(seen, reader) if reader is not None and passes else call
 
 
 def _adds(seen: Watched, call: Call, reader: Call) -> bool:
@@ -119,6 +135,8 @@ def _adds(seen: Watched, call: Call, reader: Call) -> bool:
 
 def _activation(call: Call) -> str | None:
     if call.kind == "module":
+        if hooked(call.target):
+            return None
         try:
             return parse_activation(call.target)[0]
         except TypeError:

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,45 +25,74 @@ from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.population import preserve_state
 from batchnorm.surgery.report import LEFT, Row
-from batchnorm.surgery.watch import is_leaf, run, tensors_of
+from batchnorm.surgery.results import difference, results
+from batchnorm.surgery.watch import in_eager, is_leaf, run, tensors_of
 
 ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__", "iadd")
 NOTHING = (nn.Identity,)
-TOLERANCE = 1e-9  # the largest error, in float64, relative to the largest value of a tensor
-LEAST = 1e-3  # of the largest value of all: what that is at the least
+_CONTEXTS = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
 
 
 class _Tracer(fx.Tracer):
+    """Goes into those modules only that hold one of the layers."""
+
+    def __init__(self, layers: list[str]) -> None:
+        super().__init__()
+        self.layers = layers
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m) or isinstance(m, FusedBatchNorm)
+        holds = any(name.startswith(f"{module_qualified_name}.") for name in self.layers)
+        if is_leaf(m) or isinstance(m, FusedBatchNorm) or not holds:
+            return True
+        if hooked(m):
+            raise RuntimeError(f"{module_qualified_name} in it has hooks, which would not be called")
+        return False
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        frame = sys._getframe()
+        while frame.f_back is not None:  # what checkpoint calls is recorded, that it calls it is not
+            frame = frame.f_back
+            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+                raise RuntimeError("it calls torch.utils.checkpoint, which would be lost")
+        return super().create_proxy(*args, **kwargs)
 
 
 def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> list[Row]:
-    """Fuse these layers in the forward of the module at ``place``, or leave all of it as it is."""
+    """Fuse these layers in the forward of the module at ``place``, or leave all of it as it is.
+
+    Arguments that the example does not give, and plain attributes that the forward reads, are constants afterwards.
+    """
     module = model.get_submodule(place)
     where = f"the forward of {place or 'the model'}"
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+    old = type(module)
     try:
         given = _given(model, example, module)
-        before = _results(module, given)
-        graph = _traced(module, given)
+        local = {name: name[len(place) + 1 :] if place else name for name in names}
+        before = results(module, given)
+        if len(before) == 1:
+            raise RuntimeError("it does not run in float64, in which it is checked")
+        graph = _traced(module, given, list(local.values()))
+        found = {name: _fuse_in_graph(graph, module, local[name], layer) for name, layer in layers.items()}
+        module.__class__ = _with_forward(old, graph)
+        wrong = difference(before, results(module, given))
+        why = wrong and f"{where}, rewritten, {wrong}"
     except Exception as error:  # whatever user code raises when it is traced
-        return [Row(name, LEFT, f"{where} cannot be traced: {str(error).splitlines()[0][:200]}") for name in names]
-    rows = []
-    for name, layer in layers.items():
-        found = _fuse_in_graph(graph, module, name[len(place) + 1 :] if place else name, layer)
-        rows.append(
-            Row(name, "fused", f"with {found}, in {where}") if found else Row(name, LEFT, f"{where} has no such")
-        )
-    old = type(module)
-    module.__class__ = _with_forward(old, graph)
-    wrong = _difference(before, _results(module, given))
-    if wrong is not None:
+        why = f"{where} cannot be traced: {(str(error) or type(error).__name__).splitlines()[0][:200]}"
+    if why:
         module.__class__ = old
         for layer in layers.values():
             layer.activation, layer.fused = None, False
-        return [Row(name, LEFT, f"{where}, rewritten, {wrong}") for name in names]
-    return rows
+        return [Row(name, LEFT, why) for name in names]
+    return [
+        Row(name, "fused", f"with {what}, in {where}") if what else Row(name, LEFT, f"{where} has no such")
+        for name, what in found.items()
+    ]
+
+
+def hooked(module: nn.Module, kinds: tuple[str, ...] = ("forward", "forward_pre", "backward", "backward_pre")) -> bool:
+    """Whether somebody looks at what comes in or goes out."""
+    return any(getattr(module, f"_{kind}_hooks") for kind in kinds)
 
 
 def _given(model: nn.Module, example: Any, module: nn.Module) -> tuple[Any, dict[str, Any]]:
@@ -91,24 +124,75 @@ def _given(model: nn.Module, example: Any, module: nn.Module) -> tuple[Any, dict
     return given
 
 
-def _traced(module: nn.Module, given: Any) -> fx.Graph:
+def _traced(module: nn.Module, given: Any, layers: list[str]) -> fx.Graph:
     """Its graph, which must not depend on train and eval; arguments that were not given keep their defaults."""
     args, kwargs = given
     signature = inspect.signature(type(module).forward)
     bound = signature.bind(module, *args, **kwargs).arguments
+    values = {name: parameter.default for name, parameter in signature.parameters.items()} | bound
     fixed = {
-        name: parameter.default
-        for name, parameter in signature.parameters.items()
-        if name not in bound and parameter.default is not inspect.Parameter.empty
-    } | {name: value for name, value in bound.items() if value is None or isinstance(value, bool | int | float | str)}
+        name: value for name, value in values.items() if value is None or isinstance(value, bool | int | float | str)
+    }
     graphs = []
-    with preserve_state(module):
+    with preserve_state(module), in_eager(module), torch.enable_grad():
         for mode in (True, False):
             module.train(mode)
-            graphs.append(_Tracer().trace(module, concrete_args=fixed or None))
+            with _all_recorded(module):
+                graphs.append(_Tracer(layers).trace(module, concrete_args=fixed or None))
     if str(graphs[0]) != str(graphs[1]):
         raise RuntimeError("it does something else in train than in eval")
     return graphs[0]
+
+
+@contextmanager
+def _all_recorded(module: nn.Module) -> Iterator[None]:
+    """Raises where a forward does what torch.fx does not record; attributes that it sets are put back."""
+
+    def refused(context: Any) -> None:
+        raise RuntimeError(f"it enters {type(context).__name__}, which would be lost")
+
+    modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    drawn, marks, saved = _drawn(), [_marks(m) for m in modules], [_attributes(m) for m in modules]
+    entered = [(context, context.__enter__) for context in _CONTEXTS]
+    for context in _CONTEXTS:
+        context.__enter__ = refused  # type: ignore[method-assign]
+    try:
+        yield
+        if _drawn() != drawn:
+            raise RuntimeError("it draws random numbers that would be constants")
+        if [_marks(m) for m in modules] != marks:
+            raise RuntimeError("it changes its attributes, which would happen once")
+    finally:
+        for context, enter in entered:
+            context.__enter__ = enter  # type: ignore[method-assign]
+        for m, (attributes, held) in zip(modules, saved, strict=True):
+            vars(m).clear()
+            vars(m).update(attributes)
+            for name, content in held.items():
+                attributes[name].clear()
+                (attributes[name].extend if isinstance(content, list) else attributes[name].update)(content)
+
+
+def _drawn() -> list[Any]:
+    """The states of all random number generators."""
+    numpy: Any = sys.modules.get("numpy")
+    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    states = [state.tolist() for state in (torch.get_rng_state(), *on_cuda)]
+    return [random.getstate(), states, numpy and str(numpy.random.get_state())]
+
+
+def _attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All, and what is in those that are containers."""
+    found = dict(vars(module))
+    return found, {name: copy.copy(value) for name, value in found.items() if isinstance(value, list | set | dict)}
+
+
+def _marks(module: nn.Module) -> list[Any]:
+    """Other ones where an attribute, or what is in one, is another, or a buffer was written to."""
+    attributes, held = _attributes(module)
+    inside = [each for value in held.values() for each in (value.values() if isinstance(value, dict) else value)]
+    written = [t._version for t in module._buffers.values() if t is not None]
+    return [*attributes, *map(id, (*attributes.values(), *inside)), *written]
 
 
 def _fuse_in_graph(graph: fx.Graph, module: nn.Module, name: str, layer: Any) -> str:
@@ -151,6 +235,8 @@ def _name(node: fx.Node) -> str:
 def _activation_of(module: nn.Module, node: fx.Node) -> str | tuple[str, float] | None:
     """As a layer has it."""
     if node.op == "call_module":
+        if hooked(module.get_submodule(str(node.target))):
+            return None
         try:
             name, slope = parse_activation(module.get_submodule(str(node.target)))
         except TypeError:
@@ -186,42 +272,3 @@ def _written(kind: type, source: str) -> type:
 def _remade(kind: type, source: str) -> nn.Module:
     made: Any = _written(kind, source)
     return made.__new__(made)
-
-
-def _results(module: nn.Module, given: Any) -> list[list[Tensor]]:
-    """Outputs, then gradients, in eval and train, of a copy in float64."""
-    found: list[list[Tensor]] = []
-    for mode in (False, True):
-        wide = copy.deepcopy(module).double().train(mode)
-        args, kwargs = _pytree.tree_map_only(Tensor, _leaf, given)
-        with torch.random.fork_rng([]), torch.enable_grad():
-            torch.manual_seed(0)
-            try:
-                out = [t for t in tensors_of(wide(*args, **kwargs)) if t.is_floating_point()]
-            except ValueError:
-                if mode:  # one value per channel cannot be trained on
-                    continue
-                raise
-            wanted = [t for t in (*tensors_of((args, kwargs)), *wide.parameters()) if t.requires_grad]
-            loss = sum((t * torch.randn_like(t)).sum() for t in out)
-            gradients = torch.autograd.grad(loss, wanted, allow_unused=True) if wanted else ()  # type: ignore[arg-type]
-        found += [[t.detach() for t in out], [t for t in gradients if t is not None]]
-    return found
-
-
-def _leaf(t: Tensor) -> Tensor:
-    return t.detach().double().requires_grad_() if t.is_floating_point() else t
-
-
-def _difference(before: list[list[Tensor]], after: list[list[Tensor]]) -> str | None:
-    """What is wrong, if anything. LEAST: the gradient of a bias before batch normalization is rounding alone."""
-    if [len(tensors) for tensors in before] != [len(tensors) for tensors in after]:
-        return "has other gradients"
-    for old, new in zip(before, after, strict=True):
-        largest = max((t.abs().max().item() for t in old if t.numel()), default=0.0)
-        for a, b in zip(old, new, strict=True):
-            scale = max(a.abs().max().item(), LEAST * largest) if a.numel() else 1.0
-            error = (a - b).abs().max().item() / scale if scale else 0.0
-            if not error <= TOLERANCE:
-                return f"gives other values: {error:.1e} of the largest"
-    return None

@@ -5,8 +5,12 @@ Comes from: any model and an example. Goes to: ``fold``, ``fuse``, ``insert``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import gc
+import random
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.population import preserve_state
 
@@ -32,7 +37,7 @@ _READS = dict.fromkeys(("reshape_as", "view_as", "expand_as", "type_as"), 1) | d
 
 @dataclass
 class Call:
-    """A module or function that was called, or the model's inputs and outputs.
+    """A module or function that was called, or the model's inputs and outputs, or what keeps tensors after the run.
 
     ``name``: of a module in the model, of a function in torch; ``owner``: the module in whose forward it was called;
     ``inputs``: the calls that made the tensors it read, ``given``: the arguments (a place or a name) they came in;
@@ -40,7 +45,7 @@ class Call:
     """
 
     index: int
-    kind: str  # "module", "function", "input", "output"
+    kind: str  # "module", "function", "input", "output", "held"
     name: str
     target: Any
     owner: str
@@ -52,7 +57,8 @@ class Call:
     @property
     def label(self) -> str:
         """As reports call it."""
-        return {"module": self.name, "function": f"{self.name}()"}.get(self.kind, f"the model's {self.kind}")
+        known = {"module": self.name, "function": f"{self.name}()", "held": "what keeps it after the run"}
+        return known.get(self.kind, f"the model's {self.kind}")
 
 
 @dataclass
@@ -93,7 +99,8 @@ def watch(model: nn.Module, example: Any, train: bool = False) -> Watched:
     """Run the model once, in eval or train, and note who made and who read each tensor.
 
     A module without children is a call, and so is a function of torch in the others. Control flow, several inputs,
-    outputs in dicts and modules that are used twice are followed as they come. The model is as before afterwards.
+    outputs in dicts and modules that are used twice are followed as they come; so are readers that torch's functions
+    do not show: scripts, vmap, attributes that keep a tensor. The model is as before afterwards.
 
     Args:
         model: any module.
@@ -103,9 +110,12 @@ def watch(model: nn.Module, example: Any, train: bool = False) -> Watched:
     Raises:
         Exception: whatever the model raises on the example.
     """
-    noted = _Noted(model)
+    noted, example = _Noted(model), cloned(example)
     noted.made(example, noted.begin("input", "input", None, (), {}))
-    out = run(model, example, noted, train)
+    out = _ran(model, example, noted, train)
+    held = noted.held((example, out))
+    if held:
+        noted.begin("held", "held", None, (held,), {})
     noted.begin("output", "output", None, (out,), {})
     return Watched(noted.calls)
 
@@ -113,10 +123,37 @@ def watch(model: nn.Module, example: Any, train: bool = False) -> Watched:
 def run(
     model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None, train: bool = False
 ) -> Any:
-    """What the model gives. It is as before afterwards, random numbers too."""
+    """What the model gives. It is as before afterwards, random numbers and the example too."""
+    return _ran(model, cloned(example), watched_by, train)
+
+
+def _ran(model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None, train: bool) -> Any:
     positional, named = arguments(example)
-    with torch.no_grad(), torch.random.fork_rng([]), preserve_state(model), watched_by or nullcontext():
+    with torch.no_grad(), in_eager(model), preserve_state(model), watched_by or nullcontext():
         return model.train(train)(*positional, **named)
+
+
+def cloned(example: Any) -> Any:
+    """For a model that changes what it is given."""
+    return _pytree.tree_map_only(Tensor, torch.clone, example)
+
+
+@contextmanager
+def in_eager(model: nn.Module) -> Iterator[None]:
+    """Nothing is compiled inside, and random numbers are as before afterwards: torch's, Python's and NumPy's."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type in ("cuda", "xpu")}
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    numpy_state = numpy and numpy.random.get_state()
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and this would import it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.random.fork_rng(devices))
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            if numpy is not None:
+                numpy.random.set_state(numpy_state)
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -127,7 +164,7 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def tensors_of(values: Any) -> Iterable[Tensor]:
-    """All tensors in nested containers, those that torch does not know (transformers' outputs) too."""
+    """All tensors in nested containers, those that torch does not know (transformers' outputs) and objects too."""
     for leaf in _pytree.tree_leaves(values):
         if isinstance(leaf, Tensor):
             yield leaf
@@ -135,6 +172,8 @@ def tensors_of(values: Any) -> Iterable[Tensor]:
             yield from tensors_of(list(leaf.values()))
         elif hasattr(leaf, "__dataclass_fields__"):
             yield from tensors_of([getattr(leaf, name) for name in leaf.__dataclass_fields__])
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):  # not deeper: there may be cycles
+            yield from (t for t in _pytree.tree_leaves(list(vars(leaf).values())) if isinstance(t, Tensor))
 
 
 class _Noted(TorchFunctionMode):
@@ -148,6 +187,8 @@ class _Noted(TorchFunctionMode):
         self.kept: list[Tensor] = []
         self.owners = [""]
         self.inside: list[tuple[nn.Module, Call]] = []  # the module without children that runs now
+        self.given: list[set[int]] = [set()]  # what the module or function that runs now was given
+        self.unseen = _Unseen(self)
 
     def begin(self, kind: str, name: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = Call(len(self.calls), kind, name, target, self.owners[-1])
@@ -172,29 +213,47 @@ class _Noted(TorchFunctionMode):
         self.hooks = [
             hook
             for module in self.names
+            if not isinstance(module, torch.jit.ScriptModule)  # has no hooks; its operations are seen
             for hook in (
                 module.register_forward_pre_hook(self._before, with_kwargs=True),
                 module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             )
         ]
+        self.unseen.__enter__()
         return super().__enter__()
 
     def __exit__(self, *details: Any) -> None:
         for hook in self.hooks:
             hook.remove()
+        self.unseen.__exit__(*details)
         super().__exit__(*details)
+
+    def held(self, shown: Any) -> list[Tensor]:
+        """What something keeps after the run, and is not shown: attributes, lists of hooks, closures in an output."""
+        known = {id(each) for t in tensors_of(shown) for each in (t, t._base)}
+        found = [weakref.ref(t) for t in self.kept]
+        self.kept.clear()
+
+        def alive() -> list[Tensor]:
+            return [t for one in found if (t := one()) is not None and id(t) not in known]
+
+        if alive():
+            gc.collect()  # a function that calls itself keeps what it uses
+        return alive()
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.inside:
             return
         if is_leaf(module):
             self.inside.append((module, self.begin("module", self.names[module], module, args, kwargs)))
+            self.given.append({id(t) for t in tensors_of((args, kwargs))})
         else:
             self.owners.append(self.names[module])
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.inside:
             if self.inside[-1][0] is module:
+                self.given.pop()
                 self.made(output, self.inside.pop()[1])
         elif not is_leaf(module):
             self.owners.pop()
@@ -204,17 +263,40 @@ class _Noted(TorchFunctionMode):
         if self.inside:
             return function(*args, **kwargs)
         name = getattr(function, "__name__", str(function))
-        if name in _ABOUT:
+        asks = name in _ABOUT
+        call = None if asks else self.begin("function", name, function, args[: _READS.get(name)], kwargs)
+        self.given.append({id(t) for t in tensors_of((args, kwargs))})
+        try:
             out = function(*args, **kwargs)
-            if next(iter(tensors_of(out)), None) is not None:  # x.T, where x.shape is none
-                self.made(out, self.begin("function", name, function, args, kwargs))
-            return out
-        call = self.begin("function", name, function, args[: _READS.get(name)], kwargs)
-        out = function(*args, **kwargs)
-        self.made(out, call)
+        finally:
+            self.given.pop()
+        if call is None and next(iter(tensors_of(out)), None) is not None:  # x.T, where x.shape is none
+            call = self.begin("function", name, function, args, kwargs)
+        if call is not None:
+            self.made(out, call)
         return out
+
+
+class _Unseen(TorchDispatchMode):
+    """Operations on known tensors that were not given to what runs now: in scripts, in vmap."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, noted: _Noted) -> None:
+        super().__init__()
+        self.noted = noted
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = [
+            t for t in tensors_of((args, kwargs)) if id(t) in self.noted.maker and id(t) not in self.noted.given[-1]
+        ]
+        if read:
+            self.noted.begin("function", function.name().split("::")[-1], function, (read,), {})
+        with torch._C.DisableTorchFunction():  # it is no call of the model's
+            return function(*args, **(kwargs or {}))
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether what happens in its forward is its own business."""
-    return all(name == "parametrizations" for name, _ in module.named_children())
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return scripted or all(name == "parametrizations" for name, _ in module.named_children())

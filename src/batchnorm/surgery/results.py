@@ -1,0 +1,74 @@
+"""What a module computes on an example, and whether it computes the same after a change.
+
+Comes from: ``rewrite`` and ``fuse``, before and after. Goes to: their reports.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from batchnorm.surgery.watch import in_eager, tensors_of
+
+TOLERANCE = 1e-9  # the largest error, in float64, relative to the largest value of a tensor
+LEAST = 1e-3  # of the largest value of all: what that is at the least
+
+
+def results(module: nn.Module, given: Any) -> list[list[Tensor]]:
+    """Outputs in eval, as it is; then of a copy in float64 outputs and gradients in eval and train, where it can."""
+    found = [_outputs_and_gradients(module, given, wide=False, train=False)[0]]
+    for train in (False, True):
+        with suppress(Exception):  # whatever user code raises: a dtype that is written down, one value per channel
+            found += _outputs_and_gradients(module, given, wide=True, train=train)
+    return found
+
+
+def _outputs_and_gradients(module: nn.Module, given: Any, wide: bool, train: bool) -> list[list[Tensor]]:
+    with in_eager(module), torch.inference_mode(False), torch.set_grad_enabled(wide):
+        copied = copy.deepcopy(module).train(train)
+        copied = copied.double() if wide else copied
+        args, kwargs = _pytree.tree_map_only(Tensor, _leaf if wide else torch.clone, given)
+        out = list(tensors_of(copied(*args, **kwargs)))
+        wanted = [t for t in (*tensors_of((args, kwargs)), *copied.parameters()) if t.requires_grad]
+        weighted = [(t * _weights(t)).sum() for t in out if t.requires_grad]
+        gradients = torch.autograd.grad(weighted, wanted, allow_unused=True) if weighted else ()
+    return [[t.detach() for t in out], [t for t in gradients if t is not None]]
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().double().clone().requires_grad_() if t.is_floating_point() else t.clone()
+
+
+def _weights(t: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(t.numel())
+    return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+
+
+def difference(before: list[list[Tensor]], after: list[list[Tensor]], tolerance: float = TOLERANCE) -> str | None:
+    """What is wrong, if anything. LEAST: the gradient of a bias before batch normalization is rounding alone."""
+    if [len(tensors) for tensors in before] != [len(tensors) for tensors in after]:
+        return "fails, or has other gradients"
+    for old, new in zip(before, after, strict=True):
+        largest = max((_largest(t) for t in old), default=0.0)
+        for a, b in zip(old, new, strict=True):
+            if a.dtype != b.dtype or a.shape != b.shape:
+                return f"gives {b.dtype} of {tuple(b.shape)} instead of {a.dtype} of {tuple(a.shape)}"
+            if a.is_floating_point():
+                scale = max(_largest(a), LEAST * largest)
+                error = _largest(a.double() - b.double()) / scale if scale else 0.0
+                # narrow ones differ by their rounding, which the wide ones tell from mistakes
+                limit = tolerance if a.dtype == torch.float64 else 4 * torch.finfo(a.dtype).eps ** 0.5
+                if not error <= limit:
+                    return f"gives other values: {error:.1e} of the largest"
+            elif not torch.equal(a, b):
+                return "gives other integers"
+    return None
+
+
+def _largest(t: Tensor) -> float:
+    return t.double().abs().max().item() if t.numel() and t.is_floating_point() else 0.0
