@@ -20,7 +20,7 @@ from batchnorm.ops import fallback
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.results import difference, results
 from batchnorm.surgery.rewrite import ADDITIONS, NOTHING, hooked, rewrite
-from batchnorm.surgery.watch import Call, Watched, arguments, watch
+from batchnorm.surgery.watch import Call, Watched, arguments, watch, watch_in_train
 
 TOLERANCE = 1e-6  # of the whole model in float64, where roundings add up
 _IN_PLACE = ("add_", "__iadd__", "iadd")
@@ -36,7 +36,7 @@ class Fused(nn.Identity):
 
 def fuse(model: nn.Module, example: Any) -> Report:
     """Fuse what can be, in place; the model's layers are ours already."""
-    seen, in_train, before = watch(model, example), _in_train(model, example), results(model, arguments(example))
+    seen, in_train, before = watch(model, example), watch_in_train(model, example), results(model, arguments(example))
     report, within = Report(), dict[str, list[str]]()
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, FusedBatchNorm):
@@ -73,14 +73,6 @@ def unfuse(model: nn.Module) -> None:
             module.activation, module.fused = None, False
         while hasattr(type(module), "written_for"):  # of one that was written for one that was written
             module.__class__ = getattr(type(module), "written_for")  # noqa: B009
-
-
-def _in_train(model: nn.Module, example: Any) -> Watched | None:
-    """The same in train, which may do more; None where the example cannot be trained on."""
-    try:
-        return watch(model, example, train=True)
-    except Exception:  # whatever user code raises: one value per channel, no labels
-        return None
 
 
 def _same(a: Watched, b: Watched, name: str, layer: FusedBatchNorm) -> bool:

@@ -120,6 +120,14 @@ def watch(model: nn.Module, example: Any, train: bool = False) -> Watched:
     return Watched(noted.calls)
 
 
+def watch_in_train(model: nn.Module, example: Any) -> Watched | None:
+    """``watch`` in train, which may do more; None where the example cannot be trained on."""
+    try:
+        return watch(model, example, train=True)
+    except Exception:  # whatever user code raises: one value per channel, no labels
+        return None
+
+
 def run(
     model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None, train: bool = False
 ) -> Any:
