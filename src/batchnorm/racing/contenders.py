@@ -50,7 +50,7 @@ class Contender:
 
 BN: dict[str, Any] = {"batch_norm": True, "recalibrate": 2_000}  # evaluated with population statistics, Algorithm 2
 SIGMOID: dict[str, Any] = {"network": {"activation": "sigmoid"}}
-OWN: dict[str, Any] = {"tuned": True, "plateau_speed": 1 / 0.06}
+OWN: dict[str, Any] = {"tuned": True, "plateau_speed": 1 / 0.07}
 
 CONTENDERS = {
     contender.name: contender
