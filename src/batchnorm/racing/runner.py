@@ -153,8 +153,6 @@ def _check_contenders(task: Task, plan: Plan) -> None:
         run = Run(contender, 0, plan.learning_rates[contender.name], plan.steps, plan.interval)
         try:
             trainer = Trainer(task, run)
-            if contender.batch_norm and not trainer.model.batchnorm_report.of("normalized"):  # type: ignore
-                raise ValueError("there is no layer to normalize before a nonlinearity; see bn.insert's report.")
             trainer.step()
             trainer.prepare(trainer.model)
             inputs, targets = task.test[torch.arange(min(2, len(task.test)))]
