@@ -27,8 +27,9 @@ def draw(found: RateTest, axes: Axes) -> None:
     top, bottom = max(found.smoothed[:fallen]), min(found.losses)
     axes.set_ylim(bottom - 0.05 * (top - bottom), top + 0.15 * (top - bottom))
     axes.annotate(
-        f" {found.rate:.2g}", (found.rate, 0.98), xycoords=("data", "axes fraction"), va="top", fontweight="bold"
-    )
+        f"{found.rate:.2g} ", (found.rate, 0.98), xycoords=("data", "axes fraction"), ha="right", va="top",
+        fontweight="bold",
+    )  # fmt: skip
     axes.set_title(f"The loss falls fastest at a learning rate of {found.rate:.2g}", loc="left")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("training loss of a batch (line: moving average)")
