@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["speed"], 'reproduce: unknown experiment "speed". Known: capacity'),
+        (["speed"], 'reproduce: unknown experiment "speed". Known: mnist'),
         (["scale", "--all"], "--all runs all of them"),
         (["scale", "--seeds", "0"], "--seeds must be at least 1 (got 0)"),
         (["scale", "--out", "there"], "there holds results of another kind: quick was True, is False"),

@@ -9,7 +9,7 @@ import importlib
 
 from batchnorm.experiments.claim import Experiment
 
-NAMES = ("capacity", "scale", "convolution")
+NAMES = ("mnist", "saturation", "capacity", "scale", "convolution")
 
 
 def load(name: str) -> Experiment:
