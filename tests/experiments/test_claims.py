@@ -1,6 +1,7 @@
 """experiments/: each runs at its quick size, concludes, draws; a claim that fails is "not confirmed", not an error."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +20,9 @@ LEARNS: dict[str, Callable[[Cell, bool], Record]] = {
     "saturation": lambda cell, holds: {
         "accuracy": 0.85 if cell["batch_norm"] and holds else 0.3,
         "saturated": [(0, 0.1), (60, 0.2)],
+    },
+    "initialization": lambda cell, holds: {
+        "accuracy": 0.8 if abs(math.log10(cell["scale"])) < (1.1 if cell["batch_norm"] and holds else 0.4) else 0.1
     },
 }
 

@@ -9,7 +9,7 @@ import importlib
 
 from batchnorm.experiments.claim import Experiment
 
-NAMES = ("mnist", "saturation", "capacity", "scale", "convolution")
+NAMES = ("mnist", "capacity", "scale", "saturation", "initialization", "convolution")
 
 
 def load(name: str) -> Experiment:
