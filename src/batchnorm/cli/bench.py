@@ -62,7 +62,7 @@ def bench(
 
     A case whose results are wrong is not timed, and the exit code is 1 then.
     """
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     try:
         if network is not None and network not in NETWORKS:
             raise ValueError(f'unknown network "{network}". Known: {", ".join(NETWORKS)}.')
