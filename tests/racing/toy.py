@@ -42,10 +42,11 @@ def explodes() -> bn.Task:
     """The baseline is fine; with batch normalization it is not."""
 
     class Network(nn.Sequential):
+        passes = 0
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = super().forward(x)
-            normalized = any(isinstance(m, nn.BatchNorm1d) for m in self.modules())
-            return y * float("nan") if normalized and self.training and y.detach().std() > 1 else y
+            self.passes += self.training and any(isinstance(m, nn.BatchNorm1d) for m in self.modules())
+            return super().forward(x) * (float("nan") if self.passes > 12 else 1.0)
 
     def watched() -> nn.Module:
         return Network(*model().children())
