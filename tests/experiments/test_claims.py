@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 
 from batchnorm.experiments import NAMES, load
 from batchnorm.experiments.claim import Cell, Record, Result
-from batchnorm.experiments.numbers import interval, with_interval
+from batchnorm.experiments.numbers import with_interval
 from batchnorm.experiments.runner import run
+from batchnorm.racing.score import interval
 
 # Exact claims. In a record: what, made so large, must turn the verdict.
 SPOILS = {"capacity": "with_eps", "scale": "output, eps=0", "convolution": "per_map"}

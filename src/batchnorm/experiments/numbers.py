@@ -1,4 +1,4 @@
-"""Means over seeds with their intervals, and how numbers are written in tables.
+"""Means over seeds with their intervals, as tables have them.
 
 Comes from: records of experiments. Goes to: their tables and verdicts.
 """
@@ -8,15 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """Confidence interval of the mean (Student's t); None for a single value."""
-    if len(values) < 2:
-        return None
-    from scipy import stats
-
-    low, high = stats.t.interval(confidence, len(values) - 1, loc=mean(values), scale=stats.sem(values) or 1e-300)
-    return float(low), float(high)
+from batchnorm.racing.score import interval
 
 
 def with_interval(values: Sequence[float], form: str = "{:.2%}") -> str:
