@@ -241,3 +241,11 @@ def test_a_recipe_prints_what_it_changes_and_who_does_it() -> None:
     assert "learning-rate decay 2 times slower, for 2 times the steps" in str(bn.Recipe(decay_speed=0.5))
     assert "dropout x0.5" in str(bn.Recipe(dropout=0.5))
     assert len(str(PAPER).splitlines()) == 6
+
+
+def test_a_group_without_parameters() -> None:
+    model = nn.Sequential(nn.Linear(4, 2, bias=False))
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) is many]} for many in (True, False)]
+    optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=0.01)
+    PAPER.apply(optimizer, schedulers.StepLR(optimizer, 60))
+    assert [(g["lr"], len(g["params"])) for g in optimizer.param_groups] == [(0.5, 1), (0.5, 0)]

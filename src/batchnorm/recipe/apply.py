@@ -84,7 +84,7 @@ def apply(recipe: Recipe, optimizer: Optimizer, scheduler: Any, model: nn.Module
     origins = _split(optimizer, kind)
     factors = []
     for group in optimizer.param_groups:
-        undecayed, as_it_is = kind(group["params"][0])
+        undecayed, as_it_is = kind(group["params"][0]) if group["params"] else (False, False)
         factors.append(1.0 if as_it_is else recipe.learning_rate)
         group[MARK] = recipe.name
         for key in RATES:
@@ -161,14 +161,14 @@ def _split(optimizer: Optimizer, kind: Callable[[Tensor], tuple[bool, bool]]) ->
         for parameter, name in zip(group["params"], names, strict=True):
             parts.setdefault(kind(parameter), []).append((parameter, name))
         cut = [parts[key] for key in sorted(parts)]  # those that decay, and change their rate, first
-        for number, part in enumerate(cut):
-            new: dict[str, Any] = {"params": [p for p, _ in part]}
-            if "param_names" in group:
-                new["param_names"] = [name for _, name in part]
-            if number == 0:
-                first = new
-            else:
-                origins.append(i)
-                optimizer.param_groups.append({**group, **new})
-        group |= first
+        news = [_part(part, "param_names" in group) for part in cut]
+        for new in news[1:]:
+            origins.append(i)
+            optimizer.param_groups.append({**group, **new})
+        group |= news[0] if news else {}
     return origins
+
+
+def _part(pairs: list[tuple[Tensor, str | None]], named: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"params": [p for p, _ in pairs]}
+    return found | ({"param_names": [name for _, name in pairs]} if named else {})
