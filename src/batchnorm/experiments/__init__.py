@@ -1,6 +1,7 @@
 """The paper's claims as experiments, one file each. A new experiment is a file and a name here.
 
-An experiment's module has ``CLAIM``, ``cells(quick)``, ``measure(**cell)`` and ``conclude(records)``; see ``claim.py``.
+An experiment's module has ``CLAIM``, ``cells(quick, seeds)``, ``measure(**cell)`` and ``conclude(records)``, and where
+it takes times ``alone(cell)``; see ``claim.py``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ import importlib
 
 from batchnorm.experiments.claim import Experiment
 
-NAMES = ("mnist", "capacity", "scale", "saturation", "initialization", "convolution")
+NAMES = (
+    "steps", "mnist", "shift", "capacity", "scale", "saturation", "initialization", "learning-rate", "gradients",
+    "regularization", "gradient-quality", "throughput", "inference", "convolution", "ensemble", "cost",
+)  # fmt: skip
 
 
 def load(name: str) -> Experiment:
@@ -21,4 +25,5 @@ def load(name: str) -> Experiment:
     if name not in NAMES:
         raise ValueError(f'unknown experiment "{name}". Known: {", ".join(NAMES)}.')
     module = importlib.import_module(f"batchnorm.experiments.{name.replace('-', '_')}")
-    return Experiment(module.CLAIM, module.cells, module.measure, module.conclude)
+    optional = {"alone": module.alone} if hasattr(module, "alone") else {}
+    return Experiment(module.CLAIM, module.cells, module.measure, module.conclude, **optional)

@@ -51,11 +51,11 @@ class Result:
 class Experiment:
     """``cells(quick, seeds)``: the runs; ``measure(**cell)``: one of them; ``conclude(records)``: what they show.
 
-    ``alone``: times are taken, so nothing else may run.
+    ``alone(cell)``: whether it takes times, so that nothing else may run beside it.
     """
 
     claim: Claim
     cells: Callable[[bool, int], list[Cell]]
     measure: Callable[..., Record]
     conclude: Callable[[list[Record]], Result]
-    alone: bool = False
+    alone: Callable[[Cell], bool] = lambda cell: False

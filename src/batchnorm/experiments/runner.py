@@ -42,17 +42,17 @@ def run(name: str, *, quick: bool = False, seeds: int = 3) -> Result:
 def run_all(
     names: list[str], *, quick: bool, seeds: int, out: Path, workers: int, console: Console
 ) -> Iterator[tuple[str, Result]]:
-    """The experiments' results, in their order; those that take times last, one cell at a time."""
+    """The experiments' results, in their order; the cells that take times come last, one at a time."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     experiments = {name: load(name) for name in names}
     cells = {name: experiment.cells(quick, seeds) for name, experiment in experiments.items()}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
+        bars = {name: progress.add_task(name, total=len(cells[name])) for name in names}
         for alone in (False, True):
-            chosen = [name for name in names if experiments[name].alone is alone]
-            bars = {name: progress.add_task(name, total=len(cells[name])) for name in chosen}
-            for name, _ in measured([(n, cell) for n in chosen for cell in cells[n]], out, 1 if alone else workers):
+            jobs = [(n, cell) for n in names for cell in cells[n] if experiments[n].alone(cell) is alone]
+            for name, _ in measured(jobs, out, 1 if alone else workers):
                 progress.advance(bars[name])
     for name in names:
         yield name, experiments[name].conclude([read(out, name, cell) for cell in cells[name]])

@@ -39,15 +39,24 @@ def vectors(binary: bool = False) -> tuple[TensorDataset, TensorDataset]:
 
 
 def perceptron(
-    depth: int, width: int, activation: type[nn.Module], *, batch_norm: bool, scale: float = 1.0, seed: int = 0
+    depth: int,
+    width: int,
+    activation: type[nn.Module],
+    *,
+    batch_norm: bool,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> nn.Sequential:
     """``depth`` hidden layers for the images as vectors; weights normal with deviation ``scale`` * sqrt(1 / inputs).
 
     With ``batch_norm`` it is the same network from the same weights, given batch normalization by ``insert``.
+    ``dropout``: of the hidden layers' outputs; with 0 there is no such layer.
     """
     generator = torch.Generator().manual_seed(seed)
     widths = [784, *[width] * depth]
-    layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), activation())]
+    after = [nn.Dropout(dropout)] if dropout else []
+    layers = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), activation(), *after)]
     network = nn.Sequential(*layers, nn.Linear(width, 10))
     for layer in network:
         if isinstance(layer, nn.Linear):
@@ -90,6 +99,11 @@ def accuracy(network: nn.Module, training: TensorDataset, test: TensorDataset) -
         recalibrate(network, training.tensors[0][:POPULATION].split(250))
     except NotFinite:
         return 0.1
+    return share_right(network, test)
+
+
+def share_right(network: nn.Module, test: TensorDataset) -> float:
+    """In eval, with the statistics that it has."""
     with torch.no_grad():
         guessed = network.eval()(test.tensors[0]).argmax(1)
     return (guessed == test.tensors[1]).float().mean().item()

@@ -33,6 +33,15 @@ def target_of(baseline: Sequence[Record]) -> float | None:
     return None if None in bests else mean(b for b in bests if b is not None)
 
 
+def all_steps_to(name: str, records: Sequence[Record], target: float | None) -> list[int | None]:
+    """Of each run, to the target; the baseline's to its own best.
+
+    The baseline defines the target: against the mean of its bests, every run below the average would count as a miss.
+    """
+    goals = [best(record) if name == "baseline" else target for record in records]
+    return [None if goal is None else steps_to(record, goal) for record, goal in zip(records, goals, strict=True)]
+
+
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95% confidence interval of the mean (Student's t); None for a single value."""
     if len(values) < 2:
@@ -60,11 +69,7 @@ def score(plan: Plan, records: Mapping[str, Sequence[Record]], times: Mapping[st
 
 def _row(name: str, plan: Plan, records: Sequence[Record], target: float | None, time: StepTime) -> dict[str, Any]:
     runs = []
-    for record in records:
-        # The baseline defines the target, so each of its runs is scored by where it reached its own best:
-        # against the mean of the bests, every run below the average would count as a miss.
-        goal = best(record) if name == "baseline" else target
-        steps = None if goal is None else steps_to(record, goal)
+    for record, steps in zip(records, all_steps_to(name, records, target), strict=True):
         runs.append(
             {
                 "seed": record["seed"],

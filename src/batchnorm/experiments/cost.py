@@ -1,0 +1,137 @@
+"""Both measures of speed, steps and seconds, with torch's layers and with ours.
+
+Steps: the race's baseline and its ``accelerated`` on Fashion-MNIST (docs/race.md), the baseline for 7,500 steps (with
+--quick 1,200): steps until ``accelerated`` is as good as the baseline's best, as a fraction of the baseline's. Seconds
+per step: alone on the machine, one thread, the networks taking turns: without BN, and with BN in torch's layers, ours,
+and ours fused with the nonlinearities; median of 10 turns of 10 steps (with --quick 5 of 8), each seed in a process of
+its own. The fraction of the seconds is the product.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from statistics import mean, median
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from batchnorm.experiments import style
+from batchnorm.experiments.claim import Cell, Claim, Record, Result
+from batchnorm.experiments.numbers import with_interval
+from batchnorm.racing.plan import make_plan
+from batchnorm.racing.score import all_steps_to, target_of
+from batchnorm.racing.task import load_task
+from batchnorm.racing.trainer import Evaluation, Run, Trainer, train
+from batchnorm.surgery import from_torch, to_torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONTENDERS, SHARE = ("baseline", "accelerated"), 0.5
+LAYERS: dict[str, Callable[[nn.Module, torch.Tensor], nn.Module]] = {
+    "torch's layers": lambda model, example: to_torch(model),
+    "ours": lambda model, example: model,
+    "ours, fused": lambda model, example: from_torch(model, example=example),
+}
+CLAIM = Claim(
+    "cost",
+    "Speed has two measures, steps and time, and what saves steps saves time, though each step costs more.",
+    "Section 4; the paper counts steps alone",
+    f"the accuracy that the baseline ends at takes at most {SHARE:.0%} of its seconds, with torch's layers and with "
+    "ours (means over seeds; reached from every seed)",
+)
+TURNS = {"quick": (5, 8), "default": (10, 10)}
+
+
+def alone(cell: Cell) -> bool:
+    """Where seconds are taken."""
+    return bool(cell["what"] == "seconds")
+
+
+def cells(quick: bool, seeds: int) -> list[Cell]:
+    """(Contenders, and the times) x seeds."""
+    mode = "quick" if quick else "default"
+    return [{"what": what, "seed": s, "mode": mode} for what in (*CONTENDERS, "seconds") for s in range(seeds)]
+
+
+def measure(what: str, seed: int, mode: str, steps: int | None = None) -> Record:
+    """A contender's accuracies over training, or the seconds per step."""
+    task = load_task("inception")
+    plan = make_plan(task, spec="inception", contenders=CONTENDERS, mode=mode, seeds=seed + 1, steps=steps)  # type: ignore[arg-type]
+    runs = {run.contender.name: run for run in plan.runs() if run.seed == seed}
+    if what != "seconds":
+        return {"curve": [asdict(event) for event in train(task, runs[what]) if isinstance(event, Evaluation)]}
+    trainers = {"without BN": Trainer(task, runs["baseline"])}
+    for name, change in LAYERS.items():
+        trainers[name] = trainer_with(change, Trainer(task, runs["accelerated"]), runs["accelerated"])
+    return {"seconds": seconds_per_step(trainers, *TURNS[mode])}
+
+
+def trainer_with(change: Callable[[nn.Module, torch.Tensor], nn.Module], trainer: Trainer, run: Run) -> Trainer:
+    """The same with other layers; they hold the same parameters, so that the optimizer stays."""
+    trainer.model = trainer.network = change(trainer.model, trainer.task.train[torch.arange(2)][0])
+    return trainer
+
+
+def seconds_per_step(trainers: dict[str, Trainer], turns: int, steps: int) -> dict[str, float]:
+    """Medians; the trainers take turns."""
+    taken: dict[str, list[float]] = {name: [] for name in trainers}
+    for turn in range(turns + 1):
+        for name, trainer in trainers.items():
+            for _ in range(steps):
+                started = time.perf_counter()
+                trainer.step()
+                if turn:  # the first one warms up
+                    taken[name].append(time.perf_counter() - started)
+    return {name: median(seconds) for name, seconds in taken.items()}
+
+
+def conclude(records: list[Record]) -> Result:
+    """The product, for each kind of layer."""
+    runs = {name: [r for r in records if r["what"] == name] for name in (*CONTENDERS, "seconds")}
+    target = target_of(runs["baseline"])
+    baseline, accelerated = (all_steps_to(name, runs[name], target) for name in CONTENDERS)
+    reached = target is not None and None not in accelerated
+    steps = mean(s for s in accelerated if s) / mean(s for s in baseline if s) if reached else None
+    ratios = {name: [r["seconds"][name] / r["seconds"]["without BN"] for r in runs["seconds"]] for name in LAYERS}
+    fractions = {name: None if steps is None else steps * mean(ratio) for name, ratio in ratios.items()}
+    rows = [
+        {
+            "layers": name,
+            "steps, of the baseline's": _percent(steps),
+            "seconds per step, of the baseline's": with_interval(ratios[name], "{:.2f}"),
+            "seconds, of the baseline's": _percent(fractions[name]),
+        }
+        for name in LAYERS
+    ]
+
+    def draw(figure: Figure) -> None:
+        axes = style.axes_of(
+            figure, "To the same accuracy: fewer steps, each a little dearer, much less time",
+            "of the baseline's", "",
+        )  # fmt: skip
+        bars = {"steps": steps or 0.0, **{f"seconds, {name}": f or 0.0 for name, f in fractions.items()}}
+        colors = [style.WITHOUT[0], style.THIRD[0], style.WITH[0], style.OTHER[0]]
+        for place, ((words, value), color) in enumerate(zip(bars.items(), colors, strict=True)):
+            axes.barh(words, value, color=color, height=0.5)
+            axes.annotate(f" {_percent(value or None)}", (value, place), va="center")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.annotate("the baseline ", (1, 1), xycoords=("data", "axes fraction"), ha="right", va="top", fontsize=9)
+        axes.set_xlim(0, max(1.05, *bars.values()))
+        axes.invert_yaxis()
+
+    return Result(
+        all(f is not None and f <= SHARE for f in fractions.values()),
+        f"{_percent(steps)} of the steps; of the seconds "
+        + ", ".join(f"{_percent(f)} with {name}" for name, f in fractions.items())
+        + ".",
+        rows,
+        draw,
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "not reached" if share is None else f"{share:.1%}"
