@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from batchnorm.experiments import load
+from batchnorm.experiments.runner import file_of
+
 
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
@@ -62,12 +65,26 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all(file.stat().st_mtime_ns == written for file, written in first.items())
 
 
+def test_a_claim_that_fails_is_a_result(tmp_path: Path) -> None:
+    cell = load("scale").cells(True, 1)[0]
+    measured = load("scale").measure(**cell)
+    file = file_of(tmp_path / "o", "scale", cell)
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(cell | measured | {"output, eps=0": [1.0] * len(measured["scales"])}))
+    out = finish(start(tmp_path, "scale", "--quick", "--out", "o"))
+    assert "not confirmed" in out
+    assert (
+        "**Not confirmed.** With eps = 0 the errors are at most 1.0e+00" in (tmp_path / "o" / "report.md").read_text()
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["speed"], 'reproduce: unknown experiment "speed". Known: mnist'),
+        (["speed"], 'reproduce: unknown experiment "speed". Known: steps'),
         (["scale", "--all"], "--all runs all of them"),
         (["scale", "--seeds", "0"], "--seeds must be at least 1 (got 0)"),
+        (["scale", "--data", "there"], "no train-images-idx3-ubyte.gz in "),
         (["scale", "--out", "there"], "there holds results of another kind: quick was True, is False"),
     ],
 )

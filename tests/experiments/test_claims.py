@@ -2,22 +2,39 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
+from rich.console import Console
 
-from batchnorm.experiments import NAMES, load
+from batchnorm.experiments import NAMES, load, runner
 from batchnorm.experiments.claim import Cell, Record, Result
+from batchnorm.experiments.cost import LAYERS as COST
+from batchnorm.experiments.gradient_quality import law
 from batchnorm.experiments.numbers import with_interval
 from batchnorm.experiments.runner import run
+from batchnorm.experiments.shift import drift
+from batchnorm.experiments.throughput import NETWORKS as THROUGHPUT
+from batchnorm.racing import zoo
+from batchnorm.racing.data import Images, load_images
 from batchnorm.racing.score import interval
 
 # Exact claims. In a record: what, made so large, must turn the verdict.
 SPOILS = {"capacity": "with_eps", "scale": "output, eps=0", "convolution": "per_map"}
-# Claims about training. What each of its runs gives where the claim holds, and where it does not.
+# Claims about training and times. What each of its runs gives where the claim holds, and where it does not.
 LEARNS: dict[str, Callable[[Cell, bool], Record]] = {
+    "steps": lambda cell, holds: {"curve": reaching(0.9, 5 if cell["contender"] == "bn-x5" and holds else 100)},
     "mnist": lambda cell, holds: {"curve": curve(0.9 if cell["batch_norm"] and holds else 0.8)},
+    "shift": lambda cell, holds: {
+        "drift": 0.3 if cell["batch_norm"] and holds else 1.0,
+        "gradient_change": 0.2,
+        "steps": [0, 10],
+        "unit": [[-1.0, 0.0, 1.0], [-1.0, 0.1, 1.0]],
+    },
     "saturation": lambda cell, holds: {
         "accuracy": 0.85 if cell["batch_norm"] and holds else 0.3,
         "saturated": [(0, 0.1), (60, 0.2)],
@@ -25,11 +42,57 @@ LEARNS: dict[str, Callable[[Cell, bool], Record]] = {
     "initialization": lambda cell, holds: {
         "accuracy": 0.8 if abs(math.log10(cell["scale"])) < (1.1 if cell["batch_norm"] and holds else 0.4) else 0.1
     },
+    "learning-rate": lambda cell, holds: {
+        "accuracy": 0.8 if cell["rate"] < (2 if cell["batch_norm"] and holds else 0.2) else 0.1,
+        "loss_range": 0.1,
+        "gradient_change": 0.5,
+    },
+    "gradients": lambda cell, holds: {
+        "norms": 2 * [[(0.0 if cell["batch_norm"] and holds else 0.1) * layer for layer in range(cell["depth"])]]
+    },
+    "regularization": lambda cell, holds: {
+        "train": 0.9,
+        "test": (0.85 if holds else 0.7) if cell["batch_norm"] and not cell["dropout"] else 0.8,
+        "noise": 0.1 if cell["batch_norm"] else 0.0,
+    },
+    "gradient-quality": lambda cell, holds: {
+        "errors": {str(2**i): 300 / 2 ** (i * (1 if holds else 0.5)) for i in range(cell["batch_norm"], 13)}
+    },
+    "throughput": lambda cell, holds: {
+        "rates": {name: [100 * m ** (0.5 if holds else 0.1) for m in cell["sizes"]] for name in THROUGHPUT}
+    },
+    "inference": lambda cell, holds: {
+        "alone": 1e-15 if holds else 1e-3,
+        "folded": 1e-15,
+        "batch_statistics": 0.5,
+        "curve": [(10, 0.2, 0.5, 0.5), (20, 0.4, 0.6, 0.6)],
+    },
+    "ensemble": lambda cell, holds: {"single": 6 * [0.8], "together": [*(5 * [0.8]), 0.85 if holds else 0.8]},
+    "cost": lambda cell, holds: {
+        "curve": reaching(0.9, 20 if cell["what"] == "accelerated" and holds else 100),
+        "seconds": {"without BN": 1.0, **dict.fromkeys(COST, 1.2)},
+    },
+}
+# What makes a run of each short; the others take "steps".
+SHORT: dict[str, Cell] = {
+    "steps": {"steps": 15},
+    "cost": {"steps": 15},
+    "gradients": {"steps": 2},
+    "gradient-quality": {"steps": 5, "examples": 300, "draws": 2},
+    "throughput": {"sizes": [1, 256], "rounds": 3},
+    "inference": {"steps": 10},
+    "ensemble": {"steps": 3},
+    "regularization": {"steps": 20},
+    "learning-rate": {"steps": 20},
 }
 
 
 def curve(best: float) -> list[tuple[int, float]]:
     return [(step, best * step / (step + 10)) for step in range(4, 101, 4)]
+
+
+def reaching(best: float, at: int) -> list[Record]:
+    return [{"step": step, "score": best * min(1, step / at)} for step in range(5, 101, 5)]
 
 
 @pytest.mark.parametrize("name", LEARNS)
@@ -43,10 +106,16 @@ def test_a_verdict_follows_from_what_was_measured(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LEARNS)
-def test_short_runs_are_measured_and_concluded(name: str) -> None:
-    experiment = load(name)
-    records = [short | experiment.measure(**short) for c in experiment.cells(True, 1) for short in [c | {"steps": 50}]]
+def test_short_runs_are_measured_and_concluded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "load_images", few_test_images)
+    experiment, short = load(name), SHORT.get(name, {"steps": 50})
+    records = [cell | short | experiment.measure(**cell | short) for cell in experiment.cells(True, 1)]
     drawn(experiment.conclude(records))
+
+
+def few_test_images(directory: str | None = None) -> Images:
+    images = load_images(directory)
+    return replace(images, test_images=images.test_images[:300], test_labels=images.test_labels[:300])
 
 
 def test_every_experiment_is_tested() -> None:
@@ -80,7 +149,7 @@ def test_run_is_the_whole_experiment() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r'unknown experiment "speed". Known: mnist, '):
+    with pytest.raises(ValueError, match=r'unknown experiment "speed". Known: steps, mnist, '):
         load("speed")
 
 
@@ -90,3 +159,27 @@ def test_intervals_against_known_answers() -> None:
     assert interval([0.5]) is None
     assert with_interval([0.1, 0.2, 0.3]) == "20.00% ± 24.84"
     assert with_interval([0.25]) == "25.00%"
+
+
+def test_statistics_of_experiments_against_known_answers() -> None:
+    assert law({m: 300 / m for m in (1, 2, 4, 8)}) == pytest.approx((-1, 300))
+    # Two units, two times; percentiles (-1, 0, 1) move by 1 altogether for the first, not at all for the second.
+    percentiles_TPU = torch.tensor([[[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0]], [[0.0, -1.0], [1.0, 0.0], [2.0, 1.0]]])
+    assert drift(percentiles_TPU) == pytest.approx((1 / 2 + 0) / 2)
+
+
+def test_cells_that_take_times_come_last_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def measured(jobs: list[tuple[str, Cell]], out: Path, workers: int) -> Iterator[tuple[str, Cell]]:
+        seen.append(({name for name, _ in jobs}, {str(cell.get("what")) for _, cell in jobs}, workers))
+        yield from jobs
+
+    monkeypatch.setattr(runner, "measured", measured)
+    names = ["throughput", "cost", "scale"]
+    with pytest.raises(FileNotFoundError):  # nothing was measured
+        list(runner.run_all(names, quick=True, seeds=1, out=tmp_path, workers=2, console=Console(quiet=True)))
+    assert seen == [
+        ({"cost", "scale"}, {"baseline", "accelerated", "None"}, 2),
+        ({"throughput", "cost"}, {"seconds", "None"}, 1),
+    ]

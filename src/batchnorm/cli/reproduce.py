@@ -21,6 +21,7 @@ from rich.table import Table
 from batchnorm.experiments import NAMES, load
 from batchnorm.experiments.report import write
 from batchnorm.experiments.runner import run_all
+from batchnorm.racing.data import load_images
 from batchnorm.racing.errors import RaceError
 
 CONFIG = "config.json"
@@ -32,6 +33,7 @@ def reproduce(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer settings, shorter runs: minutes for all.")] = False,
     seeds: Annotated[int | None, typer.Option(help="Runs of each setting.", show_default="3; with --quick 1")] = None,
     out: Annotated[Path | None, typer.Option(help="Where results go.", show_default="runs/reproduce")] = None,
+    data: Annotated[Path | None, typer.Option(help="Directory of the IDX files of Fashion-MNIST or MNIST.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="Processes, one thread each.", show_default="one per core")
     ] = None,
@@ -44,7 +46,6 @@ def reproduce(
         return
     directory = out or Path("runs/reproduce") / ("quick" if quick else "full")
     runs = seeds or (1 if quick else 3)
-    what = {"quick": quick, "seeds": runs, "batchnorm": version("batchnorm"), "torch": torch.__version__}
     torch.set_num_threads(1)
     try:
         if names and every:
@@ -54,6 +55,15 @@ def reproduce(
                 raise ValueError(f"--{name} must be at least 1 (got {value}).")
         for name in chosen:
             load(name)
+        if data is not None:
+            os.environ["BATCHNORM_DATA"] = str(data.absolute())  # for the processes too
+        what = {
+            "quick": quick,
+            "seeds": runs,
+            "data": load_images().name,  # fetched here where it is missing, not by each process
+            "batchnorm": version("batchnorm"),
+            "torch": torch.__version__,
+        }
         _prepare(directory, what)
         results = {}
         for name, result in run_all(

@@ -110,7 +110,8 @@ def conclude(records: list[Record]) -> Result:
 
     def draw(figure: Figure) -> None:
         axes = style.axes_of(
-            figure, "To the same accuracy: fewer steps, each a little dearer, much less time",
+            figure, f"To the baseline's best accuracy: {_percent(steps)}"
+            + (f" of its steps, {_percent(fractions['ours'])} of its seconds" if steps else ""),
             "of the baseline's", "",
         )  # fmt: skip
         bars = {"steps": steps or 0.0, **{f"seconds, {name}": f or 0.0 for name, f in fractions.items()}}

@@ -164,7 +164,7 @@ def conclude(records: list[Record]) -> Result:
         together = [mean(r["together"][i] for r in records) for i in range(len(MEMBERS))]
         single = [mean(r["single"][i] for r in records) for i in range(len(MEMBERS))]
         axes.plot(numbers, together, "-o", color=style.WITH[0], label="the first so many together")
-        axes.plot(numbers, single, "s", color=style.WITHOUT[0], label="each alone")
+        axes.plot(numbers, single, "s", color=style.WITHOUT[0], label="each alone, in this order")
         axes.legend(frameon=False)
 
     return Result(

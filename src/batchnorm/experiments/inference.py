@@ -47,8 +47,8 @@ def measure(seed: int, steps: int) -> Record:
     """The errors, and the accuracies over training."""
     torch.manual_seed(seed)
     task = load_task("inception")
-    images = task.train[torch.arange(2_000)][0]
-    test, labels = task.test[torch.arange(2_000)]
+    images = task.train[:2_000][0]
+    test, labels = task.test[:2_000]
     network = insert(task.model(), images[:2])
     optimizer = torch.optim.SGD(network.parameters(), 0.2, momentum=0.9)
     curve = []

@@ -23,6 +23,10 @@ def axes_of(figure: Figure, title: str, x: str, y: str, **options: Any) -> Any:
     figure.suptitle(title, x=0.01, ha="left", fontsize=12)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    if y.startswith(("accuracy", "share")):
+        from matplotlib.ticker import PercentFormatter
+
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     finish(axes)
     return axes
 

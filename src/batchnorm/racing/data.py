@@ -64,12 +64,14 @@ def load_images(directory: str | os.PathLike[str] | None = None) -> Images:
 
     Args:
         directory: where the four IDX files are, compressed with gzip or not; Fashion-MNIST or MNIST, told apart
-            by their SHA-256. ``None``: Debian's place, then the cache, then Debian's package, then the network.
+            by their SHA-256. ``None``: the directory that ``BATCHNORM_DATA`` names; without it Debian's place, then
+            the cache, then Debian's package, then the network.
 
     Raises:
         RaceError: no files, or files that are not those of the data set, bit for bit.
     """
-    found = Path(directory) if directory is not None else _find() or _fetch()
+    directory = directory or os.environ.get("BATCHNORM_DATA")
+    found = Path(directory) if directory else _find() or _fetch()
     contents = [_read(found, file) for file in FILES]
     sums = tuple(hashlib.sha256(content).hexdigest() for content in contents)
     for name, expected in SHA256.items():
