@@ -78,6 +78,35 @@ def test_a_claim_that_fails_is_a_result(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("how", ["ctrl-c", "the parent alone", "a worker"])
+def test_what_is_stopped_leaves_nobody_behind(tmp_path: Path, how: str) -> None:
+    process = start(tmp_path, "ensemble", "--quick", "--seeds", "2", "--workers", "2")  # cells of a minute
+    workers = set()
+    until = time.monotonic() + 100
+    while len(workers) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+        listed = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+        workers = {int(pid) for pid in listed.stdout.split()}
+    time.sleep(5)  # they have started
+    if how == "a worker":
+        os.kill(workers.pop(), signal.SIGKILL)
+        assert "The same command goes on from here." in finish(process, 1)
+    elif how == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)
+        assert "Stopped. The same command goes on from here." in finish(process, 130)
+    else:
+        process.kill()
+        process.communicate()
+    while True:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

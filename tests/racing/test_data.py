@@ -56,6 +56,13 @@ def test_debian_place_comes_before_the_cache(made: Path, monkeypatch: pytest.Mon
     assert data._find() == made
 
 
+def test_the_directory_can_be_named_in_the_environment(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCHNORM_DATA", str(made))
+    assert data.load_images().name == "made"
+    with pytest.raises(RaceError, match="no train-images"):
+        data.load_images(made.parent)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "alter", "truncate-uncompressed"])
 def test_damaged_file_is_named(made: Path, damage: str) -> None:
     path = made / f"{data.FILES[2]}.gz"

@@ -22,7 +22,7 @@ from batchnorm.experiments import NAMES, load
 from batchnorm.experiments.report import write
 from batchnorm.experiments.runner import run_all
 from batchnorm.racing.data import load_images
-from batchnorm.racing.errors import RaceError
+from batchnorm.racing.errors import RaceError, WorkerError
 
 CONFIG = "config.json"
 
@@ -74,6 +74,9 @@ def reproduce(
     except (ValueError, RaceError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         sys.exit(2)
+    except WorkerError as error:
+        print(f"reproduce: {error} The same command goes on from here.", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from here.", file=sys.stderr)
         sys.exit(130)

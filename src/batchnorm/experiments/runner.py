@@ -10,8 +10,10 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,8 @@ import torch
 
 from batchnorm.experiments import load
 from batchnorm.experiments.claim import Cell, Record, Result
+from batchnorm.racing.errors import WorkerError
+from batchnorm.racing.pool import deaf_to_ctrl_c
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,17 +73,35 @@ def measured(jobs: list[tuple[str, Cell]], out: Path, workers: int) -> Iterator[
     if not todo:
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        min(workers, len(todo)), context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        futures = {pool.submit(measure_to_file, name, cell, out): (name, cell) for name, cell in todo}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    pool = ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_start_worker)
+    try:
+        with deaf_to_ctrl_c():  # a worker hears of it from its parent, not while it imports
+            futures = {pool.submit(measure_to_file, name, cell, out): (name, cell) for name, cell in todo}
+            pool.submit(os.getpid)  # the executor looks after the processes that there were before the last submit
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+    except BaseException as error:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise WorkerError("a process was killed from outside (often for memory).") from None
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """One thread each; and gone when the parent is, which may be killed."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def measure_to_file(name: str, cell: Cell, out: Path) -> None:

@@ -74,7 +74,7 @@ def run_in_processes(plan: Plan, runs: Sequence[Run], directory: Path, workers: 
         jobs.put(job)
     processes: list[Any] = []
     try:
-        with _deaf_to_ctrl_c():  # a worker hears of it from its parent, not while it imports
+        with deaf_to_ctrl_c():  # a worker hears of it from its parent, not while it imports
             for _ in range(workers):
                 processes.append(context.Process(target=_work, args=(plan, jobs, events, directory), daemon=True))
                 processes[-1].start()
@@ -107,7 +107,7 @@ def _check_alive(processes: Sequence[Any], *, signals_only: bool = False) -> Non
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
+def deaf_to_ctrl_c() -> Iterator[None]:
     """Processes started inside inherit that SIGINT is ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
