@@ -1,0 +1,16 @@
+"""The tasks that are built in, by name; each function takes the directory of ``--data``.
+
+Comes from: ``zoo.py``. Goes to: ``task.load_task``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from batchnorm.racing import zoo
+from batchnorm.racing.task import Task
+
+TASKS: dict[str, Callable[[str | None], Task]] = {
+    "inception": zoo.inception_task,
+    "mlp": zoo.mlp_task,
+}
