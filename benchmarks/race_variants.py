@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    rate = options.rate or read_tuned("inception", "default", TUNED_FILE)[options.contender]
+    rate = options.rate or read_tuned("inception", "default", TUNED_FILE, 256)[options.contender]
     jobs = [(change, seed) for change in VARIANTS[options.contender] for seed in range(options.seeds)]
     print(f"| {options.contender} with | best held-out accuracy, mean of {options.seeds} seeds | each seed |")
     print("|---|---:|---|")

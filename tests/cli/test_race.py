@@ -17,7 +17,8 @@ from batchnorm.racing.contenders import CONTENDERS, DEFAULT
 
 TESTS = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "batchnorm", "race"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+PATH = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
 
 
 def start(*options: str, command: list[str] = COMMAND) -> subprocess.Popen[str]:
@@ -194,6 +195,15 @@ def test_killed_or_failing_training_process_ends_the_race_with_its_reason(tmp_pa
     assert "ArithmeticError: a mistake of the user's" in err
 
 
+def test_other_batches_reach_the_training_processes(tmp_path: Path) -> None:
+    options = ("--contenders", "baseline", "--seeds", "1", "--batch-size", "10")
+    finish(start("--task", "racing.toy:task", *options, "--out", str(tmp_path / "o")))
+    steps, epochs = zip(*(row[2:4] for row in numbers(tmp_path / "o")), strict=True)
+    assert max(map(int, steps)) == 400  # for 200 of 20 examples
+    assert max(map(float, epochs)) == 4
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["contenders"][0]["learning_rate"] == 0.005
+
+
 def test_tuning_writes_rates_that_a_race_reads(tmp_path: Path) -> None:
     options = ("--task", "racing.toy:task", "--contenders", "baseline,accelerated", "--steps", "60")
     out, _ = finish(start(*options, "--tune", "--out", str(tmp_path / "tune")))
@@ -253,6 +263,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (["--seeds", "5"], "seeds was 2, is 5"),
         (["--task", "mlp"], "task was racing.toy:task, is mlp"),
         (["--full"], "mode was default, is full"),
+        (["--batch-size", "10"], "batch_size was 20, is 10"),
         (["--contenders", "baseline"], "contenders was ['baseline', 'bn-x5', 'accelerated'], is ['baseline']"),
     ],
 )

@@ -13,8 +13,9 @@ from torch.utils.data import TensorDataset
 import batchnorm as bn
 from batchnorm.racing.contenders import CONTENDERS, DEFAULT
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.plan import TUNED_FILE, check_same, make_plan, read_plan, read_tuned
+from batchnorm.racing.plan import TUNED_FILE, as_planned, check_same, make_plan, read_plan, read_tuned
 from batchnorm.racing.task import fingerprint, load_task
+from batchnorm.racing.trainer import device_of
 
 MODES: tuple[Any, ...] = ("quick", "default", "full")
 
@@ -82,16 +83,21 @@ def test_tuned_rate_is_the_one_with_the_best_mean_score(tmp_path: Path) -> None:
     file = tmp_path / "tuning.json"
     scores = {"baseline": {"0.1": [0.8, 0.9], "0.2": [0.95, 0.7]}, "accelerated": {"0.5": [0.7]}}
     file.write_text(json.dumps({"toy": {"default": {"scores": scores}}}))
-    assert read_tuned("toy", "default", file) == {"baseline": 0.1, "accelerated": 0.5}
-    assert read_tuned("toy", "full", file)["baseline"] == 0.1  # not swept: the default budget's
-    assert read_tuned("other", "default", file) == {}
+    assert read_tuned("toy", "default", file, 20) == {"baseline": 0.1, "accelerated": 0.5}
+    assert read_tuned("toy", "full", file, 20)["baseline"] == 0.1  # not swept: the default budget's
+    assert read_tuned("other", "default", file, 20) == {}
     tied = {"scores": {"baseline": {"0.1": [0.9], "0.2": [0.9], "0.4": [0.8]}}}
     file.write_text(json.dumps({"toy": {"default": {"scores": scores}, "full": tied}}))
-    assert read_tuned("toy", "full", file) == {"baseline": 0.2, "accelerated": 0.5}  # of equals, not the edge
+    assert read_tuned("toy", "full", file, 20) == {"baseline": 0.2, "accelerated": 0.5}  # of equals, not the edge
     file.write_text(json.dumps({"toy": {"default": {"scores": scores}}}))
     assert plan(rates=file).learning_rates == {"baseline": 0.1, "bn-x5": 0.5, "accelerated": 0.5}
     with pytest.raises(RaceError, match=r"holds no learning rates for task 'plain'"):
         plan(toy.plain(), rates=file)
+    own = {"default": {"scores": scores, "batch_size": 40}}  # swept in other batches: of no use here
+    file.write_text(json.dumps({"toy": own}))
+    with pytest.raises(RaceError, match=r"holds no learning rates for task 'toy' .* in batches of 20"):
+        plan(rates=file)
+    assert plan(toy.task().with_batch_size(40), rates=file).learning_rates["baseline"] == 0.1
     file.write_text("[]")
     with pytest.raises(RaceError, match=r"is not a tuning\.json"):
         plan(rates=file)
@@ -134,7 +140,7 @@ def test_stored_plan_is_read_back_and_a_strange_one_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("resnet", r"unknown task 'resnet'. Known: inception, mlp; or a function of yours"),
+        ("resnet", r"unknown task 'resnet'. Known: inception, mlp, imagenet, imagenet-resnet50; or a function of yo"),
         ("racing.toy:nothing", "racing.toy has no function nothing"),
         ("racing.nowhere:task", "importing racing.nowhere from .* failed: ModuleNotFoundError"),
         ("racing.toy:returns_a_model", r"must return a batchnorm.Task \(got Sequential\)"),
@@ -158,6 +164,8 @@ def test_wrong_task(spec: str, message: str) -> None:
         ({"learning_rate": float("inf")}, "learning_rate must be a positive number"),
         ({"batch_size": 2000}, r"1000 training examples are less than one batch \(2000\)"),
         ({"model": "resnet"}, "model must be a function that returns a network"),
+        ({"readers": -1}, r"readers must be 0 or a positive whole number \(got -1\)"),
+        ({"device": "cuda:1"}, r'device must be "cpu" or "cuda" \(got \'cuda:1\'\): torchrun tells which GPU'),
     ],
 )
 def test_wrong_fields_of_a_task(changes: dict[str, Any], message: str) -> None:
@@ -198,6 +206,10 @@ def test_race_on_another_task_or_torch_is_refused() -> None:
         check_same(plan(), replace(toy.task(), test=toy.examples(77, 1)), 1)
     with pytest.raises(RaceError, match="started with processes = 1, and this is 2"):
         check_same(plan(), toy.task(), 2)
+    with pytest.raises(RaceError, match="started with device = cuda, and this is cpu"):
+        check_same(replace(plan(), device="cuda"), toy.task(), 1)
+    with pytest.raises(RaceError, match="started with mixed_precision = False, and this is True"):
+        check_same(plan(), replace(toy.task(), mixed_precision=True), 1)
     with pytest.raises(RaceError, match=r"started with torch = 1\.0"):
         check_same(replace(plan(), torch="1.0"), toy.task(), 1)
 
@@ -205,3 +217,36 @@ def test_race_on_another_task_or_torch_is_refused() -> None:
 def test_a_network_with_nothing_to_normalize_is_refused_before_any_training(tmp_path: Path) -> None:
     with pytest.raises(RaceError, match=r"'bn-x5': ValueError: accelerate: there is no layer to normalize"):
         bn.race(toy.linear(), seeds=1, out=tmp_path / "o")
+
+
+def test_other_batches_take_as_many_examples_and_rates_in_proportion() -> None:
+    task = replace(toy.task(), full_steps=801, learning_rate=0.01)
+    smaller = task.with_batch_size(5)
+    assert (smaller.batch_size, smaller.learning_rate) == (5, 0.0025)
+    assert (smaller.steps, smaller.full_steps, smaller.quick_steps) == (800, 3204, None)
+    assert as_planned(task, 5, tune=False) == smaller
+    assert as_planned(task, None, tune=False) is as_planned(task, 20, tune=False) is task
+    assert fingerprint(smaller) != fingerprint(task)
+    with pytest.raises(RaceError, match=r"--batch-size must be a whole number of at least 1 \(got -2\)"):
+        task.with_batch_size(-2)
+
+
+def test_stored_rates_are_of_the_batch_size_that_they_were_found_at() -> None:
+    rates = {
+        size: make_plan(load_task("inception").with_batch_size(size), spec="inception").tuned for size in (256, 32)
+    }
+    assert rates == {256: ("baseline", "accelerated"), 32: ()}
+
+
+def test_each_process_of_a_machine_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(RaceError, match="each process on this machine needs a GPU: 8 do, and torch sees 4"):
+        replace(toy.task(), device="cuda")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert device_of(replace(toy.task(), device="cuda")) == torch.device("cuda", 3)
+    assert taken == [torch.device("cuda", 3)]
+    assert device_of(toy.task()) == torch.device("cpu")

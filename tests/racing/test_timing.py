@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 from racing import toy
 
+from batchnorm.racing.contenders import CONTENDERS
 from batchnorm.racing.plan import make_plan
 from batchnorm.racing.timing import WARM_UP, time_steps
-from batchnorm.racing.trainer import Trainer
+from batchnorm.racing.trainer import Run, Trainer
 
 
 def test_contenders_take_turns_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +28,16 @@ def test_contenders_take_turns_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) 
         assert time.steps == 6
         assert 0 < time.quartiles[0] <= time.median <= time.quartiles[1]
     assert times["baseline"].preparation < times["accelerated"].preparation  # which re-estimates statistics
+
+
+@pytest.mark.parametrize(("budget", "taken"), [(2, 2), (8, 8), (60, 60), (110, 110), (5000, 110)])
+def test_timing_takes_no_more_steps_than_training(budget: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, preparations = [], []
+    monkeypatch.setattr(Trainer, "step", lambda trainer: steps.append(trainer))
+    monkeypatch.setattr(Trainer, "prepare", lambda trainer, network: preparations.append(trainer))
+    interval = max(1, budget // 2)
+    runs = [Run(CONTENDERS[name], 0, 0.1, budget, interval) for name in ("baseline", "sigmoid")]
+    times = time_steps(toy.task(), runs, rounds=10, steps=10)
+    assert taken - 8 < len(steps) / 2 <= taken
+    assert len(preparations) == 2 * 2  # a run has two evaluations
+    assert times["baseline"].steps >= 2

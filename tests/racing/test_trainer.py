@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from processes import on_ranks
 from racing import toy
 from torch import nn
 
+from batchnorm.population.estimate import NotFinite
 from batchnorm.racing.contenders import CONTENDERS
 from batchnorm.racing.task import load_task
 from batchnorm.racing.trainer import SCHEDULES, Diverged, Evaluation, Resumed, Run, Trainer, network_of, train
@@ -74,7 +76,7 @@ def test_every_contender_sees_the_same_batches_and_each_epoch_every_example_once
     orders: list[list[int]] = [[], []]
     for order, trainer in zip(orders, trainers, strict=True):
         for _ in range(100):  # two epochs
-            order.extend(trainer._batch().tolist())
+            order.extend(trainer.order.batch(trainer.step_count).tolist())
             trainer.step_count += 1
     assert orders[0] == orders[1]
     assert sorted(orders[0][:1000]) == sorted(orders[0][1000:]) == list(range(1000))
@@ -85,7 +87,7 @@ def test_seeds_differ_in_weights_order_and_noise() -> None:
     """An interval over seeds that share the data order would be too narrow."""
     first, second = (Trainer(toy.task(), run_of("baseline", seed=seed)) for seed in (0, 1))
     assert not torch.equal(first.model[0].weight, second.model[0].weight)
-    assert not torch.equal(first._batch(), second._batch())
+    assert not torch.equal(first.order.batch(0), second.order.batch(0))
     noise = []
     for trainer, rank in ((first, 0), (second, 0), (first, 1)):
         trainer.rank, trainer.ranks = rank, 2
@@ -133,7 +135,7 @@ def test_averaged_weights_and_their_statistics_are_what_is_scored() -> None:
     assert trainer.average is not None
     average, norm = trainer.average.module, trainer.average.module[0].batch_norm
     with torch.no_grad():
-        hidden = trainer.task.train[trainer._epoch(0)[:2000]][0] @ average[0].weight.T
+        hidden = trainer.task.train[trainer.order.epoch(0)[:2000]][0] @ average[0].weight.T
     torch.testing.assert_close(norm.running_mean, hidden.mean(0), rtol=1e-4, atol=1e-5)
     assert not torch.equal(average[0].weight, trainer.model[0].weight)
 
@@ -172,3 +174,54 @@ def test_divergence_ends_the_run_and_says_where() -> None:
     events = list(train(toy.task(), replace(run_of("baseline", steps=200), learning_rate=1e20)))
     assert isinstance(events[-1], Diverged)
     assert 1 <= events[-1].step <= 10
+
+
+def test_mixed_precision_is_in_forwards_alone() -> None:
+    """Weights, their optimizer and population statistics stay in float32; losses agree to bfloat16's digits."""
+    seen: list[torch.dtype] = []
+    trainers = [Trainer(replace(toy.no_dropout(), mixed_precision=mixed), run_of("bn")) for mixed in (True, False)]
+    trainers[0].model[0].register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    losses = [[trainer.step() for _ in range(10)] for trainer in trainers]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+    scores = [trainer.evaluate() for trainer in trainers]
+    assert scores[0] == pytest.approx(scores[1], abs=0.02)
+    assert seen == [torch.bfloat16] * (10 + 4 + 2)  # steps, batches of statistics, batches of the test
+    assert {t.dtype for t in trainers[0].model.state_dict().values()} == {torch.float32, torch.int64}
+    momenta = [state["momentum_buffer"].dtype for state in trainers[0].optimizer.state.values()]
+    assert set(momenta) == {torch.float32}
+    norms = [trainer.model[0].batch_norm for trainer in trainers]
+    torch.testing.assert_close(norms[0].running_mean, norms[1].running_mean, rtol=0, atol=0.03)
+
+
+def scores_of_a_rank(rank: int, ranks: int, name: str, changes: dict[str, Any], nan: bool = False) -> Any:
+    trainer = Trainer(toy.task(), run_of(name, **changes))
+    for _ in range(5):
+        trainer.step()
+    if nan and rank == 1:
+        trainer.task.train.tensors[0][::2] = float("nan")  # in what this rank alone reads
+    try:
+        score = trainer.evaluate()
+    except NotFinite:
+        return "not finite"
+    return score, trainer.evaluate(most=1), trainer.model.state_dict()
+
+
+@pytest.mark.parametrize(("name", "changes"), [("baseline", {}), ("bn", {}), ("bn", {"recalibrate": 0})])
+def test_ranks_score_a_share_each_and_agree(name: str, changes: dict[str, Any]) -> None:
+    """With statistics of all ranks, or else with rank 0's: a checkpoint holds all that a score hangs on."""
+    (score, first, state), *others = on_ranks(3, scores_of_a_rank, name, changes)
+    assert all((s, f) == (score, first) for s, f, _ in others)
+    assert all(torch.equal(own[key], state[key]) for _, _, own in others for key in state)
+    alone = Trainer(toy.task(), run_of(name, **changes))
+    alone.load_state_dict({**alone.state_dict(), "model": state})
+    off = 0.0021 if alone.run.contender.recalibrate else 0  # statistics of other batches: an example of 500
+    assert alone.evaluate() == pytest.approx(score, abs=off)
+    assert first in (0.0, 1.0)  # of one example, which two of the ranks have nothing of
+    statistics = {key: t for key, t in alone.model.state_dict().items() if "running" in key}
+    assert len(statistics) == 2 * (name == "bn")
+    torch.testing.assert_close(statistics, {key: state[key] for key in statistics}, rtol=1e-5, atol=1e-6)
+
+
+def test_what_one_rank_finds_not_finite_all_of_them_know() -> None:
+    assert on_ranks(2, scores_of_a_rank, "bn", {}, True) == ["not finite"] * 2

@@ -18,16 +18,20 @@ import typer
 from rich.console import Console
 
 from batchnorm.racing.contenders import CONTENDERS
-from batchnorm.racing.errors import RaceError, WorkerError
-from batchnorm.racing.plan import CONFIG, Plan, make_plan, read_plan
+from batchnorm.racing.errors import RaceError, UnreadableFile, WorkerError
+from batchnorm.racing.plan import CONFIG, Plan, as_planned, make_plan, read_plan
+from batchnorm.racing.reading import cores
 from batchnorm.racing.runner import default_directory, run_race
 from batchnorm.racing.task import Task, load_task
+from batchnorm.racing.tasks import TASKS
 
 
 def race(
     task: Annotated[
         str | None,
-        typer.Option(help="inception, mlp, or a function of yours: package.module:function.", show_default="inception"),
+        typer.Option(
+            help=f"{', '.join(TASKS)}, or a function of yours: package.module:function.", show_default="inception"
+        ),
     ] = None,
     contenders: Annotated[
         str | None,
@@ -35,6 +39,10 @@ def race(
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs per contender.", show_default="3; with --quick 1")] = None,
     steps: Annotated[int | None, typer.Option(help="The baseline's budget.", show_default="the task's")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Over all processes; budgets and rates change with it.", show_default="the task's"),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="About a minute: a small budget, one seed.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Hours: all contenders, the baseline to its plateau.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where results go.", show_default="runs/TASK-TIME")] = None,
@@ -46,7 +54,8 @@ def race(
     ] = False,
     rates: Annotated[Path | None, typer.Option(help="Learning rates from a tuning.json that --tune wrote.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Directory of the IDX files of Fashion-MNIST or MNIST, for inception and mlp.")
+        str | None,
+        typer.Option(help="Directory of the data: IDX files of Fashion-MNIST or MNIST; for imagenet train/ and val/."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="Training processes, one thread each.", show_default="one per core")
@@ -69,13 +78,14 @@ def race(
         if workers is not None and distributed:
             raise RaceError("--workers is for one machine without torchrun, which starts the processes itself.")
         if distributed:
-            dist.init_process_group("gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         asked: dict[str, Any] = {
             "task": task,
             "data": data and str(Path(data).absolute()),
             "contenders": contenders and [name.strip() for name in contenders.split(",")],
             "seeds": seeds,
             "steps": steps,
+            "batch_size": batch_size,
             "rates": rates and str(rates.absolute()),
             "mode": "quick" if quick else "full" if full else None,
             "tune": tune or None,
@@ -83,12 +93,14 @@ def race(
         asked = {option: value for option, value in asked.items() if value is not None}
         subject, plan = _resumed(resume, out, asked) if resume else _new(asked)
         directory = _same_on_all_ranks(resume or out or default_directory(plan.task))
-        processes = 0 if distributed else workers or _cores()
+        if workers is not None and subject.device == "cuda":
+            raise RaceError("--workers is for the CPU: on a GPU one process trains; for more GPUs there is torchrun.")
+        processes = 0 if distributed or subject.device == "cuda" else workers or cores()
         run_race(subject, plan, directory, console, resume=bool(resume), workers=processes)
         if distributed:
             dist.barrier()  # a rank that leaves first takes connections down that another still uses
     except RaceError as error:
-        _say(main, f"race: {error}")
+        _say(main or isinstance(error, UnreadableFile), f"race: {error}")
         sys.exit(2)
     except WorkerError as error:
         _say(main, f"race: {error}{_how_to_resume(directory)}")
@@ -113,11 +125,6 @@ def _how_to_resume(directory: Path | None) -> str:
     return f" Go on with: batchnorm race --resume {shlex.quote(str(directory))}"
 
 
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _load(spec: str, data: str | None) -> Task:
     """The task; under torchrun rank 0 first, so that one process alone fetches what is missing."""
     if not dist.is_initialized():
@@ -133,8 +140,7 @@ def _load(spec: str, data: str | None) -> Task:
 def _new(asked: dict[str, Any]) -> tuple[Task, Plan]:
     """A race from the options, where given, and the defaults."""
     spec, data, tune = asked.pop("task", "inception"), asked.pop("data", None), asked.pop("tune", False)
-    subject = _load(spec, data)
-    subject = subject.for_tuning() if tune else subject
+    subject = as_planned(_load(spec, data), asked.pop("batch_size", None), tune)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     command = shlex.join(["batchnorm", *sys.argv[1:]])
     return subject, make_plan(subject, spec=spec, data=data, tune=tune, processes=processes, command=command, **asked)
@@ -149,8 +155,7 @@ def _resumed(directory: Path, out: Path | None, asked: dict[str, Any]) -> tuple[
     different = [f"{name} was {stored[name]}, is {value}" for name, value in asked.items() if stored[name] != value]
     if different:
         raise RaceError(f"{directory} holds a race of another configuration: {'; '.join(different)}.")
-    subject = _load(plan.task, plan.data)
-    return subject.for_tuning() if plan.tune else subject, plan
+    return as_planned(_load(plan.task, plan.data), plan.batch_size, plan.tune), plan
 
 
 def _same_on_all_ranks(directory: Path) -> Path:

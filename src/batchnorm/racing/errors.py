@@ -7,3 +7,7 @@ class RaceError(ValueError):
 
 class WorkerError(RuntimeError):
     """A training process was killed or raised; the race can be resumed. The command exits with 1."""
+
+
+class UnreadableFile(RaceError):
+    """A file is damaged: only the process that reads it knows, so that one tells of it, whichever it is."""

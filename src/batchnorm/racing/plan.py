@@ -48,6 +48,8 @@ class Plan:
     fingerprint: str
     processes: int
     torch: str
+    device: str
+    mixed_precision: bool
     command: str
     learning_rates: dict[str, float]
     tuned: tuple[str, ...]
@@ -72,7 +74,7 @@ class Plan:
     def options(self) -> dict[str, Any]:
         """The plan as the command line's options would say it."""
         names = [contender.name for contender in self.contenders]
-        same = ("task", "data", "mode", "tune", "rates", "seeds", "steps")
+        same = ("task", "data", "mode", "tune", "rates", "seeds", "steps", "batch_size")
         return {name: getattr(self, name) for name in same} | {"contenders": names}
 
 
@@ -110,9 +112,12 @@ def make_plan(
     built_in = task.model in (zoo.inception, zoo.mlp)
     stored = TUNED_FILE if built_in and (mode == "full" or not tune) else None  # a long sweep starts from a short one's
     file = Path(rates) if rates is not None else stored
-    tuned = read_tuned(task.name, mode, file) if file else {}
+    tuned = read_tuned(task.name, mode, file, task.batch_size) if file else {}
     if rates is not None and not tuned:
-        raise RaceError(f"{rates} holds no learning rates for task {task.name!r} at the {mode} (or default) budget.")
+        raise RaceError(
+            f"{rates} holds no learning rates for task {task.name!r} at the {mode} (or default) budget, in batches of "
+            f"{task.batch_size}."
+        )
     baseline = tuned.get("baseline", task.learning_rate)
     if mode == "full" and task.full_steps is not None and steps is None:
         chosen = [c.at_speed(c.plateau_speed) for c in chosen]
@@ -135,6 +140,8 @@ def make_plan(
         fingerprint=fingerprint(task),
         processes=processes,
         torch=version("torch"),
+        device=task.device,
+        mixed_precision=task.mixed_precision,
         command=command,
         tuned=tuple(c.name for c in chosen if c.tuned and c.name in tuned),
         left_out=tuple(left_out),
@@ -144,8 +151,14 @@ def make_plan(
 
 def task_of(plan: Plan) -> Task:
     """The plan's task, as every process of the race loads it."""
-    task = load_task(plan.task, plan.data)
-    return task.for_tuning() if plan.tune else task
+    return as_planned(load_task(plan.task, plan.data), plan.batch_size, plan.tune)
+
+
+def as_planned(task: Task, batch_size: int | None, tune: bool) -> Task:
+    """A loaded task in batches of that size, where one is given; for a sweep without its test examples."""
+    if batch_size is not None and batch_size != task.batch_size:
+        task = task.with_batch_size(batch_size)
+    return task.for_tuning() if tune else task
 
 
 def read_plan(directory: Path) -> Plan:
@@ -172,7 +185,8 @@ def check_same(plan: Plan, task: Task, processes: int) -> None:
             f"task {plan.task} is not what it was when the race was planned: other data, batch size or weight decay. "
             "A task function must give the same data each time it is called: seed what it draws."
         )
-    for name, now in (("processes", processes), ("torch", version("torch"))):
+    same = {"device": task.device, "mixed_precision": task.mixed_precision, "processes": processes}
+    for name, now in (same | {"torch": version("torch")}).items():
         if getattr(plan, name) != now:
             raise RaceError(f"the race was started with {name} = {getattr(plan, name)}, and this is {now}.")
 
@@ -216,13 +230,14 @@ def best_rate(scores: Mapping[str, Sequence[float]]) -> str:
     return max(rates, key=lambda rate: (mean(scores[rate]), -abs(rates.index(rate) - (len(rates) - 1) / 2)))
 
 
-def read_tuned(task: str, mode: Mode, file: Path) -> dict[str, float]:
+def read_tuned(task: str, mode: Mode, file: Path, batch_size: int) -> dict[str, float]:
     """The learning rate of each tuned contender: the one with the best held-out score in the stored sweep.
 
-    What was not swept at a budget takes the rate of the default one.
+    What was not swept at a budget takes the rate of the default one. Sweeps in batches of another size do not count.
     """
     try:
-        sweeps = json.loads(file.read_text()).get(task, {})
+        stored = json.loads(file.read_text()).get(task, {})
+        sweeps = {m: sweep for m, sweep in stored.items() if sweep.get("batch_size", batch_size) == batch_size}
         scores = {name: rates for m in ("default", mode) if m in sweeps for name, rates in sweeps[m]["scores"].items()}
         return {name: float(best_rate(rates)) for name, rates in scores.items()}
     except OSError as error:

@@ -28,12 +28,14 @@ def rules(plan: Plan) -> str:
     """The rules in short, printed under every result; docs/race.md has them in full."""
     seeds = f"means over {plan.seeds} seeds, with 95% intervals" if plan.seeds > 1 else "ONE seed: no interval"
     untuned = [c.name for c in plan.contenders if c.tuned and c.name not in plan.tuned]
+    precision = "forward and loss in bfloat16, " if plan.mixed_precision else ""
     return (
-        f"Rules: same network, initialization seed, data order and batch size ({plan.batch_size}) for all; evaluated "
-        f"on the test examples every {plan.interval:,} steps. Target: the mean over seeds of the best accuracy that "
-        "the baseline reaches; a contender is scored by its first evaluation at or above it, the baseline by the first "
-        "at its own best. Seconds are training alone: steps x median step time, taken alone and interleaved, plus one "
-        f"re-estimation of statistics where a contender has one. {seeds[0].upper()}{seeds[1:]}."
+        f"Rules: same network, initialization seed, data order and batch size ({plan.batch_size}) for all; {precision}"
+        f"evaluated on the test examples every {plan.interval:,} steps. Target: the mean over seeds of the best "
+        "accuracy that the baseline reaches; a contender is scored by its first evaluation at or above it, the "
+        "baseline by the first at its own best. Seconds are training alone: steps x median step time, taken alone and "
+        "interleaved, plus one re-estimation of statistics where a contender has one. "
+        f"{seeds[0].upper()}{seeds[1:]}."
         + (f" NOT TUNED for this task: the learning rate of {', '.join(untuned)}; see --tune." if untuned else "")
     )
 
@@ -151,7 +153,7 @@ def curves_csv(records: Mapping[str, Sequence[Record]]) -> str:
     return out.getvalue()
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """Where the numbers come from."""
     return {
         "batchnorm": version("batchnorm"),
@@ -160,6 +162,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "platform": platform.platform(),
         "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "cores": os.cpu_count(),
         "threads_per_run": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from batchnorm.racing import pool
-from batchnorm.racing.errors import RaceError
+from batchnorm.racing.errors import RaceError, UnreadableFile
 from batchnorm.racing.plan import CONFIG, Mode, Plan, check_same, make_plan, read_plan
 from batchnorm.racing.task import Task, one_line
 from batchnorm.racing.trainer import Run, Trainer
@@ -148,17 +149,16 @@ def _locked(directory: Path, main: bool) -> Iterator[None]:
 
 
 def _check_contenders(task: Task, plan: Plan) -> None:
-    """One step and one scored batch of each contender, before any long work: mistakes in a task show here."""
+    """One step and two scored examples of each contender, before any long work: mistakes in a task show here."""
     for contender in plan.contenders:
-        run = Run(contender, 0, plan.learning_rates[contender.name], plan.steps, plan.interval)
+        brief = replace(contender, recalibrate=min(contender.recalibrate, task.batch_size))
+        run = Run(brief, 0, plan.learning_rates[contender.name], plan.steps, plan.interval)
         try:
-            trainer = Trainer(task, run)
-            trainer.step()
-            trainer.prepare(trainer.model)
-            inputs, targets = task.test[torch.arange(min(2, len(task.test)))]
-            trainer.model.eval()
-            with torch.no_grad():
-                score = float(task.metric(trainer.model(inputs), targets))
+            with closing(Trainer(task, run)) as trainer:
+                trainer.step()
+                score = trainer.evaluate(most=2)
+        except UnreadableFile:
+            raise
         except Exception as error:
             raise RaceError(
                 f"task {task.name!r} does not run as contender {contender.name!r}: {one_line(error)}"
@@ -218,7 +218,7 @@ def _times(task: Task, plan: Plan, directory: Path, console: Console, main: bool
         first = [run for run in plan.runs() if run.seed == 0]
         rounds, steps = TIMING[plan.mode]
         times = {name: asdict(time) for name, time in time_steps(task, first, rounds=rounds, steps=steps).items()}
-        known = {"times": times, "environment": report.environment()}
+        known = {"times": times, "environment": report.environment(task.device)}
         if main:
             pool.write_json(file, known)
     return known
@@ -262,7 +262,10 @@ def _report_tuning(
     file = directory / "tuning.json"
     pool.write_json(file, result)
     console.print(tuning.table(result[task.name][plan.mode]["scores"]))
-    use = f"batchnorm race --task {plan.task} --rates {file}"
+    data = ["--data", plan.data] if plan.data else []
+    use = shlex.join(
+        ["batchnorm", "race", "--task", plan.task, *data, "--batch-size", str(plan.batch_size), "--rates", str(file)]
+    )
     console.print(f"Written: {file}. Race with these rates: {use}", highlight=False, soft_wrap=not console.is_terminal)
     return result
 

@@ -14,7 +14,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,14 @@ class Task:
         learning_rate: the baseline's initial rate, where none has been tuned for this task.
         weight_decay: the baseline's L2 penalty on weights (not on biases, gamma and beta).
         held_out: training examples that ``--tune`` sets apart to choose learning rates on. Default: one twelfth.
+        device: ``"cpu"``, or ``"cuda"``: under torchrun, each process of a machine trains on a GPU of its own.
+        mixed_precision: forward and loss under ``torch.autocast`` to bfloat16; weights, optimizer and statistics stay
+            in float32.
+        readers: processes per training process that read examples ahead of it. Default: none, examples in memory need
+            none; nor are there any where the race itself trains several runs at a time.
+
+    Examples that are files may have ``part(indices, test=)``, which gives some of them without reading them (``test``:
+    to score, not to train on), and ``fingerprint()``, a string that tells them from others.
 
     Example:
         >>> def make():
@@ -71,6 +79,9 @@ class Task:
     learning_rate: float = 0.01
     weight_decay: float = 5e-4
     held_out: int | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    mixed_precision: bool = False
+    readers: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "steps", "full_steps", "quick_steps", "held_out"):
@@ -82,6 +93,9 @@ class Task:
             if not (isinstance(value, int | float) and lowest <= value < math.inf):
                 kind = "a positive number" if lowest else "0 or a positive number"
                 raise RaceError(f"Task {self.name!r}: {name} must be {kind} (got {value!r}).")
+        if not (isinstance(self.readers, int) and self.readers >= 0):
+            raise RaceError(f"Task {self.name!r}: readers must be 0 or a positive whole number (got {self.readers!r}).")
+        _check_device(f"Task {self.name!r}", self.device)
         if not callable(self.model):
             raise RaceError(
                 f"Task {self.name!r}: model must be a function that returns a network (got {self.model!r})."
@@ -99,8 +113,33 @@ class Task:
         if len(self.train) - held_out < self.batch_size:
             raise RaceError(f"Task {self.name!r}: {held_out} held-out examples leave less than one batch to train on.")
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
-        test, train = (TensorDataset(*self.train[part]) for part in (order[:held_out], order[held_out:]))
-        return replace(self, train=train, test=test)
+        part = getattr(self.train, "part", lambda indices, test: TensorDataset(*self.train[indices]))
+        return replace(self, train=part(order[held_out:], test=False), test=part(order[:held_out], test=True))
+
+    def with_batch_size(self, batch_size: int) -> Task:
+        """The same task in other batches: as many examples in all, and learning rates in proportion to the batch.
+
+        A batch k times as large takes one step where there were k, and goes as far in it: Goyal et al. 2017, "Accurate,
+        Large Minibatch SGD", Section 2.1. It holds up to some batch size, which without batch normalization is smaller.
+        """
+        if not (isinstance(batch_size, int) and batch_size > 0):
+            raise RaceError(f"--batch-size must be a whole number of at least 1 (got {batch_size!r}).")
+        ratio = batch_size / self.batch_size
+        steps = {
+            name: max(1, round(value / ratio))
+            for name in ("steps", "full_steps", "quick_steps")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, batch_size=batch_size, learning_rate=float(f"{self.learning_rate * ratio:.6g}"), **steps)
+
+
+def _check_device(what: str, device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise RaceError(f'{what}: device must be "cpu" or "cuda" (got {device!r}): torchrun tells which GPU.')
+    if device == "cuda":
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if processes > gpus:
+            raise RaceError(f"{what}: each process on this machine needs a GPU: {processes} do, and torch sees {gpus}.")
 
 
 def _check_examples(what: str, examples: object) -> None:
@@ -110,6 +149,8 @@ def _check_examples(what: str, examples: object) -> None:
         raise RaceError(f"{what} is empty.")
     try:
         _inputs, _targets = examples[torch.arange(min(3, len(examples)))]
+    except RaceError:
+        raise
     except Exception as error:
         raise RaceError(
             f"{what}[tensor of indices] must give (inputs, targets), as torch.utils.data.TensorDataset does "
@@ -119,7 +160,7 @@ def _check_examples(what: str, examples: object) -> None:
 
 def load_task(spec: str, data: str | None = None) -> Task:
     """A built-in task by name, or a user's as ``package.module:function``; the function returns a ``Task``."""
-    from batchnorm.racing.zoo import TASKS
+    from batchnorm.racing.tasks import TASKS
 
     if spec in TASKS:
         return TASKS[spec](data)
@@ -174,6 +215,9 @@ def fingerprint(task: Task) -> str:
     """Tells two tasks apart by what the numbers hang on: sizes, weight decay, and some of the data itself."""
     digest = hashlib.sha256(repr((len(task.train), len(task.test), task.batch_size, task.weight_decay)).encode())
     for examples in (task.train, task.test):
+        if hasattr(examples, "fingerprint"):
+            digest.update(examples.fingerprint().encode())
+            continue
         for part in examples[torch.arange(0, len(examples), max(1, len(examples) // 100))]:
             digest.update(repr(part.tolist() if isinstance(part, Tensor) else part).encode())
     return digest.hexdigest()[:16]

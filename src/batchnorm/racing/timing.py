@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -30,28 +30,37 @@ class StepTime:
 
 
 def time_steps(task: Task, runs: Sequence[Run], *, rounds: int, steps: int) -> dict[str, StepTime]:
-    """Time ``rounds`` turns of ``steps`` steps per contender, interleaved; one run per contender is given."""
+    """Time ``rounds`` turns of ``steps`` steps per contender, interleaved; one run per contender is given.
+
+    There are fewer where the runs themselves are short, so that timing does not take longer than training.
+    """
+    share = sum(run.steps for run in runs) // len(runs)
+    warm_up, steps = min(WARM_UP, share // 8), max(1, min(steps, share // 8))
+    rounds = max(2, min(rounds, (share - warm_up) // steps))  # quartiles need two
     trainers = {run.contender.name: Trainer(task, run) for run in runs}
+    first = next(iter(trainers.values()))
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    for trainer in trainers.values():
-        for _ in range(WARM_UP):
-            trainer.step()
-    for _ in range(rounds):
-        for name, trainer in trainers.items():
-            for _ in range(steps):
-                started = time.perf_counter()
+    with closing(first):
+        for trainer in trainers.values():
+            trainer.stream = first.stream  # the others' reading processes would run beside what is timed
+            for _ in range(warm_up):
                 trainer.step()
-                seconds[name].append(time.perf_counter() - started)
+        for _ in range(rounds):
+            for name, trainer in trainers.items():
+                for _ in range(steps):
+                    started = time.perf_counter()
+                    trainer.step()
+                    seconds[name].append(time.perf_counter() - started)
     return {name: _summary(seconds[name], trainer) for name, trainer in trainers.items()}
 
 
 def _summary(seconds: list[float], trainer: Trainer) -> StepTime:
     preparations = []
-    for _ in range(4):
+    for _ in range(min(4, trainer.run.steps // trainer.run.interval)):  # a run has done it as often
         started = time.perf_counter()
         with suppress(NotFinite), warnings.catch_warnings():  # a contender that diverged takes as long
             warnings.simplefilter("ignore")
             trainer.prepare(trainer.model)
         preparations.append(time.perf_counter() - started)
     low, mid, high = quantiles(seconds, n=4)
-    return StepTime(mid, (low, high), median(preparations[1:]), len(seconds))  # the first one warms up
+    return StepTime(mid, (low, high), median(preparations[1:] or preparations), len(seconds))  # the first one warms up

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils import _pytree
 
 from batchnorm.population import recalibrate
 from batchnorm.population.estimate import NotFinite
 from batchnorm.racing.contenders import Contender
+from batchnorm.racing.reading import Order, read, seed_of
 from batchnorm.racing.task import Task
 from batchnorm.recipe.accelerate import accelerate, reduce_dropout
 
@@ -103,7 +106,8 @@ class Trainer:
         self.task, self.run, self.step_count = task, run, 0
         contender = run.contender
         torch.manual_seed(run.seed)
-        self.model = network_of(task, contender)
+        self.device = device_of(task)
+        self.model = network_of(task, contender).to(self.device)
         self.network = (
             DistributedDataParallel(self.model, broadcast_buffers=False) if dist.is_initialized() else self.model
         )
@@ -119,8 +123,9 @@ class Trainer:
             if contender.average
             else None
         )
-        self._order = (-1, torch.empty(0, dtype=torch.int64))
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.order = Order(run.seed, len(task.train), task.batch_size)
+        self.stream = self._stream()
 
     def step(self) -> float:
         """One step of SGD on this rank's share of the next batch; the loss over the whole batch."""
@@ -130,10 +135,11 @@ class Trainer:
         share = min(warm_up, SCHEDULES[run.contender.schedule](done))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
-        inputs, targets = self.task.train[self._batch()[self.rank :: self.ranks]]
+        inputs, targets = self._placed(next(self.stream))
         self.network.train()
         self.optimizer.zero_grad()
-        loss = self.task.loss(self.network(inputs), targets)
+        with self._precision():
+            loss = self.task.loss(self.network(inputs), targets)
         loss.backward()
         self.optimizer.step()
         if self.average is not None:
@@ -144,52 +150,75 @@ class Trainer:
             dist.all_reduce(loss)
         return loss.item() / self.ranks
 
-    def evaluate(self) -> float:
-        """The task's metric over all test examples, of the averaged network where there is one."""
+    def evaluate(self, most: int | None = None) -> float:
+        """The task's metric over the test examples (``most`` of them), of the averaged network where there is one.
+
+        Each rank scores its share; all of them must call this, and get the same.
+        """
         network: nn.Module = self.model if self.average is None else self.average.module
+        if self.ranks > 1:  # what layers keep of their rank's examples: rank 0's, as checkpoints hold it
+            for buffer in filter(Tensor.is_contiguous, network.buffers()):  # others (expanded) are constants
+                dist.broadcast(buffer, 0)
         self.prepare(network)
         network.eval()
-        total, test = 0.0, self.task.test
-        with torch.no_grad():
-            for indices in torch.arange(len(test)).split(EVALUATION_BATCH):
-                inputs, targets = test[indices]
-                total += float(self.task.metric(network(inputs), targets)) * len(indices)
-        return round(total / len(test), 6)  # sums of float32 means: equal counts must give equal scores
+        indices = torch.arange(min(most or len(self.task.test), len(self.task.test)))
+        total = 0.0
+        batches = [part for part in self._share(indices).split(EVALUATION_BATCH) if len(part)]
+        with torch.no_grad(), self._precision():
+            for part, batch in zip(batches, self._read(self.task.test, batches), strict=True):
+                inputs, targets = self._placed(batch)
+                total += float(self.task.metric(network(inputs), targets)) * len(part)
+        if self.ranks > 1:
+            totals = torch.tensor(total, dtype=torch.float64, device=self.device)
+            dist.all_reduce(totals)
+            total = totals.item()
+        return round(total / len(indices), 6)  # sums of float32 means: equal counts must give equal scores
 
     def prepare(self, network: nn.Module) -> None:
         """Population statistics, where the contender asks for them: what a user would do once, at the end."""
         if self.run.contender.recalibrate:
-            examples = self._epoch(0)[: self.run.contender.recalibrate]
+            examples = self._share(self.order.epoch(0)[: self.run.contender.recalibrate])
             batches = examples.chunk(math.ceil(len(examples) / EVALUATION_BATCH))  # no small last one
-            recalibrate(network, (self.task.train[indices][0] for indices in batches))
+            everyone = dist.group.WORLD if self.ranks > 1 else None
+            with self._precision():
+                inputs = (self._placed(batch)[0] for batch in self._read(self.task.train, batches))
+                recalibrate(network, inputs, process_group=everyone)
 
-    def _batch(self) -> Tensor:
-        """Indices of the next batch: the same for every contender with this seed, reshuffled each epoch."""
-        per_epoch = len(self.task.train) // self.task.batch_size
-        epoch, position = divmod(self.step_count, per_epoch)
-        return self._epoch(epoch)[position * self.task.batch_size :][: self.task.batch_size]
+    def close(self) -> None:
+        """End the processes that read ahead."""
+        self.stream.close()
 
-    def _epoch(self, epoch: int) -> Tensor:
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(_seed(self.run.seed, epoch))
-            self._order = (epoch, torch.randperm(len(self.task.train), generator=generator))
-        return self._order[1]
+    def _stream(self) -> Generator[Any]:
+        """This rank's share of every batch from the next one on."""
+        return self._read(self.task.train, self.order.shares(self.step_count, self.rank, self.ranks))
+
+    def _read(self, examples: Any, batches: Iterable[Tensor]) -> Generator[Any]:
+        return read(examples, batches, readers=self.task.readers, pin=self.device.type == "cuda")
+
+    def _share(self, indices: Tensor) -> Tensor:
+        return indices[self.rank :: self.ranks]
+
+    def _placed(self, batch: Any) -> Any:
+        """Inputs and targets where the network is: tensors, or lists, tuples and dicts of them."""
+        return _pytree.tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Forward and loss in bfloat16, where the task asks for it and torch finds it harmless; nothing else."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.task.mixed_precision)
 
     def seed_noise(self) -> None:
         """Dropout's random numbers depend on seed, rank and step alone, so a resumed run draws the same ones."""
-        torch.manual_seed(_seed(self.run.seed * self.ranks + self.rank, self.step_count))
+        torch.manual_seed(seed_of(self.run.seed * self.ranks + self.rank, self.step_count))
 
     def state_dict(self) -> dict[str, Any]:
         average = None if self.average is None else self.average.state_dict()
-        return {
-            "step": self.step_count,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": average,
-        }
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        return {"step": self.step_count, "model": model, "optimizer": optimizer, "average": average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.close()
         self.step_count = state["step"]
+        self.stream = self._stream()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
@@ -206,9 +235,13 @@ def network_of(task: Task, contender: Contender) -> nn.Module:
     return model
 
 
-def _seed(stream: int, position: int) -> int:
-    """A seed of its own for each pair; torch's generator on the CPU looks at the low 32 bits alone."""
-    return (stream * 1_000_003 + position) % 2**32
+def device_of(task: Task) -> torch.device:
+    """Where this process trains; each process of a machine has a GPU of its own."""
+    if task.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def train(task: Task, run: Run, checkpoint: Path | None = None) -> Iterator[Event]:
@@ -217,11 +250,16 @@ def train(task: Task, run: Run, checkpoint: Path | None = None) -> Iterator[Even
     The checkpoint is replaced as a whole after each evaluation, so a killed run loses less than one interval,
     and goes on to the very same numbers.
     """
-    trainer = Trainer(task, run)
+    with closing(Trainer(task, run)) as trainer:
+        yield from _events(trainer, checkpoint)
+
+
+def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
+    task, run = trainer.task, trainer.run
     curve: list[Evaluation] = []
     training_seconds = evaluation_seconds = 0.0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         trainer.load_state_dict(state["trainer"])
         curve = [Evaluation(**row) for row in state["curve"]]
         training_seconds, evaluation_seconds = curve[-1].training_seconds, curve[-1].evaluation_seconds
@@ -240,25 +278,15 @@ def train(task: Task, run: Run, checkpoint: Path | None = None) -> Iterator[Even
                 yield Progress(trainer.step_count, sum(losses[-report_every:]) / report_every)
         trained = time.perf_counter()
         try:
-            score = trainer.evaluate() if trainer.rank == 0 else math.nan
-        except NotFinite:  # of the layers' inputs, before the loss shows it
-            if trainer.ranks > 1:  # the others know nothing of it and would wait
-                raise
+            score = trainer.evaluate()
+        except NotFinite:  # of the layers' inputs, before the loss shows it; all ranks find the same
             yield Diverged(trainer.step_count)
             return
         training_seconds += trained - started
         evaluation_seconds += time.perf_counter() - trained
         epochs = trainer.step_count * task.batch_size / len(task.train)
-        curve.append(
-            Evaluation(
-                trainer.step_count,
-                epochs,
-                sum(losses) / len(losses),
-                score,
-                training_seconds,
-                evaluation_seconds,
-            )
-        )
+        loss = sum(losses) / len(losses)
+        curve.append(Evaluation(trainer.step_count, epochs, loss, score, training_seconds, evaluation_seconds))
         if checkpoint is not None and trainer.rank == 0:
             save(checkpoint, {"trainer": trainer.state_dict(), "curve": [asdict(row) for row in curve]})
         yield curve[-1]

@@ -16,7 +16,7 @@ from batchnorm.racing.score import Record, best
 
 
 def sweep(plan: Plan, records: Mapping[str, Sequence[Record]], task: str) -> dict[str, Any]:
-    """``{task: {mode: {"command", "steps", "examples", "scores": {contender: {rate: [best per seed]}}}}}``.
+    """``{task: {mode: {"command", "steps", "batch_size", "examples", "scores": {contender: {rate: [one a seed]}}}}}``.
 
     A run that diverged scores 0: such a rate is not one to choose, however good it was before.
     """
@@ -26,7 +26,13 @@ def sweep(plan: Plan, records: Mapping[str, Sequence[Record]], task: str) -> dic
             value = best(run) if run["status"] == "finished" else 0.0
             scores.setdefault(name, {}).setdefault(f"{run['learning_rate']:g}", []).append(round(value or 0.0, 4))
     ordered = {name: dict(sorted(rates.items(), key=lambda item: float(item[0]))) for name, rates in scores.items()}
-    what = {"command": plan.command, "steps": plan.steps, "examples": plan.examples, "scores": ordered}
+    what = {
+        "command": plan.command,
+        "steps": plan.steps,
+        "batch_size": plan.batch_size,
+        "examples": plan.examples,
+        "scores": ordered,
+    }
     return {task: {plan.mode: what}}
 
 

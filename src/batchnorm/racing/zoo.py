@@ -1,6 +1,6 @@
-"""The networks that the built-in tasks train, without batch normalization, and the tasks themselves.
+"""The small networks that the built-in tasks train, without batch normalization, and these tasks.
 
-Comes from: images of ``data.py``. Goes to: ``task.load_task``.
+Comes from: images of ``data.py``. Goes to: ``tasks.py``.
 Networks take the keyword that contenders change: ``activation``.
 """
 
@@ -46,7 +46,7 @@ def inception(*, activation: str = "relu") -> nn.Sequential:
         convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2)
         return nn.Sequential(convolution, ACTIVATIONS[activation]())
 
-    width, generator = 16, _generator()
+    width, generator = 16, own_generator()
     classifier = nn.Linear(4 * width, 10)
     network = nn.Sequential(
         conv(1, width, 3, stride=2),
@@ -64,7 +64,7 @@ def inception(*, activation: str = "relu") -> nn.Sequential:
         classifier,
     )
     # He et al. 2015: the network without BN needs an initialization that keeps the scale through its depth.
-    _initialize(network, lambda weight: nn.init.kaiming_normal_(weight, generator=generator))
+    initialize(network, lambda weight: nn.init.kaiming_normal_(weight, generator=generator))
     nn.init.normal_(classifier.weight, std=0.01, generator=generator)  # first predictions are even
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -78,18 +78,19 @@ def mlp(*, activation: str = "sigmoid") -> nn.Sequential:
     def layer(in_features: int, out_features: int) -> list[nn.Module]:
         return [nn.Linear(in_features, out_features), ACTIVATIONS[activation]()]
 
-    generator = _generator()
+    generator = own_generator()
     network = nn.Sequential(*layer(784, 100), *layer(100, 100), *layer(100, 100), nn.Linear(100, 10))
-    _initialize(network, lambda weight: nn.init.normal_(weight, std=0.05, generator=generator))
+    initialize(network, lambda weight: nn.init.normal_(weight, std=0.05, generator=generator))
     return network
 
 
-def _generator() -> torch.Generator:
+def own_generator() -> torch.Generator:
     """Random numbers for the weights alone: they do not hang on what layers draw when they are made."""
     return torch.Generator().manual_seed(int(torch.randint(2**31, ())))
 
 
-def _initialize(network: nn.Module, fill: Callable[[Tensor], Tensor]) -> None:
+def initialize(network: nn.Module, fill: Callable[[Tensor], Tensor]) -> None:
+    """Fill the weights of convolutions and linear layers; biases are 0."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             fill(layer.weight.data)
@@ -149,6 +150,3 @@ def _on(data: str) -> str:
 def _moments(images_NHW: Tensor) -> tuple[float, float]:
     values = images_NHW.double()
     return values.mean().item(), values.std(correction=0).item()
-
-
-TASKS: dict[str, Callable[[str | None], Task]] = {"inception": inception_task, "mlp": mlp_task}

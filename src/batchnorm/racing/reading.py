@@ -1,0 +1,107 @@
+"""Which examples each step takes, and how they get here: in this process, or ahead of it by reading processes.
+
+Comes from: a task's examples. Goes to: ``trainer.py``.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from batchnorm.racing.errors import RaceError
+
+
+class Order:
+    """The batches of a seed: the same for every contender, reshuffled each epoch."""
+
+    def __init__(self, seed: int, examples: int, batch_size: int) -> None:
+        self.seed, self.examples, self.batch_size = seed, examples, batch_size
+        self._last = (-1, torch.empty(0, dtype=torch.int64))
+
+    def epoch(self, epoch: int) -> Tensor:
+        """Indices of all examples, in the order of an epoch."""
+        if self._last[0] != epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            self._last = (epoch, torch.randperm(self.examples, generator=generator))
+        return self._last[1]
+
+    def batch(self, step: int) -> Tensor:
+        """Indices of a step's batch."""
+        epoch, position = divmod(step, self.examples // self.batch_size)
+        return self.epoch(epoch)[position * self.batch_size :][: self.batch_size]
+
+    def shares(self, step: int, rank: int, ranks: int) -> Iterator[Tensor]:
+        """Without end, a rank's share of each batch from this step on."""
+        while True:
+            yield self.batch(step)[rank::ranks]
+            step += 1
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def seed_of(stream: int, position: int) -> int:
+    """A seed of its own for each pair; torch's generator on the CPU looks at the low 32 bits alone."""
+    return (stream * 1_000_003 + position) % 2**32
+
+
+def read(examples: Any, batches: Iterable[Tensor], *, readers: int = 0, pin: bool = False) -> Generator[Any]:
+    """``examples[indices]`` of each batch of indices, in their order.
+
+    Args:
+        examples: as in a ``Task``.
+        batches: tensors of indices.
+        readers: processes that read ahead; 0, or in a process of ``pool.py`` (which fills the cores with runs, and may
+            have no children): this process reads each batch when it is asked for.
+        pin: put what is read into memory that a GPU copies from.
+    """
+    if not readers or multiprocessing.current_process().daemon:
+        for indices in batches:
+            yield examples[indices]
+        return
+    lists: Any = (indices.tolist() for indices in batches)
+    loader: Any = DataLoader(
+        _Shown(examples),  # type: ignore[arg-type]  # it asks for __getitem__ alone
+        batch_size=None,
+        sampler=lists,
+        num_workers=readers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_deaf_to_ctrl_c,
+        pin_memory=pin,
+        generator=torch.Generator(),  # of its own: dropout's random numbers must not hang on when reading began
+    )
+    for batch in loader:
+        if isinstance(batch, RaceError):
+            raise batch
+        yield batch
+
+
+class _Shown:
+    """What reading processes see. A mistake comes back as a value: raised there, it would arrive with their stack."""
+
+    def __init__(self, examples: Any) -> None:
+        self.examples = examples
+
+    def __getitem__(self, indices: list[int]) -> Any:
+        try:
+            return self.examples[torch.tensor(indices)]
+        except RaceError as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _deaf_to_ctrl_c(reader: int) -> None:
+    """It ends with the process that it reads for, which says what is to be said."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
