@@ -138,6 +138,7 @@ def train(network: nn.Module, optimizer: Any, examples: TensorDataset, batch: in
 
 
 def right(probabilities: Tensor, labels: Tensor) -> float:
+    """Share of the images whose most probable class is theirs."""
     return (probabilities.argmax(1) == labels).float().mean().item()
 
 

@@ -82,6 +82,7 @@ def outputs(network: nn.Module, images: Tensor, batch: int) -> Tensor:
 
 
 def off(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 

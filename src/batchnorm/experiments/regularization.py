@@ -71,6 +71,7 @@ def measure(batch_norm: bool, dropout: float, part: int, seed: int, steps: int) 
 
 
 def layers_of(network: nn.Module) -> list[Any]:
+    """The BN layers."""
     return [m for m in network.modules() if isinstance(m, FusedBatchNorm)]
 
 
