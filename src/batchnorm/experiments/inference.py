@@ -116,8 +116,8 @@ def conclude(records: list[Record]) -> Result:
 
     def draw(figure: Figure) -> None:
         axes = style.axes_of(
-            figure, "Accuracy in inference: the moving average lags early in training, the population does not",
-            "training steps", "accuracy on test images",
+            figure, f"After {records[0]['curve'][0][0]} steps: {mean(first['moving']):.1%} with moving averages, "
+            f"{mean(first['population']):.1%} with population statistics", "training steps", "accuracy on test images",
         )  # fmt: skip
         for i, (words, (color, dash)) in enumerate(
             zip(WAYS.values(), (style.OTHER, style.WITH, style.WITHOUT), strict=True), 1

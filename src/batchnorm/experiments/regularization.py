@@ -143,7 +143,7 @@ def conclude(records: list[Record]) -> Result:
             axes.axhline(test(some), color=color, linestyle=dash, label=words)
         axes.set_xscale("log", base=2)
         axes.set_xticks(PARTS, [str(part) for part in PARTS])
-        axes.legend(frameon=False)
+        style.legend_beside(axes)
 
     return Result(
         all(holds.values()),

@@ -126,7 +126,7 @@ def conclude(records: list[Record]) -> Result:
             steps = runs[norm][0]["steps"]
             axes.plot(steps, middle, dash, color=color, label=f"{'with BN' if norm else 'without'}: median")
             axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0, label="15th to 85th percentile")
-        axes.legend(frameon=False)
+        style.legend_beside(axes)
 
     return Result(
         drifts[True] <= SHARE * drifts[False],

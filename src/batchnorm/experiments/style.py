@@ -31,6 +31,11 @@ def axes_of(figure: Figure, title: str, x: str, y: str, **options: Any) -> Any:
     return axes
 
 
+def legend_beside(axes: Any) -> None:
+    """Where data fills the axes."""
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+
 def finish(axes: Any) -> None:
     """A light grid, no box."""
     axes.grid(alpha=0.25, linewidth=0.6)
