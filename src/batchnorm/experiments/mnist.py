@@ -84,8 +84,8 @@ def conclude(records: list[Record]) -> Result:
 
     def draw(figure: Figure) -> None:
         axes = style.axes_of(
-            figure, "The small sigmoid network, with and without batch normalization", "training steps",
-            "accuracy on the test images",
+            figure, f"With BN the other network's accuracy in {_in_words(shares['the same rate'])} at the same rate",
+            "training steps", "accuracy on the test images",
         )  # fmt: skip
         for norm, (color, _) in ((False, style.WITHOUT), (True, style.WITH)):
             for rate, dash in ((SAME, "--"), (best[norm], "-")):

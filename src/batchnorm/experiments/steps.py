@@ -88,9 +88,9 @@ def conclude(records: list[Record]) -> Result:
 
     return Result(
         share is not None and share <= SHARE,
-        "Steps to the baseline's best accuracy: "
+        "Steps to the baseline's best accuracy, of the baseline's own: "
         + ", ".join(f"{name} {_percent(shares[name])}" for name in CONTENDERS if name != "baseline")
-        + " of the baseline's.",
+        + ".",
         rows,
         draw,
     )
