@@ -128,7 +128,9 @@ def conclude(records: list[Record]) -> Result:
         all(f is not None and f <= SHARE for f in fractions.values()),
         f"{_percent(steps)} of the steps; of the seconds "
         + ", ".join(f"{_percent(f)} with {name}" for name, f in fractions.items())
-        + ".",
+        + "."
+        if steps
+        else "accelerated did not reach the baseline's best accuracy from every seed.",
         rows,
         draw,
     )

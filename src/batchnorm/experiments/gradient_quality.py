@@ -85,6 +85,7 @@ def conclude(records: list[Record]) -> Result:
     }
     slope, noise_scale = law(errors[False])
     scales = [law({int(m): e for m, e in r["errors"].items()})[1] for r in records if not r["batch_norm"]]
+    spread = f" ({min(scales):.0f} to {max(scales):.0f} from seed to seed)" if len(scales) > 1 else ""
     falls = {norm: list(e.values()) == sorted(e.values(), reverse=True) for norm, e in errors.items()}
     rows = [
         {
@@ -120,8 +121,7 @@ def conclude(records: list[Record]) -> Result:
     return Result(
         abs(slope + 1) <= SLOPE and all(falls.values()),
         f"Without BN the error is {noise_scale:.0f} * m^{slope:.3f}: the gradient noise scale is {noise_scale:.0f} "
-        f"images ({min(scales):.0f} to {max(scales):.0f} from seed to seed). With BN the "
-        f"exponent is {law(errors[True])[0]:.2f}"
+        f"images{spread}. With BN the exponent is {law(errors[True])[0]:.2f}"
         + ("." if all(falls.values()) else ", and the error does not fall throughout."),
         rows,
         draw,

@@ -46,7 +46,7 @@ def markdown(results: Mapping[str, Result], what: Mapping[str, Any]) -> str:
             f"**{result.verdict.capitalize()}.** {result.headline}",
             "",
         ]
-        lines += [*table(result), "", *(f"- {note}" for note in result.notes), f"![{name}]({name}.png)"]
+        lines += [*table(result), "", *(f"- {note}" for note in result.notes), "", f"![{name}]({name}.png)"]
     return "\n".join([*lines, ""])
 
 
