@@ -96,7 +96,7 @@ def conclude(records: list[Record]) -> Result:
         colors = [style.OTHER[0] if key == "per_activation" else style.WITH[0] for key in WHAT]
         axes.barh(list(WHAT.values()), [worst[key] for key in WHAT], color=colors, left=1e-18, height=0.5)
         axes.set_xscale("log")
-        axes.set_xlim(1e-18, 10)
+        axes.set_xlim(1e-18, 10 * max(worst.values()))
         axes.axvline(LIMIT, color="black", linewidth=0.8)
         axes.annotate(f" limit {LIMIT:g}", (LIMIT, 1), xycoords=("data", "axes fraction"), va="top", fontsize=9)
         axes.invert_yaxis()

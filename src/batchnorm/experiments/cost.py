@@ -3,8 +3,8 @@
 Steps: the race's baseline and its ``accelerated`` on Fashion-MNIST (docs/race.md), the baseline for 7,500 steps (with
 --quick 1,200): steps until ``accelerated`` is as good as the baseline's best, as a fraction of the baseline's. Seconds
 per step: alone on the machine, one thread, the networks taking turns: without BN, and with BN in torch's layers, ours,
-and ours fused with the nonlinearities; median of 10 turns of 10 steps (with --quick 5 of 8), each seed in a process of
-its own. The fraction of the seconds is the product.
+and ours fused with the nonlinearities; median of 10 turns of 10 steps (with --quick 5 of 8), one seed after the
+other. The fraction of the seconds is the product.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ CLAIM = Claim(
     "cost",
     "Speed has two measures, steps and time, and what saves steps saves time, though each step costs more.",
     "Section 4; the paper counts steps alone",
-    f"the accuracy that the baseline ends at takes at most {SHARE:.0%} of its seconds, with torch's layers and with "
-    "ours (means over seeds; reached from every seed)",
+    f"the baseline's best accuracy takes at most {SHARE:.0%} of its seconds, with torch's layers, with ours and with "
+    "ours fused (means over seeds; reached from every seed)",
 )
 TURNS = {"quick": (5, 8), "default": (10, 10)}
 

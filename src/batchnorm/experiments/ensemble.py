@@ -19,8 +19,8 @@ from torch.utils.data import TensorDataset
 from batchnorm.experiments import style
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
 from batchnorm.experiments.numbers import with_interval
+from batchnorm.experiments.training import recalibrated
 from batchnorm.nn import BatchNorm1d
-from batchnorm.population import recalibrate
 from batchnorm.racing.contenders import CONTENDERS
 from batchnorm.racing.task import load_task
 from batchnorm.recipe.accelerate import accelerate
@@ -90,9 +90,10 @@ def measure(seed: int, steps: int) -> Record:
         optimizer = torch.optim.SGD(network.parameters(), RATE, momentum=0.9, weight_decay=task.weight_decay)
         network.batchnorm_recipe.apply(optimizer, model=network)
         train(network, optimizer, task.train, task.batch_size, steps)
-        recalibrate(network, task.train.tensors[0][:2_000].split(250))
-        with torch.no_grad():
-            found = torch.cat([network.eval()(x).softmax(1) for x in images.split(250)])
+        found = torch.full_like(total, 0.1)  # of a network that diverged
+        if recalibrated(network, task.train.tensors[0][:2_000]):
+            with torch.no_grad():
+                found = torch.cat([network.eval()(x).softmax(1) for x in images.split(250)])
         total += found
         single.append(right(found, labels))
         together.append(right(total, labels))

@@ -6,7 +6,7 @@ is beside those over batches of m = 1 ... 4,096 images drawn with replacement, 2
 error is the mean of |g_m - g|^2 / |g|^2. Theory without BN: tr(S) / |g|^2 / m, S the covariance of one example's
 gradient; a line through log(error) over log(m) has the slope -1, and tr(S) / |g|^2, where error and gradient are
 equally long, is the gradient noise scale of McCandlish et al. 2018. With BN an example's gradient depends on its batch:
-no such law, and m = 1 does not exist.
+no such law for small ones, m = 1 does not exist, and the line is fitted from m = 32 on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZES = tuple(2**i for i in range(13))
-SLOPE = 0.05
+SLOPE, WITH_BN_FROM = 0.05, 32  # with BN the smallest batches follow no law
 CLAIM = Claim(
     "gradient-quality",
     "The gradient of the loss over a mini-batch estimates that over the training set; its quality improves with the "
@@ -83,8 +83,11 @@ def conclude(records: list[Record]) -> Result:
         norm: {m: mean(r["errors"][str(m)] for r in records if r["batch_norm"] is norm) for m in SIZES[norm:]}
         for norm in (False, True)
     }
-    slope, noise_scale = law(errors[False])
-    scales = [law({int(m): e for m, e in r["errors"].items()})[1] for r in records if not r["batch_norm"]]
+    slope, factor = law(errors[False])
+    noise_scale = factor ** (-1 / slope)  # where the error is 1
+    laws = [law({int(m): e for m, e in r["errors"].items()}) for r in records if not r["batch_norm"]]
+    scales = [b ** (-1 / p) for p, b in laws]
+    with_bn, _ = law({m: e for m, e in errors[True].items() if m >= WITH_BN_FROM})
     spread = f" ({min(scales):.0f} to {max(scales):.0f} from seed to seed)" if len(scales) > 1 else ""
     falls = {norm: list(e.values()) == sorted(e.values(), reverse=True) for norm, e in errors.items()}
     rows = [
@@ -109,7 +112,7 @@ def conclude(records: list[Record]) -> Result:
                 list(errors[norm]), list(errors[norm].values()), dash, marker="o", color=color,
                 label="with BN" if norm else "without",
             )  # fmt: skip
-        axes.plot(SIZES, [noise_scale * m**slope for m in SIZES], ":", color="black", label="fitted, without BN")
+        axes.plot(SIZES, [factor * m**slope for m in SIZES], ":", color="black", label="fitted, without BN")
         axes.axhline(1, color="black", linewidth=0.8)
         axes.annotate(
             f"as long as the gradient itself: m = {noise_scale:.0f}, the noise scale", (1, 1), va="top", fontsize=9
@@ -120,8 +123,8 @@ def conclude(records: list[Record]) -> Result:
 
     return Result(
         abs(slope + 1) <= SLOPE and all(falls.values()),
-        f"Without BN the error is {noise_scale:.0f} * m^{slope:.3f}: the gradient noise scale is {noise_scale:.0f} "
-        f"images{spread}. With BN the exponent is {law(errors[True])[0]:.2f}"
+        f"Without BN the error is {factor:.0f} * m^{slope:.3f}: the gradient noise scale is {noise_scale:.0f} "
+        f"images{spread}. From m = {WITH_BN_FROM} on the exponent with BN is {with_bn:.2f}"
         + ("." if all(falls.values()) else ", and the error does not fall throughout."),
         rows,
         draw,

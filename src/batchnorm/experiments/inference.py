@@ -51,10 +51,10 @@ def measure(seed: int, steps: int) -> Record:
     test, labels = task.test[:2_000]
     network = insert(task.model(), images[:2])
     optimizer = torch.optim.SGD(network.parameters(), 0.2, momentum=0.9)
-    curve = []
+    generator, curve = torch.Generator().manual_seed(seed), []
     for step in range(1, steps + 1):
         optimizer.zero_grad()
-        inputs, targets = task.train[torch.randint(len(task.train), (task.batch_size,))]
+        inputs, targets = task.train[torch.randint(len(task.train), (task.batch_size,), generator=generator)]
         task.loss(network.train()(inputs), targets).backward()
         optimizer.step()
         if step % (steps // POINTS) == 0:
@@ -69,14 +69,14 @@ def measure(seed: int, steps: int) -> Record:
     }
     record: Record = {key: off(found, together) for key, found in errors.items()}
     with preserve_state(exact):
-        exact.train()
+        for layer in exact.train().modules():
+            layer.train(not isinstance(layer, nn.Dropout))
         record["batch_statistics"] = off(outputs(exact, some, 10), outputs(exact, some, 200))
     return record | {"curve": curve}
 
 
 def outputs(network: nn.Module, images: Tensor, batch: int) -> Tensor:
     """In batches of so many."""
-    torch.manual_seed(0)  # dropout's, in train
     with torch.no_grad():
         return torch.cat([network(x) for x in images.split(batch)])
 

@@ -56,11 +56,11 @@ def measure(batch_norm: bool, rate: float, seed: int, steps: int) -> Record:
             smooth.append(smoothness(network, images, labels, rate))
 
     stable = train(network, training, steps=steps, rate=rate, batch=100, seed=seed, at=at)
-    loss_range, gradient_change = zip(*smooth, strict=True) if smooth else ((0.0,), (0.0,))
+    loss_range, gradient_change = zip(*smooth, strict=True) if smooth else ((), ())
     return {
         "accuracy": accuracy(network, training, test) if stable else 0.1,
-        "loss_range": mean(loss_range),
-        "gradient_change": mean(gradient_change),
+        "loss_range": mean(loss_range) if smooth else None,
+        "gradient_change": mean(gradient_change) if smooth else None,
     }
 
 
@@ -98,7 +98,7 @@ def conclude(records: list[Record]) -> Result:
         for norm, some in scores.items()
     }
     smooth = {
-        (norm, key): [r[key] for r in records if (r["batch_norm"], r["rate"]) == (norm, SMOOTHNESS_AT)]
+        (norm, key): [r[key] for r in records if (r["batch_norm"], r["rate"]) == (norm, SMOOTHNESS_AT) and r[key]]
         for norm in (False, True) for key in ("loss_range", "gradient_change")
     }  # fmt: skip
     rows = [
@@ -118,11 +118,12 @@ def conclude(records: list[Record]) -> Result:
         axes.legend(frameon=False, loc="lower left")
 
     def both(key: str, form: str) -> str:
-        return f"{with_interval(smooth[True, key], form)} with BN, {with_interval(smooth[False, key], form)} without"
+        found = {norm: with_interval(smooth[norm, key], form) if smooth[norm, key] else "diverged" for norm in scores}
+        return f"{found[True]} with BN, {found[False]} without"
 
     return Result(
         largest[True] >= TIMES * largest[False],
-        f"Rates up to {largest[True]:g} are stable with BN, up to {largest[False]:g} without.",
+        f"The largest stable rate is {largest[True]:g} with BN, {largest[False]:g} without.",
         rows,
         draw,
         [

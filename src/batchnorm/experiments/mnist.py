@@ -28,7 +28,7 @@ CLAIM = Claim(
     "The network with batch normalization trains faster and ends at a higher test accuracy.",
     "Section 4.1, Figure 1 (a)",
     "at the same rate and each at its own best, with BN it reaches the accuracy that the other network ends at in at "
-    "most half of the steps, and ends higher (means over seeds)",
+    "most half of the steps that the other takes to it, and ends higher (means over seeds)",
 )
 
 
@@ -69,22 +69,27 @@ def conclude(records: list[Record]) -> Result:
     rows, shares, ends = [], {}, {}
     for words, rates in compared.items():
         target = final(False, rates[0])
-        shares[words] = _share(_mean_curve(runs(True, rates[1])), target)
+        steps = {norm: _steps(_mean_curve(runs(norm, rate)), target) for norm, rate in zip(best, rates, strict=True)}
+        with_bn, without = steps[True], steps[False]
+        shares[words] = with_bn / without if with_bn and without else None
         ends[words] = final(True, rates[1]) - target
         for norm, rate in zip((False, True), rates, strict=True):
             rows.append(
                 {
                     "network": "with BN" if norm else "without",
                     "rate": f"{rate:g} ({words})",
-                    "final accuracy": with_interval([r["curve"][-1][1] for r in runs(norm, rate) if r["curve"]]),
-                    "steps to the other's": "-" if not norm else _in_words(shares[words]),
+                    "final accuracy": with_interval(
+                        [r["curve"][-1][1] if r["curve"] else 0.1 for r in runs(norm, rate)]
+                    ),
+                    "steps to the accuracy without BN": f"{steps[norm]:,}" if steps[norm] else "never",
                 }
             )
     confirmed = all(share is not None and share <= 0.5 for share in shares.values()) and min(ends.values()) > 0
 
     def draw(figure: Figure) -> None:
         axes = style.axes_of(
-            figure, f"With BN the other network's accuracy in {_in_words(shares['the same rate'])} at the same rate",
+            figure, "The other network's accuracy takes, with BN, "
+            f"{_in_words(shares['the same rate'])} of its steps at the same rate",
             "training steps", "accuracy on the test images",
         )  # fmt: skip
         for norm, (color, _) in ((False, style.WITHOUT), (True, style.WITH)):
@@ -96,7 +101,7 @@ def conclude(records: list[Record]) -> Result:
 
     return Result(
         confirmed,
-        "With BN the accuracy that the other network ends at takes "
+        "With BN the accuracy that the other network ends at takes, of the other's steps to it, "
         + " and ".join(f"{_in_words(share)} ({words})" for words, share in shares.items())
         + "; it ends "
         + " and ".join(f"{100 * end:+.2f} points" for end in ends.values())
@@ -110,10 +115,10 @@ def _mean_curve(runs: Sequence[Record]) -> list[tuple[int, float]]:
     return [(at[0][0], mean(accuracy for _, accuracy in at)) for at in zip(*(r["curve"] for r in runs), strict=False)]
 
 
-def _share(curve: Sequence[tuple[int, float]], target: float) -> float | None:
-    """Of the steps until the target; None where it is not reached."""
-    return next((step / curve[-1][0] for step, score in curve if score >= target), None)
+def _steps(curve: Sequence[tuple[int, float]], target: float) -> int | None:
+    """Until the target first; None where it is not reached."""
+    return next((step for step, score in curve if score >= target), None)
 
 
 def _in_words(share: float | None) -> str:
-    return "never" if share is None else f"{share:.0%} of the steps"
+    return "never" if share is None else f"{share:.0%}"

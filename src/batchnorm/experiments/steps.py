@@ -1,4 +1,4 @@
-"""The paper's second experiment: steps to the accuracy that the network without BN ends at.
+"""The paper's second experiment: steps to the best accuracy of the network without BN.
 
 The race (docs/race.md) between the paper's own contenders, with its rules and its budgets: on Fashion-MNIST at 28 x 28,
 the baseline for 20,000 steps of 256 images, up to its plateau (with --quick 1,200). The target is the mean over seeds
@@ -97,4 +97,4 @@ def conclude(records: list[Record]) -> Result:
 
 
 def _percent(share: float | None) -> str:
-    return "not reached" if share is None else f"{share:.1%}"
+    return "not reached from every seed" if share is None else f"{share:.1%}"

@@ -3,7 +3,7 @@
 A training step (forward, backward, plain SGD) of the race's Inception network on images of Fashion-MNIST, in batches of
 1 to 1,024 (with --quick 1, 4, 16, 64 and 256): without BN, with torch's layers, with ours, and with ours fused with
 their nonlinearities (``from_torch(model, example=)``). One thread, nothing else running, the four taking turns, median
-of 15 rounds (with --quick 7); each seed is a process of its own.
+of 15 rounds (with --quick 7); one seed after the other.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def alone(cell: Cell) -> bool:
 
 
 def cells(quick: bool, seeds: int) -> list[Cell]:
-    """One process each."""
+    """One per seed."""
     sizes, rounds = (QUICK_SIZES, 7) if quick else (SIZES, 15)
     return [{"seed": seed, "sizes": list(sizes), "rounds": rounds} for seed in range(seeds)]
 

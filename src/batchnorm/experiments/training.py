@@ -95,11 +95,18 @@ def train(
 
 def accuracy(network: nn.Module, training: TensorDataset, test: TensorDataset) -> float:
     """In eval, with population statistics; what is not finite is chance."""
-    try:
-        recalibrate(network, training.tensors[0][:POPULATION].split(250))
-    except NotFinite:
+    if not recalibrated(network, training.tensors[0][:POPULATION]):
         return 0.1
     return share_right(network, test)
+
+
+def recalibrated(network: nn.Module, images: Tensor) -> bool:
+    """Give the network population statistics; False where what its layers see is not finite."""
+    try:
+        recalibrate(network, images.split(250))
+    except NotFinite:
+        return False
+    return True
 
 
 def share_right(network: nn.Module, test: TensorDataset) -> float:
