@@ -67,6 +67,7 @@ class FusedBatchNorm(_BatchNorm):
     counts: list[Tensor] | None = None  # where someone wants to know how many values a batch had
     frozen_statistics = False
     frozen_affine = False
+    guarded = True  # False: running statistics take up what is not finite too, as torch's do
     fused = False  # the activation, or a residual, came from the network around it (``from_torch``)
     _told = 0
     qconfig = _RefuseLossyConversion()
@@ -248,7 +249,7 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
     mean, var = (layer.running_mean, layer.running_var) if tracked else (None, None)
     training = in_train or (mean is None and var is None)
     batches = layer.num_batches_tracked if updates else None
-    skipped = layer._buffers.get("skipped_batches") if updates else None
+    skipped = layer._buffers.get("skipped_batches") if updates and layer.guarded else None
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
     name, slope = parse_activation(layer.activation)
     if mask is None and (not in_train or type(layer.statistics) is Batch):
