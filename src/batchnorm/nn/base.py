@@ -17,35 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.functional import Activation, as_mask, normalize, normalize_by, normalize_masked, parse_activation
+from batchnorm.nn.guards import Epsilon, QConfig
 from batchnorm.nn.statistics import Batch, Renorm, Running, Statistics, Synced
 from batchnorm.ops.split import Affine, is_eager
 
 _LAYOUTS = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
 _LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
-
-
-class _RefuseLossyConversion:
-    """The attribute ``qconfig``: missing, until set, but an error on a layer with an activation or other statistics.
-
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` takes any subclass and drops what it adds without a word. Of
-    the attributes that it reads, this one is not torch's own. Having no ``__set__``, it makes way for a value.
-    """
-
-    def __get__(self, layer: FusedBatchNorm | None, owner: type) -> Any:
-        if layer is None:
-            return self
-        if type(layer.statistics) is not Batch:
-            raise TypeError(
-                f"SyncBatchNorm.convert_sync_batchnorm and quantization drop the statistics of {owner.__name__}"
-                f"(statistics={layer.statistics!r}): use batchnorm.convert_sync_batchnorm, and revert_sync_batchnorm "
-                "before you quantize."
-            )
-        if layer.activation is None:
-            raise AttributeError("qconfig")  # goes on to Module.__getattr__, which words it
-        raise TypeError(
-            f"SyncBatchNorm.convert_sync_batchnorm and quantization drop the activation of {owner.__name__}"
-            f"(activation={layer.activation!r}): build the layer without it, with a module for it behind."
-        )
 
 
 _BATCH = Batch()
@@ -69,8 +46,10 @@ class FusedBatchNorm(_BatchNorm):
     frozen_affine = False
     guarded = True  # False: running statistics take up what is not finite too, as torch's do
     fused = False  # the activation, or a residual, came from the network around it (``from_torch``)
+    taken_from: tuple[Any, ...] = ()  # whose work the layer does: each gets it back by its ``hand_back()``
     _told = 0
-    qconfig = _RefuseLossyConversion()
+    eps: Any = Epsilon()
+    qconfig = QConfig()
     _dims: tuple[int, ...]
 
     def __init__(
@@ -98,6 +77,17 @@ class FusedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """activation(BN(input) + residual): batch statistics in train, running ones in eval (where tracked)."""
         return _forward(self, input, residual, mask)
+
+    @property
+    def epsilon(self) -> float:
+        """``eps``, without what reading that one means: see ``guards.Epsilon``."""
+        return self.__dict__["eps"]  # type: ignore[no-any-return]
+
+    def hand_back(self) -> None:
+        """Undo what ``from_torch`` fused into this layer: those that it came from do it again."""
+        owners, self.taken_from, self.activation, self.fused = self.taken_from, (), None, False
+        for owner in owners:
+            owner.hand_back()
 
     @property
     def statistics(self) -> Statistics:
@@ -261,14 +251,14 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             layer.bias,
             training,
             momentum,
-            layer.eps,
+            layer.epsilon,
             name,
             slope,
             residual,
             batches,
             skipped,
         )
-    affine = Affine(layer.weight, layer.bias, residual, layer.eps, name, slope)
+    affine = Affine(layer.weight, layer.bias, residual, layer.epsilon, name, slope)
     mask = None if mask is None else as_mask(mask, input)
     if not training:
         return normalize_masked(input, mean, var, affine, mask)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def affine(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
     """scale * x + shift, in float64."""
     mean_C, var_C = layer.running_mean.double(), layer.running_var.double()  # type: ignore[union-attr]
-    rstd_C = (var_C + layer.eps).rsqrt()
+    rstd_C = (var_C + vars(layer)["eps"]).rsqrt()
     scale_C = rstd_C if layer.weight is None else layer.weight.detach().double() * rstd_C
     shift_C = -mean_C * scale_C
     return scale_C, shift_C if layer.bias is None else shift_C + layer.bias.detach().double()

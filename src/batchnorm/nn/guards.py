@@ -1,0 +1,62 @@
+"""Attributes that other people's code reads just before it drops what a layer of ours adds to torch's.
+
+``torch.nn.utils.fuse_conv_bn_eval``, ``to_mkldnn``, a repository's own ``fuse()`` and the converters of torch take any
+subclass of torch's layers. None of them asks what the subclass does; the attributes that they need tell that they run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from batchnorm.nn.base import FusedBatchNorm
+
+
+class Epsilon:
+    """The attribute ``eps``. Who reads it computes batch normalization without the layer, and would lose its activation.
+
+    An activation that came from the network around the layer (``from_torch(model, example=)``) goes back to where it
+    was, so that the reader finds an ordinary layer. One that the layer was built with has no other place: that raises.
+    The package itself reads ``layer.epsilon``.
+    """
+
+    def __get__(self, layer: FusedBatchNorm | None, owner: type) -> Any:
+        if layer is None:
+            return self
+        if layer.taken_from:
+            layer.hand_back()
+        if layer.activation is not None:
+            raise TypeError(
+                f"eps of {owner.__name__}(activation={layer.activation!r}) cannot be read: code that folds or converts "
+                "batch normalization by its eps would lose the activation. Use batchnorm.fold, or build the layer "
+                "without an activation, with a module for it behind; the value alone is layer.epsilon."
+            )
+        return layer.epsilon
+
+    def __set__(self, layer: FusedBatchNorm, value: float) -> None:
+        vars(layer)["eps"] = value  # where torch's repr looks for it
+
+
+class QConfig:
+    """The attribute ``qconfig``: missing, until set, but an error on a layer with an activation or other statistics.
+
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and quantization read it. Having no ``__set__``, it makes way for
+    a value.
+    """
+
+    def __get__(self, layer: FusedBatchNorm | None, owner: type) -> Any:
+        if layer is None:
+            return self
+        source = layer.statistics
+        if type(source).__name__ != "Batch":
+            raise TypeError(
+                f"SyncBatchNorm.convert_sync_batchnorm and quantization drop the statistics of {owner.__name__}"
+                f"(statistics={source!r}): use batchnorm.convert_sync_batchnorm, and revert_sync_batchnorm "
+                "before you quantize."
+            )
+        if layer.activation is None:
+            raise AttributeError("qconfig")  # goes on to Module.__getattr__, which words it
+        raise TypeError(
+            f"SyncBatchNorm.convert_sync_batchnorm and quantization drop the activation of {owner.__name__}"
+            f"(activation={layer.activation!r}): build the layer without it, with a module for it behind."
+        )
