@@ -12,12 +12,13 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function
 
 from batchnorm import ops
 from batchnorm.ops import split
 
-# None, a name, ("leaky_relu", slope), or a torch.nn module of one of these kinds.
-Activation = str | tuple[str, float] | nn.Module | None
+# None, a name, ("leaky_relu", slope), or a torch.nn module (or its class) of one of these kinds.
+Activation = str | tuple[str, float] | nn.Module | type[nn.Module] | None
 
 _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -29,12 +30,15 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Tanh: "tanh",
 }
 _TORCH_SLOPE = 0.01  # torch's default for leaky_relu
+_KNOWN = f"Known: {', '.join(kind.__name__ for kind in _MODULES)}."
 
 _DTYPES = "weight, bias, running_mean and running_var have input's dtype, or all are float32 beside a 16-bit input"
+_NO_STATISTICS = "without running statistics (track_running_stats=False) eval normalizes by the batch too"
+_PLAIN = {Tensor, nn.Parameter, nn.Buffer, type(None)}
 # What to do about torch's errors, by the words that they contain.
 _ADVICE = {
-    "Expected more than 1 value per channel": "one value has no variance. Use a larger batch, drop the last "
-    "incomplete one (DataLoader(drop_last=True)), or call .eval()",
+    "Expected more than 1 value per channel": "one value has no variance. Use a larger batch, or drop the last "
+    "incomplete one (DataLoader(drop_last=True))",
     "eps must be": "eps keeps the division finite where a channel is constant; torch's default is 1e-5",
     "should contain": "channels are in dimension 1; weight, bias, running_mean and running_var take one value for each "
     "of them (num_features of a layer)",
@@ -48,19 +52,29 @@ def parse_activation(activation: Activation) -> tuple[str | None, float]:
     """The name of an activation and its slope, which only leaky_relu looks at; see ``batch_norm``."""
     if activation is None:
         return None, _TORCH_SLOPE
+    if isinstance(activation, type) and issubclass(activation, nn.Module):  # as timm's act_layer=nn.ReLU
+        return parse_activation(_constructed(activation))
     if isinstance(activation, nn.Module):
         if type(activation) not in _MODULES:  # a subclass may compute anything
-            known = ", ".join(kind.__name__ for kind in _MODULES)
-            raise TypeError(
-                f"cannot fuse activation {type(activation).__name__}. Known: {known}. Put others after the layer."
-            )
+            raise TypeError(f"cannot fuse activation {type(activation).__name__}. {_KNOWN} Put others after the layer.")
         return _MODULES[type(activation)], getattr(activation, "negative_slope", _TORCH_SLOPE)
-    name, slope = (activation, _TORCH_SLOPE) if isinstance(activation, str) else activation
+    pair = (activation, _TORCH_SLOPE) if isinstance(activation, str) else activation
+    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int | float)):
+        raise TypeError(
+            'activation takes a name, "relu", a pair ("leaky_relu", slope), or a torch.nn module, got '
+            f"{activation!r}. {_KNOWN}"
+        )
+    name, slope = pair
     if name not in ops.fallback.ACTIVATIONS:
         raise ValueError(f'unknown activation "{name}". Known: {", ".join(ops.fallback.ACTIVATIONS)}.')
     if not isinstance(activation, str) and name != "leaky_relu":
         raise ValueError(f'activation "{name}" has no slope, got {activation!r}: pass "{name}" alone.')
     return name, slope
+
+
+def _constructed(kind: type[nn.Module]) -> nn.Module:
+    """A module of this class, with its default arguments; one that is not known comes as it is, to be refused."""
+    return kind() if kind in _MODULES else kind.__new__(kind)
 
 
 @overload
@@ -158,6 +172,12 @@ def batch_norm(
 
     Source: Ioffe & Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167.
     """
+    tensors = (input, running_mean, running_var, weight, bias, residual, mask)
+    if overridden(*tensors):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            batch_norm, tensors, *tensors[:5], training, momentum, eps, activation=activation, residual=residual,
+            mask=mask, return_statistics=return_statistics,
+        )  # fmt: skip
     name, slope = parse_activation(activation)
     if return_statistics:
         if running_mean is None or running_var is None:
@@ -177,6 +197,16 @@ def batch_norm(
         else:
             y = normalize_masked(input, running_mean, running_var, affine, mask)
     return y if not return_statistics else (y, running_mean, running_var)  # type: ignore[return-value]
+
+
+def overridden(*tensors: Tensor | None) -> bool:
+    """Whether one is of a subclass with a ``__torch_function__`` (MONAI's MetaTensor, fastai's), as torch asks too."""
+    for t in tensors:
+        if type(t) not in _PLAIN and isinstance(t, Tensor) and not torch.compiler.is_compiling():
+            own = type(t).__torch_function__ is not torch._C._disabled_torch_function_impl
+            if own and torch._C._is_torch_function_enabled():
+                return True
+    return False
 
 
 def normalize(
@@ -214,7 +244,7 @@ def normalize(
             skipped,
         )
     except (RuntimeError, ValueError) as error:
-        advice = _advice(error, input)
+        advice = _advice(error, input, running_mean)
         if advice is None:
             raise
         raise type(error)(advice) from error
@@ -239,7 +269,7 @@ def normalize_by(
     try:
         split.check(input, running_mean, running_var, affine, one_value)
     except (RuntimeError, ValueError) as error:
-        advice = _advice(error, input)
+        advice = _advice(error, input, running_mean)
         if advice is None:
             raise
         raise type(error)(advice) from error
@@ -266,7 +296,7 @@ def as_mask(mask: Tensor, input: Tensor) -> Tensor:
         raise TypeError(f"mask must be a bool tensor, True where a place counts, got {type(mask).__name__}.")
     places = input.shape[2:]
     allowed = (input.shape[:1] + places, (input.shape[0], 1, *places))
-    if tuple(mask.shape) not in {tuple(shape) for shape in allowed}:
+    if not any(mask.shape == torch.Size(shape) for shape in allowed):  # compared, not hashed: sizes may be symbols
         raise ValueError(
             f"mask must be {' or '.join(str(tuple(shape)) for shape in allowed)} for input {tuple(input.shape)}, got "
             f"{tuple(mask.shape)}: one value for each place of each example."
@@ -287,7 +317,9 @@ def _other_shape(residual: Tensor, input: Tensor) -> str:
     )
 
 
-def _advice(error: Exception, input: Tensor) -> str | None:
+def _advice(error: Exception, input: Tensor, running_mean: Tensor | None) -> str | None:
     """torch's words, what arrived and what to do."""
     advice = next((advice for words, advice in _ADVICE.items() if words in str(error)), None)
+    if "more than 1 value" in str(error):
+        advice = f"{advice}, or call .eval()" if running_mean is not None else f"{advice}: {_NO_STATISTICS}"
     return None if advice is None else f"{error}: got input {tuple(input.shape)} of {input.dtype}; {advice}."

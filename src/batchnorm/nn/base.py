@@ -15,10 +15,23 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function
 
-from batchnorm.functional import Activation, as_mask, normalize, normalize_by, normalize_masked, parse_activation
+from batchnorm import ops
+from batchnorm.functional import (
+    Activation,
+    as_mask,
+    normalize,
+    normalize_by,
+    normalize_masked,
+    overridden,
+    parse_activation,
+)
+from batchnorm.nn import tracing
 from batchnorm.nn.guards import Epsilon, QConfig
 from batchnorm.nn.statistics import Batch, Renorm, Running, Statistics, Synced
+from batchnorm.nn.tracking import has_running_statistics
+from batchnorm.ops.repetition import is_repeated
 from batchnorm.ops.split import Affine, is_eager
 
 _LAYOUTS = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
@@ -27,14 +40,17 @@ _LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d
 
 _BATCH = Batch()
 
-# Bits of a layer's ``frozen``: what is kept, and which parameters required a gradient before.
-_STATISTICS, _AFFINE, _WEIGHT, _BIAS = 1, 2, 4, 8
+# Bits of what is frozen: the statistics, the affine parameters, and which of these required a gradient before.
+_FROZEN = (_STATISTICS, _AFFINE, _WEIGHT, _BIAS) = 1, 2, 4, 8
 
 
 class FusedBatchNorm(_BatchNorm):
     """What the three layers share; they differ in the number of dimensions alone.
 
-    ``frozen_statistics``, ``frozen_affine``: see ``batchnorm.freeze``. A buffer ``frozen`` carries them in state_dicts.
+    Its buffers are torch's alone, since torch's tools and others walk over them in parallel, average, slice and allocate
+    them (``renorm_steps`` is there while ``statistics=Renorm()`` is). ``skipped_batches``, (C,): how many batches were
+    not finite; an attribute, made anew where it does not fit. ``frozen_statistics``, ``frozen_affine``: see
+    ``batchnorm.freeze``; a key ``frozen`` carries them in state_dicts while something is frozen.
     """
 
     activation: str | tuple[str, float] | None = None
@@ -42,14 +58,16 @@ class FusedBatchNorm(_BatchNorm):
     before_sync: type | None = None  # the class that ``revert_sync_batchnorm`` restores
     held: Running | None = None  # of Renorm: what to correct towards while the running statistics are in use elsewhere
     counts: list[Tensor] | None = None  # where someone wants to know how many values a batch had
-    frozen_statistics = False
-    frozen_affine = False
+    skipped_batches: Tensor | None = None
+    _frozen = 0
     guarded = True  # False: running statistics take up what is not finite too, as torch's do
     fused = False  # the activation, or a residual, came from the network around it (``from_torch``)
     taken_from: tuple[Any, ...] = ()  # whose work the layer does: each gets it back by its ``hand_back()``
     _told = 0
     eps: Any = Epsilon()
     qconfig = QConfig()
+    # Not looked at by torch.jit: some refuse to be read, and none means anything to TorchScript.
+    __jit_ignored_attributes__ = ("eps", "epsilon", "qconfig", "statistics", "frozen_statistics", "frozen_affine")
     _dims: tuple[int, ...]
 
     def __init__(
@@ -71,17 +89,35 @@ class FusedBatchNorm(_BatchNorm):
             self.bias = None  # type: ignore[assignment]
         name, slope = parse_activation(activation)
         self.activation = (name, slope) if name == "leaky_relu" else name
-        self.count_skipped()
+        self.counter()
         self.statistics = statistics
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """activation(BN(input) + residual): batch statistics in train, running ones in eval (where tracked)."""
+        if isinstance(input, torch.fx.Proxy):
+            return tracing.as_node(self, input, residual, mask)
+        if overridden(input, residual, mask):  # subclasses of Tensor, whose __torch_function__ wants to know
+            return handle_torch_function(_forward, (input, residual, mask), self, input, residual, mask)
         return _forward(self, input, residual, mask)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For ``torch.jit.script``."""
+        return tracing.scriptable(self)
 
     @property
     def epsilon(self) -> float:
         """``eps``, without what reading that one means: see ``guards.Epsilon``."""
         return self.__dict__["eps"]  # type: ignore[no-any-return]
+
+    @property
+    def frozen_statistics(self) -> bool:
+        """Whether the running statistics are kept, and used, in train too."""
+        return bool(self._frozen & _STATISTICS)
+
+    @property
+    def frozen_affine(self) -> bool:
+        """Whether weight and bias are kept from training."""
+        return bool(self._frozen & _AFFINE)
 
     def hand_back(self) -> None:
         """Undo what ``from_torch`` fused into this layer: those that it came from do it again."""
@@ -128,19 +164,22 @@ class FusedBatchNorm(_BatchNorm):
 
     def _forget_skipped(self) -> None:
         self._told = 0
-        skipped = self._buffers.get("skipped_batches")  # torch resets before there is one
-        if skipped is not None:
-            skipped.zero_()
+        if self.skipped_batches is not None:
+            self.skipped_batches.zero_()
 
-    def count_skipped(self) -> None:
-        """Have a buffer, (C,), not saved, that counts the batches whose statistics were not finite."""
-        mean = self.running_mean
-        zeros = None if mean is None else torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
-        self.register_buffer("skipped_batches", zeros, persistent=False)
+    def counter(self) -> Tensor | None:
+        """``skipped_batches``, beside the running mean as it is now; None where nothing is to be left out."""
+        mean, counter = self.running_mean, self.skipped_batches
+        if not self.guarded or mean is None or ops.is_traced():
+            return None
+        if counter is None or counter.device != mean.device or counter.shape != mean.shape:
+            counter = self.skipped_batches = torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
+            self._told = 0
+        return counter if type(counter) is type(mean) else None  # fake tensors count nothing
 
     def tell_skipped(self) -> None:
         """Warn, once, of batches that were not finite since it was last said. Waits for the device."""
-        skipped = self._buffers.get("skipped_batches")
+        skipped = self.skipped_batches
         if type(skipped) is not Tensor or skipped.is_meta or not len(skipped) or torch.compiler.is_compiling():
             return
         most = int(skipped.max())
@@ -153,40 +192,53 @@ class FusedBatchNorm(_BatchNorm):
                 stacklevel=3,
             )
 
-    def _save_to_state_dict(self, *arguments: Any) -> None:
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        """torch's: to another device, dtype or memory. The counter goes along."""
+        super()._apply(function, recurse)
+        mean, counter = self.running_mean, self.skipped_batches
+        if mean is not None and counter is not None and counter.device != mean.device:
+            self.skipped_batches = None if counter.is_meta or mean.is_meta else counter.to(mean.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """torch's. What is frozen are four numbers, 0 or 1, that averaging and casting leave what they are."""
         self.tell_skipped()
-        super()._save_to_state_dict(*arguments)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._frozen:
+            own = next((t for t in (*self.parameters(), *self.buffers()) if not t.is_meta), torch.empty(0))
+            flags = [float(bool(self._frozen & bit)) for bit in _FROZEN]
+            destination[f"{prefix}frozen"] = torch.tensor(flags, dtype=torch.float32, device=own.device)
 
     def extra_repr(self) -> str:
         """torch's, with the activation, other statistics and what is frozen appended, where there is any."""
         activation = "" if self.activation is None else f", activation={self.activation!r}"
         source = "" if type(self.statistics) is Batch else f", statistics={self.statistics!r}"
-        kept = [what for what in ("statistics", "affine") if getattr(self, f"frozen_{what}")]
+        kept = [what for what, bit in (("statistics", _STATISTICS), ("affine", _AFFINE)) if self._frozen & bit]
         return super().extra_repr() + activation + source + (f", frozen={'+'.join(kept)}" if kept else "")
 
     def set_frozen(self, statistics: bool, affine: bool) -> None:
         """Keep the running statistics in train too; no gradients for weight and bias. See ``batchnorm.freeze``."""
-        noted = self._buffers.get("frozen")
-        before = 0 if noted is None else int(noted)
+        before = self._frozen
         bits = statistics * _STATISTICS + affine * _AFFINE
-        for bit, parameter in ((_WEIGHT, self.weight), (_BIAS, self.bias)):
-            if parameter is None:
+        for bit, name in ((_WEIGHT, "weight"), (_BIAS, "bias")):
+            leaves = self._leaves(name)
+            if not leaves:
                 continue
             if before & _AFFINE:
                 bits |= before & bit * affine
-                parameter.requires_grad_(not affine and bool(before & bit))
+                required = not affine and bool(before & bit)
             elif affine:
-                bits |= bit * parameter.requires_grad
-                parameter.requires_grad_(False)
-        self._note_frozen(bits)
+                bits |= bit * any(p.requires_grad for p in leaves)
+                required = False
+            else:
+                continue
+            for p in leaves:
+                p.requires_grad_(required)
+        self._frozen = bits
 
-    def _note_frozen(self, bits: int) -> None:
-        self.frozen_statistics, self.frozen_affine = bool(bits & _STATISTICS), bool(bits & _AFFINE)
-        if bits:
-            tensors = (*self.buffers(recurse=False), *self.parameters(recurse=False))
-            self.register_buffer("frozen", torch.tensor(bits, device=tensors[0].device if tensors else None))
-        elif "frozen" in self._buffers:
-            del self.frozen
+    def _leaves(self, name: str) -> list[Tensor]:
+        """The parameters that a weight or bias is made of: itself, or those of pruning and parametrizations."""
+        return [p for key, p in self.named_parameters() if key.removeprefix("parametrizations.").startswith(name)]
 
     def _load_from_state_dict(
         self,
@@ -204,46 +256,59 @@ class FusedBatchNorm(_BatchNorm):
         """
         self._forget_skipped()  # the loaded statistics have a past of their own
         saved = state_dict.get(f"{prefix}frozen")
-        if saved is not None:
-            bits = int(saved)
+        if saved is not None and not saved.is_meta:
+            bits = _frozen_bits(saved)
             self.set_frozen(bool(bits & _STATISTICS), bool(bits & _AFFINE))
-            self._note_frozen(bits)
-        absent = [name for name in ("frozen", "renorm_steps") if f"{prefix}{name}" not in state_dict]
-        kept = {name: self._buffers.pop(name) for name in absent if name in self._buffers}
+            self._frozen = bits
+        steps = self._buffers.pop("renorm_steps", None) if f"{prefix}renorm_steps" not in state_dict else None
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *rest)
-        self._buffers.update(kept)
-        for name in ("skipped_batches", "renorm_steps"):  # load_state_dict(assign=True) into a layer on meta
-            t, mean = self._buffers.get(name), self.running_mean
-            if t is not None and mean is not None and t.is_meta and not mean.is_meta:
-                self._buffers[name] = torch.zeros_like(t, device=mean.device)
-        if f"{prefix}renorm_steps" in unexpected:
-            unexpected.remove(f"{prefix}renorm_steps")
+        if steps is not None:
+            fits = not steps.is_meta or self.running_mean is None or self.running_mean.is_meta
+            self._buffers["renorm_steps"] = steps if fits else torch.zeros_like(steps, device=self.running_mean.device)  # type: ignore[union-attr]
+        for name in ("frozen", "renorm_steps"):
+            if f"{prefix}{name}" in unexpected:
+                unexpected.remove(f"{prefix}{name}")
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._dims:
             layouts = " or ".join(_LAYOUTS[dim] for dim in self._dims)
-            fitting = _LAYERS.get(input.dim())
-            advice = f"use {fitting}" if fitting else f"reshape it to {layouts}"
             raise ValueError(
                 f"expected {' or '.join(f'{dim}D' for dim in self._dims)} input (got {input.dim()}D input): "
-                f"{type(self).__name__} takes {layouts}, got {tuple(input.shape)}; {advice}."
+                f"{type(self).__name__} takes {layouts}, got {tuple(input.shape)}; {self._dims_advice(input, layouts)}."
             )
 
+    def _dims_advice(self, input: Tensor, layouts: str) -> str:
+        one_example = input.dim() + 1 in self._dims and input.dim() and input.shape[0] == self.num_features
+        if one_example and (input.dim() < 2 or input.shape[1] != self.num_features):
+            return "one example by itself has no batch dimension: pass input.unsqueeze(0)"
+        fitting = _LAYERS.get(input.dim())
+        return f"use {fitting}" if fitting else f"reshape it to {layouts}"
 
-@torch.fx.wrap  # one node in a traced graph: what hangs on shapes or on train and eval is decided when it runs
+
+def _frozen_bits(saved: Tensor) -> int:
+    """Of four flags; earlier versions saved the bits as one integer."""
+    if saved.numel() == 1:
+        return int(saved)
+    return sum(bit for bit, flag in zip(_FROZEN, saved.tolist(), strict=True) if flag > 0.5)
+
+
 def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
     layer._check_input_dim(input)
-    in_train = layer.training and not layer.frozen_statistics
-    updates = in_train and layer.track_running_stats and not is_recomputing()
-    tracked = updates or not in_train
+    in_train = layer.training and not layer._frozen & _STATISTICS
+    tracked = has_running_statistics(layer) and (layer.track_running_stats or not in_train)
     mean, var = (layer.running_mean, layer.running_var) if tracked else (None, None)
-    training = in_train or (mean is None and var is None)
-    batches = layer.num_batches_tracked if updates else None
-    skipped = layer._buffers.get("skipped_batches") if updates and layer.guarded else None
+    training = in_train or not tracked
+    updates = in_train and tracked and not is_repeated(mean)  # type: ignore[arg-type]
+    if in_train and tracked and not updates:  # a repetition does what the first time did, on statistics of its own
+        mean, var = mean.clone(), var.clone()  # type: ignore[union-attr]
+    batches = count = layer.num_batches_tracked if updates else None
+    if count is not None and (count.dtype != torch.int64 or count.device != input.device):  # of a converted checkpoint
+        batches = count.to(input.device, torch.int64)
+    skipped = layer.counter() if updates else None
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
     name, slope = parse_activation(layer.activation)
     if mask is None and (not in_train or type(layer.statistics) is Batch):
-        return normalize(
+        y = normalize(
             input,
             mean,
             var,
@@ -258,12 +323,27 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             batches,
             skipped,
         )
-    affine = Affine(layer.weight, layer.bias, residual, layer.epsilon, name, slope)
-    mask = None if mask is None else as_mask(mask, input)
-    if not training:
-        return normalize_masked(input, mean, var, affine, mask)  # type: ignore[arg-type]
+    else:
+        affine = Affine(layer.weight, layer.bias, residual, layer.epsilon, name, slope)
+        mask = None if mask is None else as_mask(mask, input)
+        if training:
+            source = _source(layer, in_train, updates)
+            one_value = isinstance(layer.statistics, Synced) and in_train
+            y = normalize_by(source, input, mean, var, affine, mask, momentum, batches, skipped, one_value)
+        else:
+            y = normalize_masked(input, mean, var, affine, mask)  # type: ignore[arg-type]
+    if batches is not count:
+        count.copy_(batches)  # type: ignore[union-attr, arg-type]
+    return y
+
+
+def _source(layer: FusedBatchNorm, in_train: bool, updates: bool) -> Any:
+    """The layer's source of statistics, as ``normalize_by`` takes it; without running statistics to correct towards,
+    as after test-time adaptation took them away, ``Renorm`` is the batch's."""
     source = layer.statistics if in_train else _BATCH
     renorm, synced = isinstance(source, Renorm), isinstance(source, Synced)
+    if renorm and not has_running_statistics(layer):
+        source, renorm = _BATCH, False
     known = _known(layer) if renorm else None
 
     def normalized(x: Tensor, affine: Affine, mask: Tensor | None) -> Any:
@@ -276,7 +356,7 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             layer.renorm_steps.add_((moments.values > 0).any())  # type: ignore[operator]
         return y, moments
 
-    return normalize_by(normalized, input, mean, var, affine, mask, momentum, batches, skipped, synced)
+    return normalized
 
 
 # What layers with ``Renorm`` knew before each of their last batches: for forwards that are repeated.
@@ -287,11 +367,12 @@ def _known(layer: Any) -> Running | list[Running]:
     """What ``Renorm`` corrects towards: the statistics before this batch."""
     if layer.held is not None:
         return layer.held
-    if is_recomputing() and layer in _HISTORY:
+    if is_recomputing(layer) and layer in _HISTORY:
         return list(_HISTORY[layer])
     return Running(layer.running_mean.clone(), layer.running_var.clone(), layer.renorm_steps.clone())
 
 
-def is_recomputing() -> bool:
-    """Whether this forward repeats an earlier one for activation checkpointing, in either of torch's two ways."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def is_recomputing(layer: nn.Module) -> bool:
+    """Whether the layer's forward that runs now repeats an earlier one, for activation checkpointing say."""
+    mean: Any = layer.running_mean
+    return mean is not None and is_repeated(mean)

@@ -28,8 +28,9 @@ class Epsilon:
         if layer.activation is not None:
             raise TypeError(
                 f"eps of {owner.__name__}(activation={layer.activation!r}) cannot be read: code that folds or converts "
-                "batch normalization by its eps would lose the activation. Use batchnorm.fold, or build the layer "
-                "without an activation, with a module for it behind; the value alone is layer.epsilon."
+                "batch normalization by its eps would drop the activation. Use batchnorm.fold or "
+                "batchnorm.convert_sync_batchnorm, or build the layer without an activation, with a module for it "
+                "behind; the value alone is layer.epsilon."
             )
         return layer.epsilon
 

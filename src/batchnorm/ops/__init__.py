@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from batchnorm.ops import fallback, reference, schema
+from batchnorm.ops.running import blend_
 
 _HALVES = (torch.bfloat16, torch.float16)
 _CODES = {name: code for code, name in enumerate(schema.ACTIVATIONS)}
@@ -128,8 +129,11 @@ def batch_norm(
     y, mean, var = schema.Forward.apply(x_NCS, gamma_C, beta_C, residual_NCS, eps, code, slope)
     if running_mean_C is not None and running_var_C is not None:
         values = x_NCS.numel() // x_NCS.shape[1]
-        update = torch.ops.batchnorm.update_running_.default if torch.compiler.is_compiling() else _update
-        update(running_mean_C, running_var_C, batches, skipped, mean, var, values, momentum)
+        running = (running_mean_C, running_var_C, batches, skipped)
+        if torch.compiler.is_compiling():
+            torch.ops.batchnorm.update_once_.default(*running, mean, var, values, None, momentum)
+        else:  # torch's own ops, which know what torch.func allows
+            blend_(*running, mean, var * (values / (values - 1)), momentum)
     elif batches is not None:
         batches.add_(1)
     return y
@@ -145,6 +149,28 @@ def is_eager() -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
 
 
+def is_traced() -> bool:
+    """Whether torch.export, TorchScript's tracer or functionalize look for torch's own ops."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    if torch._C._is_tracing():
+        return True
+    functorch = torch._C._functorch
+    return functorch.peek_interpreter_stack() is not None and any(
+        level.key() == functorch.TransformType.Functionalize for level in functorch.get_interpreter_stack()
+    )
+
+
+def refuse_gradient(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """As torch does: running statistics are no argument to differentiate by."""
+    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"The function 'batch_norm' is not differentiable with respect to argument '{name}'. This input cannot "
+                "have requires_grad True: detach it. (In forward mode, torch.func.jacfwd, it is.)"
+            )
+
+
 def has_kernel(
     x: Tensor,
     running_mean: Tensor | None,
@@ -158,13 +184,14 @@ def has_kernel(
     """Whether a kernel of ours takes this. What torch refuses is left to torch, whose errors users know."""
     device, dtype = x.device, x.dtype
     served = dtypes_served(device.type)
-    if dtype not in served or x.dim() < 2 or eps <= 0 or torch.compiler.is_exporting():
+    if dtype not in served or x.dim() < 2 or eps <= 0 or x.layout != torch.strided or is_traced():
         return False
     channels, values = x.shape[1], x.numel()
     if values == 0 or (running_mean is None) != (running_var is None):
         return False
     if (training and values == channels) or (not training and running_mean is None):
         return False
+    refuse_gradient(running_mean, running_var)
     expected = None if dtype in _HALVES else dtype
     for t in (running_mean, running_var, weight, bias):
         if t is None:
@@ -189,64 +216,19 @@ def _through(
 ) -> Tensor:
     """Through the fallback or the reference, which know neither the counters nor momentum=None."""
     x, running_mean, running_var, weight, bias = tensors
-    if batches is not None:
-        batches.add_(1)
-    guarded = skipped is not None and training and running_mean is not None and not torch.compiler.is_exporting()
-    averaged = momentum is None and batches is not None and running_mean is not None and running_var is not None
-    if not guarded and not averaged:
+    tracked = running_mean is not None and running_var is not None
+    if not tracked or not training or (skipped is None and (momentum is not None or batches is None)):
+        if batches is not None:
+            batches.add_(1)
+        if tracked and not training and torch.is_grad_enabled() and not is_traced():  # backward reads no live buffers
+            running_mean, running_var = running_mean.clone(), running_var.clone()
         momentum = 0.0 if batches is not None and momentum is None else momentum  # None alone is torch's error
-        return function(*tensors, training, momentum, *rest)
+        return function(x, running_mean, running_var, weight, bias, training, momentum, *rest)
     # momentum=1.0 gives the batch alone, or, for an empty batch, the running statistics as they are.
-    zero = x.new_zeros(running_mean.shape, dtype=running_mean.dtype)  # batched by vmap as x is
-    mean, var = running_mean.detach() + zero, running_var.detach() + zero
-    if guarded:  # 0 * NaN is NaN
-        mean, var = mean.nan_to_num(), var.nan_to_num()
+    zero = torch.zeros_like(running_mean)  # 0 * NaN is NaN
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        zero = zero + x.new_zeros(running_mean.shape, dtype=running_mean.dtype)  # batched by vmap as x is
+    mean, var = (t.detach().nan_to_num() + zero for t in (running_mean, running_var))
     y = function(x, mean, var, weight, bias, training, 1.0, *rest)
-    blend_(running_mean, running_var, batches, skipped if guarded else None, mean, var, momentum)
+    blend_(running_mean, running_var, batches, skipped, mean, var, momentum)
     return y
-
-
-def _update(
-    running_mean: Tensor,
-    running_var: Tensor,
-    batches: Tensor | None,
-    skipped: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    values: int,
-    momentum: float | None,
-) -> None:
-    """The op ``update_running_`` in torch's own ops, which know what torch.func allows."""
-    if batches is not None:
-        batches.add_(1)
-    blend_(running_mean, running_var, batches, skipped, mean, var * (values / (values - 1)), momentum)
-
-
-def blend_(
-    running_mean: Tensor,
-    running_var: Tensor,
-    batches: Tensor | None,
-    skipped: Tensor | None,
-    mean: Tensor,
-    unbiased_var: Tensor,
-    momentum: float | None,
-    where: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """running <- (1 - a) * running + a * batch. The counts stay tensors: as numbers they would break graphs.
-
-    ``where``: the channels whose mean moves, and those whose variance does; default: all.
-    """
-    a: Any = momentum
-    if momentum is None and batches is not None:
-        a = 1 / (batches if skipped is None else batches - skipped).clamp(min=1)
-    both = ((running_mean, mean), (running_var, unbiased_var))
-    moved = [((1 - a) * old.to(new.dtype) + a * new).to(old.dtype) for old, new in both]
-    if skipped is not None:
-        good = moved[0].isfinite() & moved[1].isfinite()
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
-            skipped.add_((~good).to(skipped.dtype))  # torch.func allows no change of what a function did not get
-        moved = [new.where(good, old) for new, (old, _) in zip(moved, both, strict=True)]
-    if where is not None:
-        moved = [new.where(allowed, old) for new, (old, _), allowed in zip(moved, both, where, strict=True)]
-    running_mean.copy_(moved[0])
-    running_var.copy_(moved[1])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from batchnorm.ops import cuda_kernels as kernels
 from batchnorm.ops import schema
+from batchnorm.ops.running import blend_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 goes through torch's own kernels
 
@@ -222,23 +223,33 @@ def train(
     _check_running(running_mean, running_var, batches, skipped, momentum, x, 1)
     _check_channels(x, weight=weight, bias=bias)
     _check_like(x, residual=residual)
+    if _enters_as_a_whole(running_mean, skipped, momentum) and x.numel():
+        y, mean, var = train(x, weight, bias, residual, None, None, None, None, None, eps, activation, slope)
+        values = x.numel() // x.shape[1]
+        blend_(running_mean, running_var, batches, skipped, mean, var * (values / (values - 1)), momentum)  # type: ignore[arg-type]
+        return y, mean, var
     if batches is not None:
         batches.add_(1)
     x = _dense(x)
     k, residual = cut(x), _laid_out_as(residual, x)
-    running = _contiguous(running_mean, running_var)
+    given = _contiguous(running_mean, running_var)
     counts = batches, skipped, momentum
     if x.numel() == 0 or not k.whole:
-        mean, var = _statistics(x, *running, *counts)
+        mean, var = _statistics(x, *given, *counts)
         y = normalize(x, mean, var, weight, bias, residual, eps, activation, slope)
     else:
         y, mean, var = torch.empty_like(x), _wide(x), _wide(x)
         kernels.forward[k.blocks, 1](
-            x, residual, y, mean, var, *_contiguous(weight, bias), *running, *counts, eps, slope,
+            x, residual, y, mean, var, *_contiguous(weight, bias), *given, *counts, eps, slope,
             values=x.numel() // k.C, ACTIVATION=activation, **k.sizes,
         )  # fmt: skip
-    _write_back(running, running_mean, running_var)
+    _write_back(given, running_mean, running_var)
     return y, mean, var
+
+
+def _enters_as_a_whole(running_mean: Tensor | None, skipped: Tensor | None, momentum: float | None) -> bool:
+    """The plain average with a guard: whether a batch enters hangs on all channels, and so on all programs."""
+    return running_mean is not None and skipped is not None and momentum is None
 
 
 def _write_back(written: list[Tensor | None], *tensors: Tensor | None) -> None:
@@ -255,16 +266,20 @@ def update_running_(
     """Algorithm 2, line 10: one launch, and one for ``batches``."""
     _check_channels(mean, 0, var=var)
     _check_running(running_mean, running_var, batches, skipped, momentum, mean, 0)
+    C = len(mean)
+    if _enters_as_a_whole(running_mean, skipped, momentum) and values and C:
+        factor = values / (values - 1)
+        return blend_(running_mean, running_var, batches, skipped, mean, var * factor, momentum)
     if batches is not None:
         batches.add_(1)
-    C = len(mean)
     if values == 0 or C == 0:
-        return
-    running = _contiguous(running_mean, running_var)
+        return None
+    given = _contiguous(running_mean, running_var)
     kernels.update_running[(triton.cdiv(C, PLACES),)](
-        *running, batches, skipped, *_contiguous(mean, var), values, momentum, C, B=PLACES, **_OPTIONS
+        *given, batches, skipped, *_contiguous(mean, var), values, momentum, C, B=PLACES, **_OPTIONS
     )
-    _write_back(running, running_mean, running_var)
+    _write_back(given, running_mean, running_var)
+    return None
 
 
 class _Gradient(NamedTuple):

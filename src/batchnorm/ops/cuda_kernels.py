@@ -191,19 +191,18 @@ def _is_finite(t):
 @triton.jit
 def _update_running(running_mean, running_var, batches, skipped, mu, var, values, momentum, channels, ok):
     """Algorithm 2, line 10; without a momentum the plain average over all batches, which count this one already. With
-    ``skipped``, a channel that would not stay finite is left as it is, and counts one there."""
+    ``skipped`` (and a momentum: see ``cuda.train``), a channel that would not stay finite is left as it is, and counts
+    one there."""
     if running_mean is not None:
-        left_out = tl.zeros(channels.shape, tl.int64)
-        if skipped is not None:
-            left_out = tl.load(skipped + channels, mask=ok, other=0)
         if momentum is None:
-            a = 1 / tl.maximum(tl.load(batches) - left_out, 1).to(tl.float64)
+            a = 1 / tl.maximum(tl.load(batches), 1).to(tl.float64)
         else:  # it comes in float32: 1 - a must add up to 1 with that
             a = momentum * tl.full([], 1, tl.float64)
         mean = _blend(running_mean, mu, a, channels, ok)
         variance = _blend(running_var, var * (values.to(tl.float64) / (values - 1).to(tl.float64)), a, channels, ok)
         if skipped is not None:
             good = _is_finite(mean) & _is_finite(variance)
+            left_out = tl.load(skipped + channels, mask=ok, other=0)
             tl.store(skipped + channels, left_out + tl.where(good, 0, 1), mask=ok)
             ok = ok & good
         tl.store(running_mean + channels, mean, mask=ok)

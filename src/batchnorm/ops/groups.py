@@ -100,8 +100,10 @@ class _NormalizeGroups(torch.autograd.Function):
         )
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, mean, var, weight, bias, schema.kept(residual, y, code, slope))
+        needed = schema.bias_kept(bias, residual, code, slope)
+        ctx.save_for_backward(x, mean, var, weight, needed, schema.kept(residual, y, code, slope))
         ctx.scalars, ctx.has_residual = (size, groups, eps, code, slope), residual is not None
+        ctx.dtypes = schema.dtype_of(weight), schema.dtype_of(bias)
         return y, mean, var
 
     @staticmethod
@@ -115,7 +117,8 @@ class _NormalizeGroups(torch.autograd.Function):
             found = torch.ops.batchnorm.backward_groups.default(dy, x, mean, var, weight, bias, kept, *ctx.scalars)
         dx, dweight, dbias, dresidual = found
         dresidual = None if not ctx.has_residual else dy if kept is None else dresidual
-        return dx, schema.as_parameter(dweight, weight), schema.as_parameter(dbias, bias), dresidual, *(None,) * 5
+        dweight, dbias = map(schema.as_parameter, (dweight, dbias), ctx.dtypes)
+        return dx, dweight, dbias, dresidual, *(None,) * 5
 
 
 _normalize_groups = without_functorch(_NormalizeGroups)

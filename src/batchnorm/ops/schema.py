@@ -62,6 +62,10 @@ library.define(
     " Tensor mean, Tensor var,"
     " int values, float? momentum) -> ()"
 )
+library.define(  # update_running_ under torch.compile: whether a forward is a repetition is asked when the graph runs
+    "update_once_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, Tensor(d!)? skipped,"
+    " Tensor mean, Tensor var, SymInt? values, Tensor? counts, float? momentum) -> ()"
+)
 
 
 def result_tells(activation: int, slope: float) -> bool:
@@ -143,6 +147,11 @@ def _(running_mean, running_var, batches, skipped, mean, var, values, momentum):
     return None
 
 
+@torch.library.register_fake("batchnorm::update_once_", lib=library)
+def _(running_mean, running_var, batches, skipped, mean, var, values, counts, momentum):  # type: ignore[no-untyped-def]
+    return None
+
+
 # ---- batching rules for vmap: the batch joins the channels, which are normalized apart anyway ------------------------
 
 
@@ -176,7 +185,6 @@ def _batched(op: Any, tensors: int, channels_of: tuple[int, ...], out_channels: 
 ops = torch.ops.batchnorm
 for name, inputs, outputs in (
     ("statistics", (1,), (0, 0)),
-    ("forward", (1, 0, 0, 1), (1, 0, 0)),
     ("normalize", (1, 0, 0, 0, 0, 1), (1,)),
     ("gradient_sums", (1, 1, 0, 0, 0, 0, 1), (0, 0)),
     ("input_gradient", (1, 1, 0, 0, 0, 0, 1, 0, 0), (1, 1)),
@@ -185,6 +193,18 @@ for name, inputs, outputs in (
     torch.library.register_vmap(
         f"batchnorm::{name}", _batched(getattr(ops, name), len(inputs), inputs, outputs), lib=library
     )
+
+
+@torch.library.register_vmap("batchnorm::forward", lib=library)
+def _(info, in_dims, x, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
+    """One batch with many parameters has one mean and variance: so the running statistics need not be batched."""
+    if in_dims[0] is not None:
+        return _batched(ops.forward, 4, (1, 0, 0, 1), (1, 0, 0))(info, in_dims, x, weight, bias, residual, eps, activation, slope)
+    mean, var = ops.statistics(x)
+    dims = (None, None, None, *in_dims[1:4], None, None, None)
+    normalize = _batched(ops.normalize, 6, (1, 0, 0, 0, 0, 1), (1,))
+    y, y_dim = normalize(info, dims, x, mean, var, weight, bias, residual, eps, activation, slope)
+    return (y, mean, var), (y_dim, None, None)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -271,13 +291,19 @@ class EagerNormalize(Normalize):
 
 def _keep(ctx: Any, x: Any, mean: Any, var: Any, weight: Any, bias: Any, residual: Any, y: Any, scalars: Any) -> None:
     """For backward: x and (C,) values; with a residual and an activation also y or the residual."""
-    ctx.save_for_backward(x, mean, var, weight, bias, kept(residual, y, *scalars[1:3]))
-    ctx.scalars, ctx.has_residual = scalars, residual is not None
+    needed = bias_kept(bias, residual, *scalars[1:3])
+    ctx.save_for_backward(x, mean, var, weight, needed, kept(residual, y, *scalars[1:3]))
+    ctx.scalars, ctx.has_residual, ctx.bias_dtype = scalars, residual is not None, dtype_of(bias)
 
 
 def kept(residual: Tensor | None, y: Tensor, activation: int, slope: float) -> Tensor | None:
     """What backward is told of a layer with a residual and an activation."""
     return None if residual is None or activation == 0 else y if result_tells(activation, slope) else residual
+
+
+def bias_kept(bias: Tensor | None, residual: Tensor | None, activation: int, slope: float) -> Tensor | None:
+    """The bias, where dg/dz hangs on it; elsewhere it may change between forward and backward, as with torch's layer."""
+    return None if activation == 0 or (residual is not None and result_tells(activation, slope)) else bias
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -286,17 +312,20 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweight, dbias, dresidual = run(dy, x, mean, var, weight, bias, kept, *ctx.scalars)
     return (
         dx,
-        as_parameter(dweight, weight),
-        as_parameter(dbias, bias),
+        as_parameter(dweight, dtype_of(weight)),
+        as_parameter(dbias, ctx.bias_dtype),
         None if not ctx.has_residual else dy if kept is None else dresidual,
     )
 
 
-def as_parameter(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """A gradient in its parameter's dtype; none without one."""
-    if parameter is None:
-        return None
-    return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
+def dtype_of(t: Tensor | None) -> torch.dtype | None:
+    """Its dtype, if it is there."""
+    return None if t is None else t.dtype
+
+
+def as_parameter(gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """A gradient in its parameter's dtype; none without a parameter."""
+    return None if dtype is None else gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 class Backward(torch.autograd.Function):

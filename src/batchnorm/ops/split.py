@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from batchnorm import ops
 from batchnorm.ops import fallback, reference, schema
 from batchnorm.ops.reference import over_NS, per_channel
+from batchnorm.ops.repetition import is_repeated
 
 # Adds up what each process has, in place of nothing to add.
 Reduce = Callable[[Tensor], Tensor]
@@ -55,7 +56,8 @@ def statistics(x_NCS: Tensor, mask_N1S: Tensor | None = None) -> tuple[Tensor, M
             return x_NCS, Moments(mean_C.where(values > 0, 0), var_C.where(values > 0, 0), values)
     filled_NCS = x_NCS.where(mask_N1S, 0)
     moments, cancels_C = _without_fill(filled_NCS, mask_N1S, 0.0)
-    if x_NCS.device.type != "cpu" or cancels_C.any():  # others would have to wait for the answer
+    # Others would have to wait for the answer, and fake tensors, which are a type of their own, have none.
+    if x_NCS.device.type != "cpu" or type(x_NCS) is not Tensor or cancels_C.any():
         f_C = moments.mean_C.nan_to_num().to(x_NCS.dtype)
         filled_NCS = x_NCS.where(mask_N1S, per_channel(f_C, x_NCS))
         moments, _ = _without_fill(filled_NCS, mask_N1S, f_C.double())
@@ -123,15 +125,27 @@ def update_running_(
     nothing is not counted.
     """
     mean_C, var_C, n = (t.detach() for t in moments)
-    if values and is_eager() and running_mean_C.dtype in ops.dtypes_served(mean_C.device.type):
-        torch.ops.batchnorm.update_running_.default(
-            running_mean_C, running_var_C, batches, skipped, mean_C, var_C, values, momentum
-        )
-        return
-    if batches is not None:
-        batches.add_((n > 0).any().to(batches.dtype) if values is None else 1)
-    unbiased_C = var_C * (n / (n - 1).clamp(min=1))
-    ops.blend_(running_mean_C, running_var_C, batches, skipped, mean_C, unbiased_C, momentum, (n > 0, n > 1))
+    running = (running_mean_C, running_var_C, batches, skipped)
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        counts = n if values is None else None
+        torch.ops.batchnorm.update_once_.default(*running, mean_C, var_C, values, counts, momentum)
+    elif values and is_eager() and running_mean_C.dtype in ops.dtypes_served(mean_C.device.type):
+        torch.ops.batchnorm.update_running_.default(*running, mean_C, var_C, values, momentum)
+    else:
+        unbiased_C = var_C * (n / (n - 1).clamp(min=1))
+        counted = (n > 0).any() if values is None else None
+        ops.blend_(*running, mean_C, unbiased_C, momentum, (n > 0, n > 1), counted)
+
+
+@torch.library.impl("batchnorm::update_once_", "CompositeExplicitAutograd", lib=schema.library)
+def update_once_(
+    running_mean_C: Tensor, running_var_C: Tensor, batches: Tensor | None, skipped: Tensor | None, mean_C: Tensor,
+    var_C: Tensor, values: int | None, counts: Tensor | None, momentum: float | None,
+) -> None:  # fmt: skip
+    """``update_running_`` within a compiled graph, which checkpointing may run again."""
+    if not is_repeated(running_mean_C):
+        n = counts if counts is not None else mean_C.new_tensor([values])
+        update_running_(running_mean_C, running_var_C, batches, skipped, Moments(mean_C, var_C, n), momentum, values)
 
 
 def check(
@@ -139,6 +153,7 @@ def check(
 ) -> None:
     """torch's errors for what does not fit together; ``one_value`` per channel may be allowed."""
     weight_C, bias_C, residual_NCS, eps, *_ = affine
+    ops.refuse_gradient(running_mean_C, running_var_C)
     if not ops.has_kernel(x_NCS, running_mean_C, running_var_C, weight_C, bias_C, residual_NCS, True, eps):
         has_one = x_NCS.dim() > 1 and x_NCS.numel() == x_NCS.shape[1]
         some = x_NCS.detach() if has_one and not one_value else x_NCS.detach()[:1].repeat(2, *[1] * (x_NCS.dim() - 1))
@@ -191,8 +206,10 @@ class _Normalize(torch.autograd.Function):
     ):
         code = schema.ACTIVATIONS.index(activation)
         y = _piece("normalize", x)(x, mean, var, weight, bias, residual, eps, code, slope)
-        ctx.save_for_backward(x, mean, var, weight, bias, schema.kept(residual, y, code, slope), count, mask)
+        needed = schema.bias_kept(bias, residual, code, slope)
+        ctx.save_for_backward(x, mean, var, weight, needed, schema.kept(residual, y, code, slope), count, mask)
         ctx.scalars, ctx.reduce, ctx.has_residual = (eps, code, slope), reduce, residual is not None
+        ctx.dtypes = schema.dtype_of(weight), schema.dtype_of(bias)
         return y
 
     @staticmethod
@@ -214,7 +231,8 @@ class _Normalize(torch.autograd.Function):
                 means = (sums if ctx.reduce is None else ctx.reduce(sums)) / count.clamp(min=1)
                 dx, dresidual = _piece("input_gradient", x)(*given, means[0], means[1], *ctx.scalars)
         dresidual = None if not ctx.has_residual else dy if kept is None else dresidual
-        return dx, schema.as_parameter(dz_xhat, weight), schema.as_parameter(dz, bias), dresidual, *(None,) * 8
+        dweight, dbias = map(schema.as_parameter, (dz_xhat, dz), ctx.dtypes)
+        return dx, dweight, dbias, dresidual, *(None,) * 8
 
 
 _normalize = without_functorch(_Normalize)

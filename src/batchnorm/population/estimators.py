@@ -41,22 +41,17 @@ def frozen(layer: nn.Module) -> bool:
 def batch_in_buffers(layers: Sequence[_BatchNorm]) -> Iterator[None]:
     """In train, layers leave the statistics of their last batch in their buffers, whether they are finite or not."""
     momenta = [layer.momentum for layer in layers]
-    counters = [layer._buffers.get("skipped_batches") for layer in layers]
     try:
-        for layer, counter in zip(layers, counters, strict=True):
+        for layer in layers:
             layer.momentum = 1.0
-            if counter is not None:
-                layer._buffers["skipped_batches"] = None  # without it nothing is left out
             if isinstance(layer, FusedBatchNorm):
-                layer.counts = []
+                layer.counts, layer.guarded = [], False
         yield
     finally:
-        for layer, momentum, counter in zip(layers, momenta, counters, strict=True):
+        for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-            if counter is not None:
-                layer._buffers["skipped_batches"] = counter
             if isinstance(layer, FusedBatchNorm):
-                layer.counts = None
+                layer.counts, layer.guarded = None, True
 
 
 class Estimator:
@@ -95,7 +90,7 @@ class Estimator:
         x, counts = inputs[0] if inputs else output, getattr(layer, "counts", None)
         # With a mask, or of several processes, a batch has not as many values as its shape says.
         values = int(counts.pop().max()) if counts else x.numel() // max(x.shape[1], 1)
-        if values and layer.training and not frozen(layer) and not is_recomputing():
+        if values and layer.training and not frozen(layer) and not is_recomputing(layer):
             self.noted[index] = values
 
     def read(self) -> None:

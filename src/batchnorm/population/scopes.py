@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.statistics import Running
+from batchnorm.ops.running import blend_
 from batchnorm.population.estimate import start_afresh
 from batchnorm.population.estimators import Pooled, Population, batch_in_buffers
 
@@ -125,18 +127,12 @@ def _watch(layer: _BatchNorm, pooled: Pooled) -> list[RemovableHandle]:
 def _move(layer: _BatchNorm, seen: Population) -> None:
     """One update of the running statistics, in the channels where both stay finite."""
     running: Any = layer
-    skipped = layer._buffers.get("skipped_batches")
-    running.num_batches_tracked.add_(1)
     if "renorm_steps" in layer._buffers:
         running.renorm_steps.add_(1)
-    a: Any = layer.momentum
-    if a is None:
-        a = 1 / (running.num_batches_tracked - (0 if skipped is None else skipped)).clamp(min=1).double()
-    unbiased_var_C = seen.unbiased_var_C if seen.values > 1 else running.running_var.double()  # one value has none
-    both = ((running.running_mean, seen.mean_C), (running.running_var, unbiased_var_C))
-    moved = [((1 - a) * old.double() + a * batch).to(old.dtype) for old, batch in both]
-    good = moved[0].isfinite() & moved[1].isfinite()
-    if skipped is not None:
-        skipped.add_(~good)
-    for (old, _), new in zip(both, moved, strict=True):
-        old.copy_(new.where(good, old))
+    unbiased_var_C = seen.unbiased_var_C if seen.values > 1 else running.running_var  # one value has none
+    # torch's layers have no counter; nothing that is not finite enters them either.
+    skipped = layer.counter() if isinstance(layer, FusedBatchNorm) else torch.zeros_like(seen.mean_C, dtype=torch.int64)
+    blend_(
+        running.running_mean, running.running_var, running.num_batches_tracked, skipped, seen.mean_C, unbiased_var_C,
+        layer.momentum,
+    )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import nn
 
 from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.nn.tracing import OWN
 from batchnorm.surgery.fuse import fuse, unfuse
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,7 +62,7 @@ def from_torch(model: Model, *, example: Any = None) -> Model:
     for module in converted.modules():
         if type(module) in OURS:
             module.__class__ = OURS[type(module)]
-            module.count_skipped()  # type: ignore[operator]
+            module.counter()  # type: ignore[operator]
     if example is not None:
         converted.batchnorm_report = fuse(converted, example)  # type: ignore[assignment]
     return converted
@@ -107,8 +108,7 @@ def to_torch(model: Model) -> Model:
 def become_stock(layer: FusedBatchNorm, kind: type) -> None:
     """The same object as a layer of torch's, with nothing that ours have besides."""
     layer.tell_skipped()
-    del layer.skipped_batches
-    for name in ("_statistics", "_told", "counts", "activation", "fused"):
+    for name in OWN:
         layer.__dict__.pop(name, None)
     layer.__class__ = kind
 

@@ -109,8 +109,5 @@ def _checked(kinds: dict[type, type | None], name: str, layer: _BatchNorm) -> An
 
 def _become(layer: Any, kind: type) -> Any:
     """The same object as a layer of ours."""
-    ours = isinstance(layer, FusedBatchNorm)
     layer.__class__ = kind
-    if not ours:
-        layer.count_skipped()
     return layer

@@ -305,24 +305,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_groups(
 
 // running <- (1 - a) * running + a * batch with the unbiased variance (Algorithm 2, line 10); a = momentum, or 1 over the
 // number of batches for the plain average. `batches` counts this one first. With `skipped`, a channel that would not stay
-// finite is left as it is, and counts one there.
+// finite is left as it is, and counts one there; in the plain average, whose divisor is one number for all channels, such a
+// batch enters in no channel and is not counted (`running.py` says why).
 void update_running_(
     const Tensor& running_mean, const Tensor& running_var, const MaybeTensor& batches, const MaybeTensor& skipped,
     const Tensor& mu, const Tensor& var, int64_t values, std::optional<double> momentum) {
   check_channels("var", var, mu, 0), check_running(running_mean, running_var, batches, skipped, momentum, mu, 0);
+  const double unbiased = double(values) / double(values - 1);
+  const auto batch_mean = [&](int64_t c) { return number_at(mu.const_data_ptr(), type_of(mu), c); };
+  const auto batch_var = [&](int64_t c) { return unbiased * number_at(var.const_data_ptr(), type_of(var), c); };
+  const auto leave_out = [&](int64_t c) { ++data_of<int64_t>(*skipped)[c * skipped->stride(0)]; };
+  if (!momentum && skipped && values) {
+    bool enters = true;
+    for (int64_t c = 0; c < mu.size(0); ++c) {
+      if (std::isfinite(rounded(batch_mean(c), type_of(running_mean))) &&
+          std::isfinite(rounded(batch_var(c), type_of(running_var)))) continue;
+      leave_out(c), enters = false;
+    }
+    if (!enters) return;
+  }
   const int64_t count = batches ? ++*data_of<int64_t>(*batches) : 0;
   if (values == 0) return;
-  const double unbiased = double(values) / double(values - 1);
-  const auto blended = [](const Tensor& running, const Tensor& batch, double factor, double a, int64_t c) {
+  const double a = momentum ? *momentum : 1.0 / double(std::max<int64_t>(count, 1));
+  const auto blended = [&](const Tensor& running, double batch, int64_t c) {
     const double old = number_at(running.const_data_ptr(), type_of(running), c * running.stride(0));
-    return rounded((1 - a) * old + a * factor * number_at(batch.const_data_ptr(), type_of(batch), c), type_of(running));
+    return rounded((1 - a) * old + a * batch, type_of(running));
   };
   for (int64_t c = 0; c < mu.size(0); ++c) {
-    int64_t* left_out = skipped ? data_of<int64_t>(*skipped) + c * skipped->stride(0) : nullptr;
-    const double a = momentum ? *momentum : 1.0 / double(std::max<int64_t>(count - (left_out ? *left_out : 0), 1));
-    const double mean = blended(running_mean, mu, 1, a, c), variance = blended(running_var, var, unbiased, a, c);
-    if (left_out && !(std::isfinite(mean) && std::isfinite(variance))) {
-      ++*left_out;
+    const double mean = blended(running_mean, batch_mean(c), c), variance = blended(running_var, batch_var(c), c);
+    if (skipped && momentum && !(std::isfinite(mean) && std::isfinite(variance))) {
+      leave_out(c);
       continue;
     }
     set_number(running_mean.mutable_data_ptr(), type_of(running_mean), c * running_mean.stride(0), mean);

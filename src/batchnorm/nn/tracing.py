@@ -1,0 +1,141 @@
+"""Layers as torch's graph tools take them: torch.fx and TorchScript, which know torch's own layers.
+
+A layer that adds nothing to torch's, in eval, is torch's layer there: so that tools which look for it by its type find
+it. With an activation or other statistics it stays itself in torch.fx, one node, and becomes a module of torch's
+functions in TorchScript.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from batchnorm.functional import parse_activation
+from batchnorm.nn.statistics import Batch
+
+if TYPE_CHECKING:
+    from batchnorm.nn.base import FusedBatchNorm
+
+# The attributes that a layer of ours has besides torch's.
+OWN = ("_statistics", "_told", "_frozen", "activation", "before_sync", "counts", "fused", "guarded", "held",
+       "skipped_batches", "taken_from")  # fmt: skip
+
+
+def stock_class(layer: nn.Module) -> type[nn.Module] | None:
+    """torch's class that a layer of ours stands for; None for subclasses, which may compute anything."""
+    if type(layer).__module__ != "batchnorm.nn.norm":
+        return None
+    return next((kind for kind in type(layer).__mro__ if kind.__module__ == "torch.nn.modules.batchnorm"), None)
+
+
+def as_stock(layer: FusedBatchNorm, kind: type[nn.Module]) -> nn.Module:
+    """A layer of torch's with the same parameters, buffers and hooks: the same objects."""
+    stock: Any = kind.__new__(kind)
+    vars(stock).update({name: value for name, value in vars(layer).items() if name not in OWN})
+    return stock  # type: ignore[no-any-return]
+
+
+def adds_nothing(layer: FusedBatchNorm) -> bool:
+    """Whether torch's layer does all that this one does, but for the speed and the guard in training."""
+    return layer.activation is None and type(layer.statistics) is Batch and not layer._frozen
+
+
+# ---- torch.fx --------------------------------------------------------------------------------------------------------
+
+
+def as_node(layer: FusedBatchNorm, input: fx.Proxy, residual: Any, mask: Any) -> Any:
+    """One call of the module in the graph, as torch.fx records those of torch's layers by itself."""
+    tracer: Any = input.tracer
+    path = tracer.path_of_module(layer)
+    kind = stock_class(layer)
+    if kind is not None and not layer.training and residual is None and mask is None and adds_nothing(layer):
+        # The graph's module is made of the tracer's root: a copy of it, so that the user's model keeps our layer.
+        tracer.root = _with(tracer.root, path.split("."), as_stock(layer, kind))
+    given = {name: value for name, value in (("residual", residual), ("mask", mask)) if value is not None}
+    return tracer.create_proxy("call_module", path, (input,), given)
+
+
+def _with(root: nn.Module, path: list[str], layer: nn.Module) -> nn.Module:
+    """A copy of the modules on the way to a layer, and of nothing else, with another one in its place."""
+    if path == [""]:
+        return layer
+    twin = copy.copy(root)
+    name, *rest = path
+    twin._modules = dict(root._modules)
+    twin._modules[name] = _with(root._modules[name], rest, layer) if rest else layer  # type: ignore[arg-type]
+    return twin
+
+
+# ---- TorchScript -----------------------------------------------------------------------------------------------------
+
+
+class Scripted(nn.Module):
+    """A layer in torch's own functions, for ``torch.jit.script``: what ``forward`` of ours computes on their kernels."""
+
+    num_batches_tracked: Tensor | None
+
+    def __init__(self, layer: FusedBatchNorm) -> None:
+        super().__init__()
+        self._parameters, self._buffers = layer._parameters, layer._buffers
+        self.epsilon, self.momentum, self.training = layer.epsilon, layer.momentum, layer.training
+        self.tracks = layer.track_running_stats and layer.running_mean is not None
+        self.has_statistics = layer.running_mean is not None
+        self.frozen = layer.frozen_statistics
+        name, slope = parse_activation(layer.activation)
+        self.activation, self.slope = name or "", slope
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(BN(input) + residual)"""
+        in_train = self.training and not self.frozen
+        share = 0.0 if self.momentum is None else self.momentum
+        batches = self.num_batches_tracked
+        if in_train and self.tracks and batches is not None:
+            batches.add_(1)
+            if self.momentum is None:
+                share = 1.0 / float(batches)
+        read = self.tracks if in_train else self.has_statistics
+        y = torch.nn.functional.batch_norm(
+            input,
+            self.running_mean if read else None,
+            self.running_var if read else None,
+            self.weight,
+            self.bias,
+            in_train or not self.has_statistics,
+            share,
+            self.epsilon,
+        )
+        if residual is not None:
+            y = y + residual
+        if self.activation == "relu":
+            return torch.relu(y)
+        if self.activation == "relu6":
+            return torch.nn.functional.relu6(y)
+        if self.activation == "leaky_relu":
+            return torch.nn.functional.leaky_relu(y, self.slope)
+        if self.activation == "silu":
+            return torch.nn.functional.silu(y)
+        if self.activation == "hardswish":
+            return torch.nn.functional.hardswish(y)
+        if self.activation == "sigmoid":
+            return torch.sigmoid(y)
+        if self.activation == "tanh":
+            return torch.tanh(y)
+        return y
+
+
+def scriptable(layer: FusedBatchNorm) -> nn.Module:
+    """What ``torch.jit.script`` compiles in the layer's place.
+
+    Raises:
+        TypeError: statistics other than the batch's, which TorchScript would lose in training.
+    """
+    if type(layer.statistics) is not Batch:
+        raise TypeError(
+            f"torch.jit.script knows nothing of statistics={layer.statistics!r}: set layer.statistics = "
+            "batchnorm.Batch() first (in eval the layer computes the same)."
+        )
+    kind = stock_class(layer)
+    return as_stock(layer, kind) if kind is not None and adds_nothing(layer) else Scripted(layer)
