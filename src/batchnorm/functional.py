@@ -59,7 +59,9 @@ def parse_activation(activation: Activation) -> tuple[str | None, float]:
             raise TypeError(f"cannot fuse activation {type(activation).__name__}. {_KNOWN} Put others after the layer.")
         return _MODULES[type(activation)], getattr(activation, "negative_slope", _TORCH_SLOPE)
     pair = (activation, _TORCH_SLOPE) if isinstance(activation, str) else activation
-    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int | float)):
+    if not (
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int | float)
+    ):
         raise TypeError(
             'activation takes a name, "relu", a pair ("leaky_relu", slope), or a torch.nn module, got '
             f"{activation!r}. {_KNOWN}"

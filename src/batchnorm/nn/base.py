@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function
 
-from batchnorm import ops
 from batchnorm.functional import (
     Activation,
     as_mask,
@@ -89,15 +88,17 @@ class FusedBatchNorm(_BatchNorm):
             self.bias = None  # type: ignore[assignment]
         name, slope = parse_activation(activation)
         self.activation = (name, slope) if name == "leaky_relu" else name
-        self.counter()
+        if self.running_mean is not None:
+            self.counter(self.running_mean)
         self.statistics = statistics
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """activation(BN(input) + residual): batch statistics in train, running ones in eval (where tracked)."""
-        if isinstance(input, torch.fx.Proxy):
-            return tracing.as_node(self, input, residual, mask)
-        if overridden(input, residual, mask):  # subclasses of Tensor, whose __torch_function__ wants to know
-            return handle_torch_function(_forward, (input, residual, mask), self, input, residual, mask)
+        if type(input) is not Tensor or residual is not None or mask is not None:
+            if isinstance(input, torch.fx.Proxy):
+                return tracing.as_node(self, input, residual, mask)
+            if overridden(input, residual, mask):  # subclasses of Tensor, whose __torch_function__ wants to know
+                return handle_torch_function(_forward, (input, residual, mask), self, input, residual, mask)
         return _forward(self, input, residual, mask)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -167,12 +168,12 @@ class FusedBatchNorm(_BatchNorm):
         if self.skipped_batches is not None:
             self.skipped_batches.zero_()
 
-    def counter(self) -> Tensor | None:
+    def counter(self, mean: Tensor) -> Tensor | None:
         """``skipped_batches``, beside the running mean as it is now; None where nothing is to be left out."""
-        mean, counter = self.running_mean, self.skipped_batches
-        if not self.guarded or mean is None or ops.is_traced():
+        counter = self.skipped_batches
+        if not self.guarded:
             return None
-        if counter is None or counter.device != mean.device or counter.shape != mean.shape:
+        if counter is None or counter.shape != mean.shape or counter.device != mean.device:
             counter = self.skipped_batches = torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
             self._told = 0
         return counter if type(counter) is type(mean) else None  # fake tensors count nothing
@@ -295,16 +296,18 @@ def _frozen_bits(saved: Tensor) -> int:
 def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
     layer._check_input_dim(input)
     in_train = layer.training and not layer._frozen & _STATISTICS
-    tracked = has_running_statistics(layer) and (layer.track_running_stats or not in_train)
-    mean, var = (layer.running_mean, layer.running_var) if tracked else (None, None)
-    training = in_train or not tracked
-    updates = in_train and tracked and not is_repeated(mean)  # type: ignore[arg-type]
-    if in_train and tracked and not updates:  # a repetition does what the first time did, on statistics of its own
-        mean, var = mean.clone(), var.clone()  # type: ignore[union-attr]
-    batches = count = layer.num_batches_tracked if updates else None
-    if count is not None and (count.dtype != torch.int64 or count.device != input.device):  # of a converted checkpoint
-        batches = count.to(input.device, torch.int64)
-    skipped = layer.counter() if updates else None
+    mean, var, weight, bias = _tensors(layer)
+    if mean is None or var is None or not (layer.track_running_stats or not in_train):
+        mean = var = None
+    training = in_train or mean is None
+    updates = in_train and mean is not None and not is_repeated(mean)
+    batches = count = skipped = None
+    if updates:
+        batches, skipped = layer._buffers.get("num_batches_tracked"), layer.counter(mean)  # type: ignore[arg-type]
+        if batches is not None and (batches.dtype != torch.int64 or batches.is_cpu != input.is_cpu):
+            batches, count = batches.to(input.device, torch.int64), batches  # of a checkpoint made float, say
+    elif in_train and mean is not None and var is not None:
+        mean, var = mean.clone(), var.clone()  # a repetition does what the first time did, on statistics of its own
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
     name, slope = parse_activation(layer.activation)
     if mask is None and (not in_train or type(layer.statistics) is Batch):
@@ -312,8 +315,8 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             input,
             mean,
             var,
-            layer.weight,
-            layer.bias,
+            weight,
+            bias,
             training,
             momentum,
             layer.epsilon,
@@ -324,7 +327,7 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             skipped,
         )
     else:
-        affine = Affine(layer.weight, layer.bias, residual, layer.epsilon, name, slope)
+        affine = Affine(weight, bias, residual, layer.epsilon, name, slope)
         mask = None if mask is None else as_mask(mask, input)
         if training:
             source = _source(layer, in_train, updates)
@@ -332,9 +335,16 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             y = normalize_by(source, input, mean, var, affine, mask, momentum, batches, skipped, one_value)
         else:
             y = normalize_masked(input, mean, var, affine, mask)  # type: ignore[arg-type]
-    if batches is not count:
-        count.copy_(batches)  # type: ignore[union-attr, arg-type]
+    if count is not None and batches is not None:
+        count.copy_(batches)
     return y
+
+
+def _tensors(layer: FusedBatchNorm) -> list[Any]:
+    """running_mean, running_var, weight and bias: past ``Module.__getattr__``, which takes a microsecond each."""
+    owners = (layer._buffers, layer._buffers, layer._parameters, layer._parameters)
+    names = ("running_mean", "running_var", "weight", "bias")
+    return [own[n] if n in own else getattr(layer, n) for own, n in zip(owners, names, strict=True)]
 
 
 def _source(layer: FusedBatchNorm, in_train: bool, updates: bool) -> Any:

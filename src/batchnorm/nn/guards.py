@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from batchnorm.nn.base import FusedBatchNorm
+
+
+def _is_listed() -> bool:
+    """Whether ``torch.jit.trace`` goes through every attribute that there is, without a use for any of them."""
+    return torch.jit._trace._trace_module_map is not None
 
 
 class Epsilon:
@@ -23,6 +30,8 @@ class Epsilon:
     def __get__(self, layer: FusedBatchNorm | None, owner: type) -> Any:
         if layer is None:
             return self
+        if _is_listed():
+            return layer.epsilon
         if layer.taken_from:
             layer.hand_back()
         if layer.activation is not None:
@@ -49,6 +58,8 @@ class QConfig:
         if layer is None:
             return self
         source = layer.statistics
+        if _is_listed():
+            raise AttributeError("qconfig")  # goes on to Module.__getattr__, which words it
         if type(source).__name__ != "Batch":
             raise TypeError(
                 f"SyncBatchNorm.convert_sync_batchnorm and quantization drop the statistics of {owner.__name__}"
@@ -56,7 +67,7 @@ class QConfig:
                 "before you quantize."
             )
         if layer.activation is None:
-            raise AttributeError("qconfig")  # goes on to Module.__getattr__, which words it
+            raise AttributeError("qconfig")
         raise TypeError(
             f"SyncBatchNorm.convert_sync_batchnorm and quantization drop the activation of {owner.__name__}"
             f"(activation={layer.activation!r}): build the layer without it, with a module for it behind."

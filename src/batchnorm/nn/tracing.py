@@ -49,6 +49,11 @@ def adds_nothing(layer: FusedBatchNorm) -> bool:
 def as_node(layer: FusedBatchNorm, input: fx.Proxy, residual: Any, mask: Any) -> Any:
     """One call of the module in the graph, as torch.fx records those of torch's layers by itself."""
     tracer: Any = input.tracer
+    if type(tracer).__module__.startswith("torch.ao.quantization"):
+        raise TypeError(
+            f"torch's quantization finds batch normalization by its exact type, and would leave {type(layer).__name__} "
+            "in float: pass batchnorm.to_torch(model), or batchnorm.fold(model, example) to be rid of it."
+        )
     path = tracer.path_of_module(layer)
     kind = stock_class(layer)
     if kind is not None and not layer.training and residual is None and mask is None and adds_nothing(layer):

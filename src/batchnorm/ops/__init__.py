@@ -151,14 +151,13 @@ def is_eager() -> bool:
 
 def is_traced() -> bool:
     """Whether torch.export, TorchScript's tracer or functionalize look for torch's own ops."""
+    if is_eager():
+        return torch._C._is_tracing()
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
-    if torch._C._is_tracing():
-        return True
     functorch = torch._C._functorch
-    return functorch.peek_interpreter_stack() is not None and any(
-        level.key() == functorch.TransformType.Functionalize for level in functorch.get_interpreter_stack()
-    )
+    stack = functorch.get_interpreter_stack() or ()
+    return any(level.key() == functorch.TransformType.Functionalize for level in stack)
 
 
 def refuse_gradient(running_mean: Tensor | None, running_var: Tensor | None) -> None:
@@ -191,7 +190,8 @@ def has_kernel(
         return False
     if (training and values == channels) or (not training and running_mean is None):
         return False
-    refuse_gradient(running_mean, running_var)
+    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):  # type: ignore[union-attr]
+        refuse_gradient(running_mean, running_var)
     expected = None if dtype in _HALVES else dtype
     for t in (running_mean, running_var, weight, bias):
         if t is None:
@@ -216,6 +216,7 @@ def _through(
 ) -> Tensor:
     """Through the fallback or the reference, which know neither the counters nor momentum=None."""
     x, running_mean, running_var, weight, bias = tensors
+    skipped = None if is_traced() else skipped  # a traced graph knows the layer's buffers alone
     tracked = running_mean is not None and running_var is not None
     if not tracked or not training or (skipped is None and (momentum is not None or batches is None)):
         if batches is not None:

@@ -199,7 +199,9 @@ for name, inputs, outputs in (
 def _(info, in_dims, x, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
     """One batch with many parameters has one mean and variance: so the running statistics need not be batched."""
     if in_dims[0] is not None:
-        return _batched(ops.forward, 4, (1, 0, 0, 1), (1, 0, 0))(info, in_dims, x, weight, bias, residual, eps, activation, slope)
+        return _batched(ops.forward, 4, (1, 0, 0, 1), (1, 0, 0))(
+            info, in_dims, x, weight, bias, residual, eps, activation, slope
+        )
     mean, var = ops.statistics(x)
     dims = (None, None, None, *in_dims[1:4], None, None, None)
     normalize = _batched(ops.normalize, 6, (1, 0, 0, 0, 0, 1), (1,))

@@ -125,7 +125,7 @@ def update_running_(
     nothing is not counted.
     """
     mean_C, var_C, n = (t.detach() for t in moments)
-    running = (running_mean_C, running_var_C, batches, skipped)
+    running = (running_mean_C, running_var_C, batches, None if ops.is_traced() else skipped)
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         counts = n if values is None else None
         torch.ops.batchnorm.update_once_.default(*running, mean_C, var_C, values, counts, momentum)

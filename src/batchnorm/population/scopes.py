@@ -131,7 +131,11 @@ def _move(layer: _BatchNorm, seen: Population) -> None:
         running.renorm_steps.add_(1)
     unbiased_var_C = seen.unbiased_var_C if seen.values > 1 else running.running_var  # one value has none
     # torch's layers have no counter; nothing that is not finite enters them either.
-    skipped = layer.counter() if isinstance(layer, FusedBatchNorm) else torch.zeros_like(seen.mean_C, dtype=torch.int64)
+    skipped = (
+        layer.counter(running.running_mean)
+        if isinstance(layer, FusedBatchNorm)
+        else torch.zeros_like(seen.mean_C, dtype=torch.int64)
+    )
     blend_(
         running.running_mean, running.running_var, running.num_batches_tracked, skipped, seen.mean_C, unbiased_var_C,
         layer.momentum,

@@ -62,7 +62,8 @@ def from_torch(model: Model, *, example: Any = None) -> Model:
     for module in converted.modules():
         if type(module) in OURS:
             module.__class__ = OURS[type(module)]
-            module.counter()  # type: ignore[operator]
+            if module.running_mean is not None:
+                module.counter(module.running_mean)  # type: ignore[operator]
     if example is not None:
         converted.batchnorm_report = fuse(converted, example)  # type: ignore[assignment]
     return converted
