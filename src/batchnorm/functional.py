@@ -8,7 +8,7 @@ Comes from: user code and the layers of ``batchnorm.nn``. Goes to: ``batchnorm.o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ _TORCH_SLOPE = 0.01  # torch's default for leaky_relu
 _KNOWN = f"Known: {', '.join(kind.__name__ for kind in _MODULES)}."
 
 _DTYPES = "weight, bias, running_mean and running_var have input's dtype, or all are float32 beside a 16-bit input"
+_dispatched: Any = handle_torch_function
 _NO_STATISTICS = "without running statistics (track_running_stats=False) eval normalizes by the batch too"
 _PLAIN = {Tensor, nn.Parameter, nn.Buffer, type(None)}
 # What to do about torch's errors, by the words that they contain.
@@ -176,10 +177,13 @@ def batch_norm(
     """
     tensors = (input, running_mean, running_var, weight, bias, residual, mask)
     if overridden(*tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
-            batch_norm, tensors, *tensors[:5], training, momentum, eps, activation=activation, residual=residual,
-            mask=mask, return_statistics=return_statistics,
-        )  # fmt: skip
+        keywords = {
+            "activation": activation,
+            "residual": residual,
+            "mask": mask,
+            "return_statistics": return_statistics,
+        }
+        return _dispatched(batch_norm, tensors, *tensors[:5], training, momentum, eps, **keywords)
     name, slope = parse_activation(activation)
     if return_statistics:
         if running_mean is None or running_var is None:

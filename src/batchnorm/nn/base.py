@@ -46,10 +46,10 @@ _FROZEN = (_STATISTICS, _AFFINE, _WEIGHT, _BIAS) = 1, 2, 4, 8
 class FusedBatchNorm(_BatchNorm):
     """What the three layers share; they differ in the number of dimensions alone.
 
-    Its buffers are torch's alone, since torch's tools and others walk over them in parallel, average, slice and allocate
-    them (``renorm_steps`` is there while ``statistics=Renorm()`` is). ``skipped_batches``, (C,): how many batches were
-    not finite; an attribute, made anew where it does not fit. ``frozen_statistics``, ``frozen_affine``: see
-    ``batchnorm.freeze``; a key ``frozen`` carries them in state_dicts while something is frozen.
+    Its buffers are torch's alone, since torch's tools and others walk over them in parallel, average, slice and
+    allocate them (``renorm_steps`` is there while ``statistics=Renorm()`` is). ``skipped_batches``, (C,): how many
+    batches were not finite; an attribute, made anew where it does not fit. ``frozen_statistics`` and ``frozen_affine``
+    are of ``batchnorm.freeze``; a key ``frozen`` carries them in state_dicts while something is frozen.
     """
 
     activation: str | tuple[str, float] | None = None
@@ -108,7 +108,7 @@ class FusedBatchNorm(_BatchNorm):
     @property
     def epsilon(self) -> float:
         """``eps``, without what reading that one means: see ``guards.Epsilon``."""
-        return self.__dict__["eps"]  # type: ignore[no-any-return]
+        return self.__dict__["eps"]
 
     @property
     def frozen_statistics(self) -> bool:
@@ -303,7 +303,7 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
     updates = in_train and mean is not None and not is_repeated(mean)
     batches = count = skipped = None
     if updates:
-        batches, skipped = layer._buffers.get("num_batches_tracked"), layer.counter(mean)  # type: ignore[arg-type]
+        batches, skipped = layer._buffers.get("num_batches_tracked"), layer.counter(mean)
         if batches is not None and (batches.dtype != torch.int64 or batches.is_cpu != input.is_cpu):
             batches, count = batches.to(input.device, torch.int64), batches  # of a checkpoint made float, say
     elif in_train and mean is not None and var is not None:
@@ -342,9 +342,12 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
 
 def _tensors(layer: FusedBatchNorm) -> list[Any]:
     """running_mean, running_var, weight and bias: past ``Module.__getattr__``, which takes a microsecond each."""
-    owners = (layer._buffers, layer._buffers, layer._parameters, layer._parameters)
-    names = ("running_mean", "running_var", "weight", "bias")
-    return [own[n] if n in own else getattr(layer, n) for own, n in zip(owners, names, strict=True)]
+    buffers: Any = layer._buffers
+    parameters: Any = layer._parameters  # neither holds what parametrizations or pruning compute
+    return [
+        *(buffers[name] if name in buffers else getattr(layer, name) for name in ("running_mean", "running_var")),
+        *(parameters[name] if name in parameters else getattr(layer, name) for name in ("weight", "bias")),
+    ]
 
 
 def _source(layer: FusedBatchNorm, in_train: bool, updates: bool) -> Any:

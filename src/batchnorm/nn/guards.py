@@ -20,7 +20,7 @@ def _is_listed() -> bool:
 
 
 class Epsilon:
-    """The attribute ``eps``. Who reads it computes batch normalization without the layer, and would lose its activation.
+    """The attribute ``eps``. Who reads it computes batch normalization without the layer, and loses its activation.
 
     An activation that came from the network around the layer (``from_torch(model, example=)``) goes back to where it
     was, so that the reader finds an ordinary layer. One that the layer was built with has no other place: that raises.

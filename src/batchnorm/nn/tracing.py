@@ -10,10 +10,9 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from batchnorm.functional import parse_activation
+from batchnorm.nn.scripted import Scripted
 from batchnorm.nn.statistics import Batch
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def as_stock(layer: FusedBatchNorm, kind: type[nn.Module]) -> nn.Module:
     """A layer of torch's with the same parameters, buffers and hooks: the same objects."""
     stock: Any = kind.__new__(kind)
     vars(stock).update({name: value for name, value in vars(layer).items() if name not in OWN})
-    return stock  # type: ignore[no-any-return]
+    return stock
 
 
 def adds_nothing(layer: FusedBatchNorm) -> bool:
@@ -77,62 +76,8 @@ def _with(root: nn.Module, path: list[str], layer: nn.Module) -> nn.Module:
 # ---- TorchScript -----------------------------------------------------------------------------------------------------
 
 
-class Scripted(nn.Module):
-    """A layer in torch's own functions, for ``torch.jit.script``: what ``forward`` of ours computes on their kernels."""
-
-    num_batches_tracked: Tensor | None
-
-    def __init__(self, layer: FusedBatchNorm) -> None:
-        super().__init__()
-        self._parameters, self._buffers = layer._parameters, layer._buffers
-        self.epsilon, self.momentum, self.training = layer.epsilon, layer.momentum, layer.training
-        self.tracks = layer.track_running_stats and layer.running_mean is not None
-        self.has_statistics = layer.running_mean is not None
-        self.frozen = layer.frozen_statistics
-        name, slope = parse_activation(layer.activation)
-        self.activation, self.slope = name or "", slope
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(BN(input) + residual)"""
-        in_train = self.training and not self.frozen
-        share = 0.0 if self.momentum is None else self.momentum
-        batches = self.num_batches_tracked
-        if in_train and self.tracks and batches is not None:
-            batches.add_(1)
-            if self.momentum is None:
-                share = 1.0 / float(batches)
-        read = self.tracks if in_train else self.has_statistics
-        y = torch.nn.functional.batch_norm(
-            input,
-            self.running_mean if read else None,
-            self.running_var if read else None,
-            self.weight,
-            self.bias,
-            in_train or not self.has_statistics,
-            share,
-            self.epsilon,
-        )
-        if residual is not None:
-            y = y + residual
-        if self.activation == "relu":
-            return torch.relu(y)
-        if self.activation == "relu6":
-            return torch.nn.functional.relu6(y)
-        if self.activation == "leaky_relu":
-            return torch.nn.functional.leaky_relu(y, self.slope)
-        if self.activation == "silu":
-            return torch.nn.functional.silu(y)
-        if self.activation == "hardswish":
-            return torch.nn.functional.hardswish(y)
-        if self.activation == "sigmoid":
-            return torch.sigmoid(y)
-        if self.activation == "tanh":
-            return torch.tanh(y)
-        return y
-
-
 def scriptable(layer: FusedBatchNorm) -> nn.Module:
-    """What ``torch.jit.script`` compiles in the layer's place.
+    """The layer's stand-in for ``torch.jit.script``, which puts it into the model: torch does so with all stand-ins.
 
     Raises:
         TypeError: statistics other than the batch's, which TorchScript would lose in training.

@@ -1,8 +1,9 @@
 """Whether a forward repeats an earlier one, as activation checkpointing does in backward.
 
-Not every forward inside backward is a repetition: a hook, or somebody's ``autograd.Function``, may run a layer there for
-the first time. Two things repeat: the functions of ``torch.utils.checkpoint`` that compute a block again, and the
-backward of an ``autograd.Function`` whose own forward ran the layer (other libraries' checkpointing, invertible blocks).
+Not every forward inside backward is a repetition: a hook, or somebody's ``autograd.Function``, may run a layer there
+for the first time. Two things repeat: the functions of ``torch.utils.checkpoint`` that compute a block again, and the
+backward of an ``autograd.Function`` whose own forward ran the layer (checkpointing of other libraries, invertible
+blocks).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ _MARK = "_batchnorm_ran"  # on a Function's ctx: the running means of layers tha
 _AGAIN = ("unpack_hook", "backward")
 
 
-def is_repeated(running_mean: Tensor) -> bool:
+def is_repeated(running_mean: Tensor | None) -> bool:
     """Whether the training forward that runs now, of the layer with this buffer, repeats an earlier one.
 
-    A first forward without gradients is noted on the ``autograd.Function`` around it, if there is one.
+    A first forward without gradients is noted on the ``autograd.Function`` around it, if there is one. None stands for
+    any layer in a compiled graph, which may work on copies of buffers.
     """
     if torch.compiler.is_compiling():  # a graph outlives this moment: ``update_once_`` asks when it runs
         return False

@@ -27,9 +27,9 @@ def blend_(
 ) -> None:
     """Move running statistics in place, in float64, and count the batch. Numbers stay tensors: nothing is waited for.
 
-    With ``skipped``, what is not finite never enters. With a momentum each channel decides for itself. The plain average
-    (momentum=None) divides by ``batches``, one number for all channels, so a batch that is not finite in any channel
-    enters in none and is not counted: the count that is saved is then all that the average depends on.
+    With ``skipped``, what is not finite never enters. With a momentum each channel decides for itself. The plain
+    average (momentum=None) divides by ``batches``, one number for all channels, so a batch that is not finite in any
+    channel enters in none and is not counted: the count that is saved is then all that the average depends on.
 
     Args:
         batches: counts this batch; needed with momentum=None.

@@ -304,7 +304,7 @@ def kept(residual: Tensor | None, y: Tensor, activation: int, slope: float) -> T
 
 
 def bias_kept(bias: Tensor | None, residual: Tensor | None, activation: int, slope: float) -> Tensor | None:
-    """The bias, where dg/dz hangs on it; elsewhere it may change between forward and backward, as with torch's layer."""
+    """The bias, where dg/dz hangs on it. Elsewhere it may change between forward and backward, as torch's may."""
     return None if activation == 0 or (residual is not None and result_tells(activation, slope)) else bias
 
 

@@ -143,7 +143,7 @@ def update_once_(
     var_C: Tensor, values: int | None, counts: Tensor | None, momentum: float | None,
 ) -> None:  # fmt: skip
     """``update_running_`` within a compiled graph, which checkpointing may run again."""
-    if not is_repeated(running_mean_C):
+    if not is_repeated(None):
         n = counts if counts is not None else mean_C.new_tensor([values])
         update_running_(running_mean_C, running_var_C, batches, skipped, Moments(mean_C, var_C, n), momentum, values)
 

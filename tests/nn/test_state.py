@@ -1,0 +1,209 @@
+"""Torch's tools and others walk over a layer's state in parallel, average, slice, cast, allocate it: it stays right."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import batchnorm as bn
+
+X = torch.randn(4, 16, 3, generator=torch.Generator().manual_seed(1)) * 2 + 1  # four batches
+
+
+def network(**options):
+    return nn.Sequential(nn.Linear(3, 3), bn.BatchNorm1d(3, **options))
+
+
+def mean_of(batches):
+    return torch.stack([x.double().mean(0) for x in batches]).mean(0)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("statistics", [bn.Batch(), bn.Ghost(4)])
+def test_buffers_are_torchs_also_after_training_and_freezing(momentum, statistics):
+    layer, stock = bn.BatchNorm1d(3, momentum=momentum, statistics=statistics), nn.BatchNorm1d(3)
+    layer(X[0])
+    layer(X[1] * torch.inf)
+    bn.freeze(layer, affine=True)
+    assert [name for name, _ in layer.named_buffers()] == [name for name, _ in stock.named_buffers()]
+
+
+def test_an_average_made_before_the_model_is_frozen_goes_on():
+    model = nn.Sequential(nn.Linear(3, 5), bn.BatchNorm1d(5), nn.Linear(5, 4), bn.BatchNorm1d(4))
+    averages = AveragedModel(model), AveragedModel(model, use_buffers=True)
+    model(X[0])
+    bn.freeze(model)
+    for average in averages:
+        average.update_parameters(model)
+        for name, t in model.named_buffers():
+            torch.testing.assert_close(average.module.get_buffer(name), t)
+
+
+def equal_clients(state):
+    return {key: sum(1 / 13 * t for _ in range(13)) for key, t in state.items()}
+
+
+def ema(state):
+    average = {key: t.clone().float() for key, t in state.items()}
+    for _ in range(3):
+        for key, t in state.items():
+            average[key].lerp_(t.float(), 0.0005)
+    return {key: t.to(state[key].dtype) for key, t in average.items()}
+
+
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("running_stats", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    "through",
+    [
+        equal_clients,
+        ema,
+        saved,
+        lambda state: {key: t.half() for key, t in state.items()},
+        lambda state: {key: t.double() for key, t in state.items()},
+        lambda state: {key: t.numpy().copy() for key, t in state.items()},
+    ],
+    ids=["FedAvg", "EMA", "saved", "half", "double", "numpy"],
+)
+def test_what_is_frozen_survives_what_people_do_with_states(through, running_stats, affine):
+    if not (running_stats or affine):
+        return
+    model, loaded = network(), network()
+    model[1].bias.requires_grad_(False)  # the user's own choice
+    bn.freeze(model, running_stats=running_stats, affine=affine)
+    state = {key: torch.as_tensor(t) for key, t in through(model.state_dict()).items()}
+    loaded[1].bias.requires_grad_(False)
+    loaded.load_state_dict(state)
+    assert (loaded[1].frozen_statistics, loaded[1].frozen_affine) == (running_stats, affine)
+    bn.unfreeze(loaded)
+    assert [p.requires_grad for p in loaded[1].parameters()] == [True, False]
+
+
+def test_states_of_earlier_versions_told_it_by_the_bits_of_an_integer():
+    layer = bn.BatchNorm1d(3)
+    layer.load_state_dict(nn.BatchNorm1d(3).state_dict() | {"frozen": torch.tensor(15)})
+    assert layer.frozen_statistics
+    assert not layer.weight.requires_grad
+
+
+def test_an_average_of_average_models_keeps_what_is_frozen():
+    model = network()
+    bn.freeze(model, affine=True)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9995), use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(model)
+    loaded = network()
+    loaded.load_state_dict(average.module.state_dict())
+    assert loaded[1].frozen_statistics
+    assert loaded[1].frozen_affine
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_from_the_meta_device(assign, frozen):
+    model = network(momentum=None)
+    model(X[0])
+    if frozen:
+        bn.freeze(model)
+    with torch.device("meta"):
+        empty = network(momentum=None)
+    if not assign:
+        empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    for each in (model, empty):
+        each(X[1])
+    torch.testing.assert_close(dict(empty.state_dict()), dict(model.state_dict()))
+    assert empty[1].frozen_statistics is frozen
+
+
+def test_memory_that_nobody_filled_is_not_read(monkeypatch):
+    """As transformers' from_pretrained leaves it: tensors put in place one by one, no loading by the module."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.device("meta"):
+            layer = bn.BatchNorm1d(3, momentum=None)
+        layer.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, t in bn.BatchNorm1d(3).state_dict().items():
+        (layer._parameters if name in layer._parameters else layer._buffers)[name].data = t
+    for x in X:
+        layer(x)
+    torch.testing.assert_close(layer.running_mean.double(), mean_of(X))
+    assert layer.skipped_batches.tolist() == [0, 0, 0]
+
+
+def test_a_plain_average_goes_on_after_a_resume_with_a_batch_that_was_left_out():
+    broken = X[1].clone()
+    broken[0, 1] = torch.nan
+    resumed = bn.BatchNorm1d(3, momentum=None)
+    for x in (X[0], broken, X[2]):
+        resumed(x)
+    with pytest.warns(UserWarning, match="not finite"):
+        state = saved(resumed.state_dict())
+    twin = bn.BatchNorm1d(3, momentum=None)
+    twin.load_state_dict(state)
+    for layer in (resumed, twin):
+        layer(X[3])
+        torch.testing.assert_close(layer.running_mean.double(), mean_of([X[0], X[2], X[3]]))
+        assert layer.num_batches_tracked == 3
+
+
+def test_channels_that_are_pruned_away():
+    layer, stock = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    kept = torch.tensor([0, 2])
+    for each in (layer, stock):
+        each(X[0])
+        for name in ("weight", "bias"):
+            setattr(each, name, nn.Parameter(getattr(each, name).data[kept]))
+        for name in ("running_mean", "running_var"):
+            setattr(each, name, getattr(each, name)[kept])
+        each.num_features = 2
+        each(X[1][:, kept])
+    torch.testing.assert_close(dict(layer.state_dict()), dict(stock.state_dict()))
+    layer(X[2][:, kept] * torch.inf)
+    assert layer.skipped_batches.tolist() == [1, 1]
+
+
+def test_functional_call_with_the_models_own_state():
+    for layer in (bn.BatchNorm1d(3), bn.BatchNorm1d(3, statistics=bn.Renorm())):
+        state = {name: t.clone() for name, t in layer.state_dict().items()}
+        functional_call(layer, state, X[0], strict=True)
+        torch.testing.assert_close(state["running_mean"].double(), 0.1 * X[0].double().mean(0))
+        assert not layer.running_mean.any()
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int16]
+)
+@pytest.mark.parametrize("statistics", [bn.Batch(), bn.Ghost(100)])  # the fused op, and the ops by themselves
+def test_batches_are_counted_in_any_dtype(dtype, momentum, statistics):
+    layer, stock = bn.BatchNorm1d(3, momentum=momentum, statistics=statistics), nn.BatchNorm1d(3, momentum=momentum)
+    for each in (layer, stock):
+        each.load_state_dict(each.state_dict() | {"num_batches_tracked": torch.tensor(0, dtype=dtype)}, assign=True)
+        for x in X:
+            each(x)
+    assert layer.num_batches_tracked.dtype == dtype
+    torch.testing.assert_close(dict(layer.state_dict()), dict(stock.state_dict()))
+
+
+def test_a_copy_on_another_device_counts_by_itself():
+    layer = bn.BatchNorm1d(3)
+    layer(X[0] * torch.inf)
+    moved = copy.deepcopy(layer).to("meta")
+    assert moved.skipped_batches is None
+    assert layer.skipped_batches.tolist() == [1, 1, 1]
+    assert copy.deepcopy(layer).double().skipped_batches.tolist() == [1, 1, 1]

@@ -1,0 +1,59 @@
+"""Which layers have running statistics, update them, read them: as torch's do, after users changed their minds."""
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.nn.tracking import has_running_statistics, updates_running_statistics
+
+X = torch.randn(16, 3) * 2 + 1
+
+
+def off(layer):
+    """Virtual adversarial training: no updates for a while."""
+    layer.track_running_stats = False
+
+
+def gone(layer):
+    """Test-time adaptation: normalize by the batch, whatever the mode."""
+    layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+
+
+@pytest.mark.parametrize("change", [lambda layer: None, off, gone], ids=["as built", "off", "gone"])
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("train", [True, False])
+def test_layers_do_as_torchs_and_the_predicates_tell(change, built, train):
+    layers = bn.BatchNorm1d(3, track_running_stats=built), nn.BatchNorm1d(3, track_running_stats=built)
+    outputs = []
+    for layer in layers:
+        change(layer.train(train))
+        before = None if layer.running_mean is None else layer.running_mean.clone()
+        outputs.append(layer(X))
+        moved = before is not None and not torch.equal(before, layer.running_mean)
+        assert moved is (train and updates_running_statistics(layer))
+        assert (before is not None) is has_running_statistics(layer)
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(dict(layer.state_dict()) for layer in layers))
+
+
+def test_frozen_statistics_are_not_updated():
+    layer = bn.BatchNorm1d(3)
+    bn.freeze(layer)
+    assert has_running_statistics(layer)
+    assert not updates_running_statistics(layer)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_renorm_without_statistics_to_correct_towards_is_batch_normalization(train):
+    layer = bn.BatchNorm1d(3, statistics=bn.Renorm(schedule=((0, 0), (0, 0)))).train(train)
+    gone(layer)
+    torch.testing.assert_close(layer(X), nn.BatchNorm1d(3)(X))
+
+
+def test_renorm_corrects_towards_statistics_that_do_not_move():
+    renorm = bn.Renorm(r_max=torch.inf, d_max=torch.inf, schedule=((0, 0), (0, 0)))
+    layer = bn.BatchNorm1d(3, statistics=renorm)
+    off(layer)
+    torch.testing.assert_close(layer(X), nn.BatchNorm1d(3).eval()(X))
+    assert layer.num_batches_tracked == layer.renorm_steps == 0
