@@ -5,7 +5,9 @@ Comes from: ``fold``, ``insert``. Goes to: their errors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from batchnorm.ops.reference import per_channel
+from batchnorm.surgery.copied import copied
+from batchnorm.surgery.report import one_line
 from batchnorm.surgery.watch import run, tensors_of
 from batchnorm.surgery.weights import affine
 
@@ -91,12 +95,51 @@ def _floating(outputs: Any) -> list[Tensor]:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Relative to the largest value expected."""
+    """The largest difference, relative to the largest value expected; of what is not floating-point, how many differ.
+
+    Where both are infinite, as masks are, nothing differs; what is not a number differs from everything.
+    """
+    if found.shape != expected.shape:
+        return math.inf
     if expected.numel() == 0:
         return 0.0
-    return (
-        (found.double() - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    ).item()
+    if expected.is_complex():
+        found, expected = torch.view_as_real(found), torch.view_as_real(expected)
+    if not expected.is_floating_point():
+        return (found != expected).double().mean().item()
+    found, expected = found.double(), expected.double()
+    off = (found - expected).abs().masked_fill(found == expected, 0.0)
+    largest = expected.abs().masked_fill(expected.isinf(), 0.0).max()
+    return (off.max() / largest.clamp(min=torch.finfo(torch.float64).tiny)).item()
+
+
+def limit_of(tensor: Tensor, model: nn.Module) -> float:
+    """The default tolerance of an output; of what is not floating-point, that of the model's parameters."""
+    dtypes = [tensor.dtype] if tensor.is_floating_point() else [p.dtype for p in model.parameters()]
+    return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
+
+
+def beside(model: nn.Module, example: Any, found: list[Tensor], tolerance: float | None) -> tuple[int, float, float]:
+    """Another program's outputs beside the model's: the one that is most off, by how much, and how much it may be.
+
+    That is the tolerance, or twice what the model itself is off beside float64.
+    """
+    outputs = [*tensors_of(run(model, example))]
+    rows = [
+        (i, error(new.to(old.device), old), limit_of(old, model) if tolerance is None else tolerance)
+        for i, (new, old) in enumerate(zip(found, outputs, strict=True))
+    ]
+    if any(not off <= limit for _, off, limit in rows):
+        with suppress(ValueError):  # it may not run in float64
+            exact = tensors_of(run_in_double(copied(model).double(), to_double(example)))
+            own = [error(old, wide) for old, wide in zip(outputs, exact, strict=True)]
+            rows = [(i, off, max(limit, 2 * own[i] if own[i] < math.inf else 0.0)) for i, off, limit in rows]
+
+    def beyond(row: tuple[int, float, float]) -> float:
+        _, off, limit = row
+        return math.inf if math.isnan(off) else off / limit if limit else off
+
+    return max(rows, key=beyond, default=(0, 0.0, 0.0))
 
 
 def to_double(example: Any) -> Any:
@@ -126,10 +169,9 @@ def run_in_double(wide: nn.Module, example: Any) -> Any:
         with _EveryDtypeIsDouble():
             return run(wide, example)
     except Exception as failure:
-        first = (str(failure).strip().splitlines() or [""])[0]
         raise ValueError(
-            f"the model does not run in float64, beside which the result is checked: {type(failure).__name__}: "
-            f"{first}. Let its forward take dtypes from its input (x.dtype), and keep its tensors in buffers."
+            f"the model does not run in float64, beside which the result is checked: {one_line(failure)}. "
+            "Let its forward take dtypes from its input (x.dtype), and keep its tensors in buffers."
         ) from failure
     finally:
         torch.set_default_dtype(default)
