@@ -121,7 +121,7 @@ def test_refused_in_one_line(folder: Path, options: list[str], message: str, mon
     model = [] if "--model" in options else ["--model", "mine:model"]
     checkpoint = [] if "--checkpoint" in options else ["--checkpoint", "in.pt"]
     done = CliRunner().invoke(app, [*checkpoint, *model, *options])
-    assert done.exit_code == 2
+    assert done.exit_code == 2, done.output
     assert done.output.startswith("fold: ")
     assert message in done.output
     assert len(done.output.strip().splitlines()) == 1
