@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.surgery.fold import Rest
 from batchnorm.surgery.fold_check import run_in_double
+from batchnorm.surgery.norms import Rest
 
 
 def shaken(model, dtype=torch.float64):

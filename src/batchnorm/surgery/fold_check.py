@@ -5,8 +5,9 @@ Comes from: ``fold``, ``insert``. Goes to: their errors.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from batchnorm.ops.reference import per_channel
+from batchnorm.surgery.affine import affine_of
 from batchnorm.surgery.copied import copied
+from batchnorm.surgery.moves import play
 from batchnorm.surgery.report import one_line
-from batchnorm.surgery.watch import run, tensors_of
+from batchnorm.surgery.watch import Call, run, tensors_of
 from batchnorm.surgery.weights import affine
 
 # The largest error, relative to the largest value of an output, that a fold may have by default.
@@ -26,68 +28,125 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 
 
 class Fold(NamedTuple):
-    """``layer`` went into ``into``, which comes after it or before it."""
+    """``layer`` went into ``into``, which comes after it or before it.
+
+    ``path``: the calls in between; ``channels``: for each channel of ``into`` the layer's, or -1 for none.
+    """
 
     layer: str
     into: str
     after: bool
+    path: list[Call]
+    channels: Tensor
+
+    def spread(self, scale_C: Tensor, shift_C: Tensor) -> tuple[Tensor, Tensor]:
+        """A scale and a shift of the layer's channels, of the channels of ``into``."""
+        channels = self.channels.to(scale_C.device)
+        known = channels >= 0
+        return scale_C[channels].where(known, 1.0), shift_C[channels].where(known, 0.0)
 
 
-def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[Fold], tolerance: float | None) -> None:
-    """Each layer that took up others, on what these see, beside all of them in float64."""
-    modules, wide_modules = dict(folded.named_modules()), dict(wide.named_modules())
+def seen_by(wide: nn.Module, example: Any, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What modules of a model in float64 take, and what they give."""
     saw: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}
 
     def noting(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
-            saw[name] = next(iter(tensors_of((inputs, named)))).clone()  # what follows may change it in place
+            saw[name] = given.pop(name)
             made[name] = output.clone()
 
         return hook
 
-    watched = {name for one in folds for name in (one.layer, one.into)}
-    hooks = [wide_modules[name].register_forward_hook(noting(name), with_kwargs=True) for name in watched]
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, named: Any) -> None:
+            given[name] = next(iter(tensors_of((inputs, named)))).clone()  # it may be changed in place
+
+        return hook
+
+    given: dict[str, Tensor] = {}
+    modules = dict(wide.named_modules())
+    hooks = [modules[name].register_forward_pre_hook(before(name), with_kwargs=True) for name in names]
+    hooks += [modules[name].register_forward_hook(noting(name), with_kwargs=True) for name in names]
     try:
         run_in_double(wide, example)
     finally:
         for hook in hooks:
             hook.remove()
+    return saw, made
+
+
+def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[Fold], tolerance: float | None) -> None:
+    """Each layer that took up others, on what these see, beside all of them in float64."""
+    modules, wide_modules = dict(folded.named_modules()), dict(wide.named_modules())
+    saw, made = seen_by(wide, example, {name for one in folds for name in (one.layer, one.into)})
     for into in dict.fromkeys(one.into for one in folds):
-        before = [
-            one.layer for one in folds if one.into == into and one.after
-        ]  # the layer comes before what it went into
-        behind = [one.layer for one in folds if one.into == into and not one.after]
-        x, expected = saw[(before or [into])[0]], made[into]
-        for layer in behind:
-            scale_C, shift_C = affine(wide_modules[layer])
-            if not isinstance(modules[into], nn.Linear):  # whose features are last
-                scale_C, shift_C = per_channel(scale_C, expected), per_channel(shift_C, expected)
-            expected = expected * scale_C + shift_C
+        before = [one for one in folds if one.into == into and one.after]  # the layer comes before what it went into
+        behind = [one for one in folds if one.into == into and not one.after]
+        row, expected = affine_of(modules[into]), made[into]
+        assert row is not None
+        for one in behind:
+            shape = [1] * expected.dim()
+            shape[row.channels] = -1
+            scale_C, shift_C = one.spread(*affine(wide_modules[one.layer]))
+            expected = expected * scale_C.view(shape) + shift_C.view(shape)
         weight: Any = modules[into].weight
+        x = (saw[before[-1].layer] if before else saw[into]).to(weight.dtype)  # the last to go came first
+        for call in before[-1].path if before else ():
+            x = play(modules[call.name] if call.kind == "module" else call.target, call.arguments, x)
         with torch.no_grad():
-            off = error(modules[into](x.to(weight.dtype)), expected)
+            off = error(modules[into](x), expected)
         limit = TOLERANCE[weight.dtype] if tolerance is None else tolerance
         if not off <= limit:
+            names = " and ".join(one.layer for one in before + behind)
             raise ValueError(
-                f"fold refused: {into} with {' and '.join(before + behind)} folded in is {off:.1e} of its largest "
+                f"fold refused: {into} with {names} folded in is {off:.1e} of its largest "
                 f"output off, more than {limit:.1e} ({weight.dtype}): fold in a wider dtype, or raise the tolerance."
             )
 
 
 def check_outputs(
-    model: nn.Module, folded: nn.Module, wide: nn.Module, example: Any, wide_example: Any, tolerance: float | None
+    model: nn.Module,
+    folded: nn.Module,
+    wide: nn.Module,
+    example: Any,
+    wide_example: Any,
+    tolerance: float | None,
+    fold_in: Callable[[nn.Module, Any], Any],
 ) -> None:
-    """The whole model beside itself in float64."""
-    found = (_floating(run(folded, example)), _floating(run(model, example)))
+    """The whole model beside itself in float64.
+
+    How many values come out may depend on the data, of a detector say, and then on rounding: such a model is folded in
+    float64 and compared there, where rounding decides nothing.
+    """
+    new, old = _floating(run(folded, example)), _floating(run(model, example))
     exact = _floating(run_in_double(wide, wide_example))
-    for i, (new, old, expected) in enumerate(zip(*found, exact, strict=True)):
-        limit = max(TOLERANCE.get(new.dtype, 0.0) if tolerance is None else tolerance, 2 * error(old, expected))
-        if not error(new, expected) <= limit:
+    if any(t.isnan().any() for t in (*old, *exact)):
+        raise ValueError("the model gives NaN on the example, beside which nothing can be checked: give another one.")
+    if not [t.shape for t in new] == [t.shape for t in old] == [t.shape for t in exact]:
+        new, old = _folded_in_double(wide, wide_example, fold_in), exact
+        if [t.shape for t in new] != [t.shape for t in exact]:
             raise ValueError(
-                f"fold refused: output {i} of the model is {error(new, expected):.1e} of its largest value off, more "
+                "the number of values that the model gives depends on the data, and changes with rounding on this "
+                f"example: {_shapes(exact)}, and folded {_shapes(new)}: give another one."
+            )
+    for i, (mine, theirs, expected) in enumerate(zip(new, old, exact, strict=True)):
+        limit = max(TOLERANCE.get(mine.dtype, 0.0) if tolerance is None else tolerance, 2 * error(theirs, expected))
+        if not error(mine, expected) <= limit:
+            raise ValueError(
+                f"fold refused: output {i} of the model is {error(mine, expected):.1e} of its largest value off, more "
                 f"than {limit:.1e}, though each layer alone is within it: pass a larger tolerance if that is fine."
             )
+
+
+def _folded_in_double(wide: nn.Module, example: Any, fold_in: Callable[[nn.Module, Any], Any]) -> list[Tensor]:
+    folded = copy.deepcopy(wide)
+    fold_in(folded, example)
+    return _floating(run_in_double(folded, example))
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    return ", ".join("x".join(map(str, t.shape)) for t in tensors)
 
 
 def _floating(outputs: Any) -> list[Tensor]:
