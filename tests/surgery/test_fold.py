@@ -238,6 +238,11 @@ def test_what_insert_gave_and_somebody_took_away():
     assert bn.fold(model, x).batchnorm_report == []
 
 
+class Louder(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
 class Several(nn.Module):
     """One of each that cannot be folded."""
 
@@ -250,7 +255,7 @@ class Several(nn.Module):
         self.masked = bn.BatchNorm2d(4)
         self.features, self.of_places = nn.Linear(4, 4), nn.BatchNorm1d(36)
         self.shared, self.after_shared = nn.Linear(4, 4), nn.BatchNorm1d(4)
-        self.weird = type("Louder", (nn.BatchNorm2d,), {})(4)
+        self.weird = Louder(4)
         self.functional = nn.BatchNorm2d(4)
         self.head = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
         self.after_head = nn.BatchNorm1d(4)
@@ -279,10 +284,9 @@ def test_what_is_left_alone_and_why():
         "never": "the example does not reach it",
         "untracked": "it has no running statistics: it normalizes by each batch in eval too",
         "masked": "it is given a mask",
-        "of_places": "features before it has its features in the last dimension, not the second; "
-        "its output goes to mean()",
+        "of_places": "a channel of features before it goes to several of its own; its output goes to mean()",
         "after_shared": "shared before it is called 2 times; the weight of head after it is computed from others",
-        "weird": "a Louder may do more than batch normalization",
+        "weird": "a Louder computes something else than batch normalization: put that in a module behind it",
         "functional": "it reads conv2d(), which has no weights to fold into; its output goes to add()",
         "after_head": "the weight of head before it is computed from others; its output goes to the model's output",
     }

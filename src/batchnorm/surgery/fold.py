@@ -102,6 +102,7 @@ def _fold_all(
     seen = watch(folded, example, whole=norms.values())
     others = [name for name, layer in norms.items() if not is_known(layer) and seen.of(name)]
     saw = seen_by(wide, wide_example, others)[0] if others else {}
+    stated = {name: name not in others or _as_stated(wide.get_submodule(name), saw.get(name)) for name in norms}
     place = _Place(folded, seen, ties, {})
     rows = dict.fromkeys(norms, Row("", LEFT, ""))
     folds: list[Fold] = []
@@ -110,17 +111,16 @@ def _fold_all(
     while len(waiting) < before:  # one that was folded stands in nobody's way any more
         before = len(waiting)
         for name in list(waiting):
-            stated = (
-                computes(wide.get_submodule(name), rest_of(wide.get_submodule(name), False), saw[name])
-                if (name in saw)
-                else is_known(norms[name])
-            )
-            rows[name], done = _fold_one(place, name, norms[name], stated)
+            rows[name], done = _fold_one(place, name, norms[name], stated[name])
             if done is not None:
                 waiting.remove(name)
                 folds.append(done)
     report.extend(rows.values())
     return report, folds
+
+
+def _as_stated(layer: Any, saw: Tensor | None) -> bool:
+    return saw is not None and computes(layer, rest_of(layer, False), saw)
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
