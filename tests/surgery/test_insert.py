@@ -288,9 +288,15 @@ class ReadsTheBias(nn.Module):
         return F.relu(self.a(x)) * self.a.bias.sum()
 
 
+class CountsTheBias(ReadsTheBias):
+    def forward(self, x):
+        return F.relu(self.a(x)) * len(self.a.bias)
+
+
 def test_a_forward_that_does_not_go_through_what_was_inserted():
+    assert bn.insert(ReadsTheBias(), X).batchnorm_report == [("a", "left alone", "sum() reads its bias too")]
     with pytest.raises(ValueError, match=r"batch normalization in a the model does not run .*NoneType.*skip="):
-        bn.insert(ReadsTheBias(), X)
+        bn.insert(CountsTheBias(), X)
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
     model[0].forward = lambda x: F.linear(x, model[0].weight, model[0].bias)  # as wrappers do it
     (row,) = bn.insert(model, X).batchnorm_report

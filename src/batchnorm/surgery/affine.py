@@ -87,6 +87,11 @@ def looks_affine(module: nn.Module) -> bool:
     return kind_of(module) is None and weight is not None and weight.dim() > 1
 
 
+def unregistered(layer: nn.Module) -> str:
+    """How a report calls such a layer, and what there is to do."""
+    return f"a {type(layer).__qualname__}: batchnorm.surgery.affine.register says what it is"
+
+
 def pads_with_zeros(layer: Any) -> bool:
     """Whether places outside count as 0. Other modes pad with what is there, scaled and shifted as it is."""
     padding = getattr(layer, "padding", 0)

@@ -14,12 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.surgery.affine import affine_of, does_more, is_computed, looks_affine, pads_with_zeros, shared
+from batchnorm.surgery.affine import (
+    affine_of,
+    does_more,
+    is_computed,
+    looks_affine,
+    pads_with_zeros,
+    shared,
+    unregistered,
+)
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
 from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, seen_by, to_double
 from batchnorm.surgery.fuse import unfuse
-from batchnorm.surgery.moves import as_function, channels_between, moved
+from batchnorm.surgery.moves import as_function, came_from, channels_between
 from batchnorm.surgery.norms import check_statistics, computes, is_known, norms_of, rest_of
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import Call, Watched, watch
@@ -200,7 +208,7 @@ def _before(place: _Place, call: Call, layer: Any) -> tuple[Fold | None, str]:
             return None, "what it reads is not made in the model"
         if maker.kind == "module" and affine_of(maker.target) is not None:
             break
-        if not _moves(place, maker, layer):
+        if _came_from(place, maker, layer) is None:
             return None, f"it reads {_unknown(maker, 'has no weights to fold into')}"
         if place.seen.only_reader(maker) is not at:
             return None, _also_read(place, maker, at)
@@ -231,7 +239,7 @@ def _after(place: _Place, call: Call, layer: Any, rest: nn.Module) -> tuple[Fold
             return None, "its output is read more than once" if at is call else f"{at.label} after it is read twice"
         if reader.kind == "module" and affine_of(reader.target) is not None:
             break
-        if not _moves(place, reader, layer):
+        if _came_from(place, reader, layer) is None:
             return None, f"its output goes to {_unknown(reader)}"
         path.append(reader)
         at = reader
@@ -255,21 +263,12 @@ def _after(place: _Place, call: Call, layer: Any, rest: nn.Module) -> tuple[Fold
     return Fold(call.name, reader.name, True, path, channels), ""
 
 
-def _moves(place: _Place, call: Call, layer: Any) -> bool:
-    """Whether a call, of one tensor, does nothing but move its values."""
-    maker = place.seen.maker(call)
-    if call.kind not in ("module", "function") or maker is None or maker.shape is None or len(call.inputs) != 1:
-        return False
-    return _came_from(place, call, layer) is not None
-
-
 def _came_from(place: _Place, call: Call, layer: Any) -> Tensor | None:
+    """For each value that a call gives out, which one it was; None if it does more than move them."""
     target = place.model.get_submodule(call.name) if call.kind == "module" else call.target
-    maker: Any = place.seen.maker(call)
     key = (call.index, id(target))
     if key not in place.moves:
-        plain = not isinstance(target, nn.Module) or next(target.parameters(), None) is None
-        place.moves[key] = moved(target, call.arguments, maker.shape, layer.running_mean.dtype) if plain else None
+        place.moves[key] = came_from(place.seen, call, target, layer.running_mean.dtype)
     return place.moves[key]
 
 
@@ -277,12 +276,12 @@ def _channels(
     place: _Place, path: list[Call], shape: tuple[int, ...], before: int, behind: int, layer: Any
 ) -> tuple[Tensor, Tensor]:
     """Where the channels in a dimension of the first tensor are in one of the last."""
-    came_from = torch.arange(torch.Size(shape).numel()).view(shape)
+    places = torch.arange(torch.Size(shape).numel()).view(shape)
     for call in path:
         step = _came_from(place, call, layer)
         assert step is not None
-        came_from = came_from.flatten()[step]
-    return channels_between(came_from, shape, before, behind)
+        places = places.flatten()[step]
+    return channels_between(places, shape, before, behind)
 
 
 def _also_read(place: _Place, maker: Call, reader: Call) -> str:
@@ -293,7 +292,7 @@ def _also_read(place: _Place, maker: Call, reader: Call) -> str:
 def _unknown(call: Call, otherwise: str = "") -> str:
     """How a report calls what is no layer of a known class."""
     if call.kind == "module" and looks_affine(call.target):
-        return f"{call.name}, a {type(call.target).__qualname__}: batchnorm.surgery.affine.register says what it is"
+        return f"{call.name}, {unregistered(call.target)}"
     return f"{call.label}, which {otherwise}" if otherwise else call.label
 
 

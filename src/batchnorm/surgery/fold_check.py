@@ -25,6 +25,7 @@ from batchnorm.surgery.weights import affine
 
 # The largest error, relative to the largest value of an output, that a fold may have by default.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_NAN = "NaN on the example, beside which nothing can be checked: give another one, or look at its parameters."
 
 
 class Fold(NamedTuple):
@@ -96,6 +97,8 @@ def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[F
             x = play(modules[call.name] if call.kind == "module" else call.target, call.arguments, x)
         with torch.no_grad():
             off = error(modules[into](x), expected)
+        if expected.isnan().any():
+            raise ValueError(f"{into} gives {_NAN}")
         limit = TOLERANCE[weight.dtype] if tolerance is None else tolerance
         if not off <= limit:
             names = " and ".join(one.layer for one in before + behind)
@@ -122,7 +125,7 @@ def check_outputs(
     new, old = _floating(run(folded, example)), _floating(run(model, example))
     exact = _floating(run_in_double(wide, wide_example))
     if any(t.isnan().any() for t in (*old, *exact)):
-        raise ValueError("the model gives NaN on the example, beside which nothing can be checked: give another one.")
+        raise ValueError(f"the model gives {_NAN}")
     if not [t.shape for t in new] == [t.shape for t in old] == [t.shape for t in exact]:
         new, old = _folded_in_double(wide, wide_example, fold_in), exact
         if [t.shape for t in new] != [t.shape for t in exact]:

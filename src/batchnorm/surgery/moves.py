@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+
+if TYPE_CHECKING:
+    from batchnorm.surgery.watch import Call, Watched
 
 _PLAIN = (int, float, bool, str, type(None), type(...), torch.dtype, torch.device, torch.memory_format, torch.Size)
 _DIGIT = 256  # whole numbers up to it are exact in every floating-point dtype
@@ -64,12 +67,24 @@ def play(target: Callable[..., Any], arguments: Any, t: Tensor) -> Any:
         return target(*args, **kwargs)
 
 
-def moved(target: Any, arguments: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+def came_from(seen: Watched, call: Call, target: Any, dtype: torch.dtype, train: bool = False) -> Tensor | None:
+    """``moved``, of a call of one tensor that was watched; ``target``: what it called, as that is now."""
+    maker = seen.maker(call)
+    if call.kind not in ("module", "function") or maker is None or maker.shape is None or len(call.inputs) != 1:
+        return None
+    if isinstance(target, nn.Module) and next(target.parameters(), None) is not None:
+        return None
+    return moved(target, call.arguments, maker.shape, dtype, train)
+
+
+def moved(
+    target: Any, arguments: Any, shape: tuple[int, ...], dtype: torch.dtype, train: bool = False
+) -> Tensor | None:
     """For each value that a call gives out, which one of its input it is; None where it does more than move them."""
     if arguments is None or (isinstance(target, nn.Module) and (target._forward_hooks or target._forward_pre_hooks)):
         return None
     try:
-        target = copy.deepcopy(target) if isinstance(target, nn.Module) else target
+        target = copy.deepcopy(target).train(train) if isinstance(target, nn.Module) else target
         places = torch.arange(torch.Size(shape).numel()).view(shape)
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         out = play(target, arguments, values.clone())
