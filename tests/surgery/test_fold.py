@@ -337,3 +337,83 @@ def test_frozen_statistics_are_enough():
     folded = bn.fold(model.train(), torch.randn(5, 3))
     assert not folded.training
     assert model.training
+
+
+class Detector(nn.Module):
+    """Keeps the candidates above a threshold; how many, rounding decides: some lie at it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x)).flatten(2).transpose(1, 2)[0]
+        return y[self.kept(y)]
+
+    def kept(self, y):
+        return (y[:, 0] * 12).sigmoid() < 1.0
+
+
+class Lottery(Detector):
+    def kept(self, y):
+        return (y[:, 0].double() * 1e15).long() % 8 == 0  # the last bits decide
+
+
+def test_how_many_values_come_out_may_depend_on_rounding():
+    model, x = shaken(Detector(), torch.float32), torch.randn(1, 3, 40, 40)
+    model.norm.weight.data.fill_(5.0)
+    assert len(model(x)) != len(copy.deepcopy(model).double()(x.double()))
+    assert bn.fold(model, x).batchnorm_report.of("folded") == ["norm"]
+    with pytest.raises(
+        ValueError, match=r"that the model gives depends on the data, .*: \d+x6, and folded \d+x6: give another"
+    ):
+        bn.fold(shaken(Lottery(), torch.float32), x)
+
+
+def test_graph_modules_of_torch_fx():
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = torch.fx.symbolic_trace(shaken(nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU())))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [("1", "folded", "into 0, before it")]
+    assert_same(model, folded, x)
+    around = nn.Sequential(model, nn.Flatten(2), nn.BatchNorm1d(6).double().eval())
+    assert bn.fold(around, x).batchnorm_report.of("folded") == ["0.1"]
+
+
+class EEGNet(nn.Module):
+    """Depthwise and separable convolutions, padded, with batch normalization behind each."""
+
+    def __init__(self):
+        super().__init__()
+        self.time, self.norm1 = nn.Conv2d(1, 4, (1, 5), padding="same", bias=False), nn.BatchNorm2d(4)
+        self.space, self.norm2 = nn.Conv2d(4, 8, (6, 1), groups=4, bias=False), nn.BatchNorm2d(8)
+        self.depth, self.point = nn.Conv2d(8, 8, (1, 3), groups=8, padding="same"), nn.Conv2d(8, 6, 1, bias=False)
+        self.norm3, self.drop, self.head = nn.BatchNorm2d(6), nn.Dropout(0.25), nn.Linear(24, 3)
+
+    def forward(self, x):
+        y = F.elu(self.norm2(self.space(self.norm1(self.time(x[:, None])))))
+        y = self.drop(F.avg_pool2d(y, (1, 4)))
+        return self.head(F.elu(self.norm3(self.point(self.depth(y)))).flatten(1))
+
+
+class Tokens(nn.Module):
+    """A transformer over time with batch normalization, and a recurrent layer that reads it, features last."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Linear(5, 8), nn.BatchNorm1d(8)
+        self.up, self.down, self.norm2 = nn.Linear(8, 16), nn.Linear(16, 8), nn.BatchNorm1d(8)
+        self.lstm = nn.LSTM(8, 4, batch_first=True)
+
+    def forward(self, x):
+        x = self.norm(self.embed(x).transpose(1, 2)).transpose(1, 2)
+        x = self.norm2(self.down(F.gelu(self.up(x))).permute(0, 2, 1)).permute(0, 2, 1)
+        return self.lstm(x)[0]
+
+
+@pytest.mark.parametrize(("model", "shape"), [(EEGNet(), (2, 6, 16)), (Tokens(), (2, 7, 5))], ids=["eeg", "tokens"])
+def test_networks_that_fold_as_a_whole(model, shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    folded = bn.fold(shaken(model), x)
+    assert folded.batchnorm_report.of("folded") == [row.layer for row in folded.batchnorm_report]
+    assert_same(model, folded, x)

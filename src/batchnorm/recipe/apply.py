@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
-from batchnorm.surgery.affine import affine_of
+from batchnorm.surgery.affine import affine_of, looks_affine
 from batchnorm.surgery.report import LEFT
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ def _not_normalized(model: nn.Module, optimizer: Optimizer) -> set[int]:
         )
     modules = dict(model.named_modules())
     left = [modules.get(row.layer) for row in report if row.done == LEFT and "has batch normalization" not in row.why]
-    return {id(p) for m in left if m is not None and affine_of(m) is not None for p in m.parameters(recurse=False)}
+    layers = [m for m in left if m is not None and (affine_of(m) is not None or looks_affine(m))]
+    return {id(p) for layer in layers for p in layer.parameters(recurse=False)}
 
 
 def _parts(group: dict[str, Any], kind: Callable[[Tensor], tuple[bool, bool]]) -> list[dict[str, Any]]:

@@ -119,6 +119,6 @@ def shared(model: nn.Module) -> dict[str, str]:
 
 def _span(t: Tensor) -> tuple[int, int, int]:
     """The storage, and from where to where in it, in bytes."""
-    start = t.storage_offset() * t.element_size()
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.untyped_storage().data_ptr(), start, start + (last + 1) * t.element_size()
+    start, size = int(t.storage_offset()), t.element_size()
+    last = sum((places - 1) * int(stride) for places, stride in zip(t.shape, t.stride(), strict=True))
+    return t.untyped_storage().data_ptr(), start * size, (start + last + 1) * size

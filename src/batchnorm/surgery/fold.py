@@ -236,7 +236,10 @@ def _after(place: _Place, call: Call, layer: Any, rest: nn.Module) -> tuple[Fold
     while True:
         reader = place.seen.only_reader(at)
         if reader is None:
-            return None, "its output is read more than once" if at is call else f"{at.label} after it is read twice"
+            return (
+                None,
+                "its output is read more than once" if at is call else f"{at.label} after it is read more than once",
+            )
         if reader.kind == "module" and affine_of(reader.target) is not None:
             break
         if _came_from(place, reader, layer) is None:

@@ -47,7 +47,8 @@ def insert(
 
     Args:
         model: any module; what nothing but a nonlinearity reads, or a sum that nothing but a nonlinearity reads, is
-            normalized; never what goes to a softmax or out, nor what a sigmoid or the like gives out.
+            normalized, also where a maximum, or what only moves values, stands in between; never what goes to a softmax
+            or out, nor what a sigmoid or the like gives out.
         example: an input: a tensor, a tuple of arguments or a dict of keyword arguments. It is run once to see which
             layers a nonlinearity reads.
         batches: for a trained network, training inputs as ``recalibrate`` takes them. gamma = sqrt(Var[Wu] + eps),
@@ -60,8 +61,9 @@ def insert(
         A copy of the model, in its mode.
 
     Raises:
-        ValueError: ``batches`` yielded nothing; a name in ``skip`` that there is not; with batch normalization the
-            model does not run on the example, or, with ``batches``, computes something else.
+        ValueError: ``batches`` yielded nothing, or do not reach a layer, or make it give what is not finite; a name in
+            ``skip`` that there is not; with batch normalization the model does not run on the example, or, with
+            ``batches``, computes something else, with the layer's name.
         TypeError: not a module.
 
     Example:
@@ -83,9 +85,10 @@ def insert(
     seen, in_train = watch(inserted, example, whole=norms), watch_in_train(inserted, example, whole=norms)
     report = Report()
     for name, layer in layers.items():
-        row = Row(name, LEFT, "skipped") if name in skipped else row_of(seen, name, layer)
+        row = row_of(seen, name, layer)
         if row is None:
             continue
+        row = Row(name, LEFT, "skipped") if name in skipped else row
         if row.done != LEFT and in_train is not None and row_of(in_train, name, layer) != row:
             row = Row(name, LEFT, "it, or what reads it, is called differently in train")
         report.append(row)
@@ -187,12 +190,14 @@ def _moments(
     try:
         with torch.no_grad(), torch.random.fork_rng([]), preserve_state(model):
             model.eval()
+            count = 0
             for batch in batches:
                 forward(model, batch)
+                count += 1
     finally:
         for hook in hooks:
             hook.remove()
-    if names and not any(each.values()):
+    if names and not count:
         raise ValueError("batches yielded nothing: insert needs at least one batch of model inputs.")
     missed = [name for name, some in each.items() if not some]
     if missed:
