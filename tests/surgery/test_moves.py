@@ -143,7 +143,9 @@ NOT: dict[str, tuple[nn.Module, Any, nn.Module, tuple[int, ...], str]] = {
 def test_what_does_more_than_move_values(case: str) -> None:
     first, between, second, shape, why = NOT[case]
     model, x = shaken(Through(first, between, second)), torch.rand(shape, dtype=torch.float64)
+    state = torch.get_rng_state()
     folded = bn.fold(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
     (row,) = folded.batchnorm_report
     assert row.done == ("left alone" if why else "folded")
     assert re.search(why, row.why)

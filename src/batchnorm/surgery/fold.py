@@ -8,29 +8,20 @@ Comes from: a trained model. Goes to: deployment, without batch normalization.
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.surgery.affine import (
-    affine_of,
-    does_more,
-    is_computed,
-    looks_affine,
-    pads_with_zeros,
-    shared,
-    unregistered,
-)
+from batchnorm.surgery.affine import shared
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
 from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, seen_by, to_double
 from batchnorm.surgery.fuse import unfuse
-from batchnorm.surgery.moves import as_function, came_from, channels_between
+from batchnorm.surgery.neighbours import Place, after, before, tied
 from batchnorm.surgery.norms import check_statistics, computes, is_known, norms_of, rest_of
 from batchnorm.surgery.report import LEFT, Report, Row
-from batchnorm.surgery.watch import Call, Watched, watch
+from batchnorm.surgery.watch import Call, in_eager, watch
 from batchnorm.surgery.weights import affine, scale_inputs, scale_outputs
 
 
@@ -92,7 +83,8 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
     ties = shared(model)
 
     def folded_in(model: nn.Module, example: Any) -> tuple[Report, list[Fold]]:
-        return _fold_all(model, example, wide, wide_example, ties)
+        with in_eager(model):  # calls are played again, some of them random
+            return _fold_all(model, example, wide, wide_example, ties)
 
     report, folds = folded_in(folded, example)
     check_layers(folded, wide, wide_example, folds, tolerance)
@@ -111,13 +103,13 @@ def _fold_all(
     others = [name for name, layer in norms.items() if not is_known(layer) and seen.of(name)]
     saw = seen_by(wide, wide_example, others)[0] if others else {}
     stated = {name: name not in others or _as_stated(wide.get_submodule(name), saw.get(name)) for name in norms}
-    place = _Place(folded, seen, ties, {})
+    place = Place(folded, seen, ties, {})
     rows = dict.fromkeys(norms, Row("", LEFT, ""))
     folds: list[Fold] = []
     waiting = sorted(norms, key=lambda name: seen.of(name)[0].index if seen.of(name) else -1)
-    before = len(waiting) + 1
-    while len(waiting) < before:  # one that was folded stands in nobody's way any more
-        before = len(waiting)
+    left = len(waiting) + 1
+    while len(waiting) < left:  # one that was folded stands in nobody's way any more
+        left = len(waiting)
         for name in list(waiting):
             rows[name], done = _fold_one(place, name, norms[name], stated[name])
             if done is not None:
@@ -134,15 +126,6 @@ def _as_stated(layer: Any, saw: Tensor | None) -> bool:
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-class _Place(NamedTuple):
-    """A model that is being folded, how it was watched, which of its tensors others share, and which calls move."""
-
-    model: nn.Module
-    seen: Watched
-    ties: dict[str, str]
-    moves: dict[tuple[int, int], Tensor | None]
-
-
 def _fold_inserted(model: nn.Module, ties: dict[str, str]) -> Report:
     """What ``insert`` gave to layers goes back into them."""
     report = Report()
@@ -150,18 +133,18 @@ def _fold_inserted(model: nn.Module, ties: dict[str, str]) -> Report:
         norm: Any = getattr(layer, "batch_norm", None)  # which may be another one by now, or none
         plain = norm is not None and is_known(norm) and getattr(norm, "activation", None) is None
         if hasattr(type(layer), "normalizes") and plain and norm.running_mean is not None:
-            tied = _tied(ties, name, layer)
-            if tied is None:
+            reason = tied(ties, name)
+            if reason is None:
                 check_statistics(f"{name}.batch_norm", norm)
                 scale_outputs(layer, *affine(norm))
                 del layer.batch_norm
                 layer.__class__ = type(layer).normalizes
-            done, why = ("folded", f"into {name}") if tied is None else (LEFT, tied)
+            done, why = ("folded", f"into {name}") if reason is None else (LEFT, reason)
             report.append(Row(f"{name}.batch_norm", done, why))
     return report
 
 
-def _fold_one(place: _Place, name: str, layer: Any, stated: bool) -> tuple[Row, Fold | None]:
+def _fold_one(place: Place, name: str, layer: Any, stated: bool) -> tuple[Row, Fold | None]:
     """Fold it, or say why not."""
     calls = place.seen.of(name)
     reason = _unfit(layer, calls, stated)
@@ -170,9 +153,9 @@ def _fold_one(place: _Place, name: str, layer: Any, stated: bool) -> tuple[Row, 
     check_statistics(name, layer)
     (call,) = calls
     rest = rest_of(layer, len(call.inputs) > 1)
-    found, not_before = _before(place, call, layer)
+    found, not_before = before(place, call, layer)
     if found is None:
-        found, not_after = _after(place, call, layer, rest)
+        found, not_after = after(place, call, layer, rest)
         if found is None:
             return Row(name, LEFT, f"{not_before}; {not_after}"), None
     target = place.model.get_submodule(found.into)
@@ -196,131 +179,6 @@ def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has hooks, which would see something else"
     return None
-
-
-def _before(place: _Place, call: Call, layer: Any) -> tuple[Fold | None, str]:
-    """The layer that it folds into backwards, or why there is none."""
-    path: list[Call] = []
-    at = call
-    while True:
-        maker = place.seen.maker(at)
-        if maker is None:
-            return None, "what it reads is not made in the model"
-        if maker.kind == "module" and affine_of(maker.target) is not None:
-            break
-        if _came_from(place, maker, layer) is None:
-            return None, f"it reads {_unknown(maker, 'has no weights to fold into')}"
-        if place.seen.only_reader(maker) is not at:
-            return None, _also_read(place, maker, at)
-        path.insert(0, maker)
-        at = maker
-    if place.seen.only_reader(maker) is not at:
-        return None, _also_read(place, maker, at)
-    reason = _unusable(place, maker, "before")
-    if reason is not None:
-        return None, reason
-    row, shape = affine_of(maker.target), maker.shape
-    assert row is not None
-    assert shape is not None
-    was, now = _channels(place, path, shape, len(shape) + row.channels, 1, layer)
-    channels = as_function(was, now, shape[row.channels])
-    if channels is None:
-        return None, f"a channel of {maker.name} before it goes to several of its own"
-    return Fold(call.name, maker.name, False, path, channels), ""
-
-
-def _after(place: _Place, call: Call, layer: Any, rest: nn.Module) -> tuple[Fold | None, str]:
-    """The layer that it folds into forwards, or why there is none."""
-    path: list[Call] = []
-    at = call
-    while True:
-        reader = place.seen.only_reader(at)
-        if reader is None:
-            return (
-                None,
-                "its output is read more than once" if at is call else f"{at.label} after it is read more than once",
-            )
-        if reader.kind == "module" and affine_of(reader.target) is not None:
-            break
-        if _came_from(place, reader, layer) is None:
-            return None, f"its output goes to {_unknown(reader)}"
-        path.append(reader)
-        at = reader
-    if type(rest) is not nn.Identity:
-        return None, "its activation or residual comes before the next layer"
-    row: Any = affine_of(reader.target)
-    if row.spreads:
-        return None, f"{reader.name} after it gives each place another number of inputs"
-    if pads_with_zeros(reader.target):
-        return None, f"{reader.name} after it pads with 0"
-    reason = _unusable(place, reader, "after")
-    if reason is not None:
-        return None, reason
-    given = at.shape
-    assert call.shape is not None
-    assert given is not None
-    was, now = _channels(place, path, call.shape, 1, len(given) + row.channels, layer)
-    channels = as_function(now, was, given[row.channels])
-    if channels is None:
-        return None, f"a channel of {reader.name} after it takes several of its own"
-    return Fold(call.name, reader.name, True, path, channels), ""
-
-
-def _came_from(place: _Place, call: Call, layer: Any) -> Tensor | None:
-    """For each value that a call gives out, which one it was; None if it does more than move them."""
-    target = place.model.get_submodule(call.name) if call.kind == "module" else call.target
-    key = (call.index, id(target))
-    if key not in place.moves:
-        place.moves[key] = came_from(place.seen, call, target, layer.running_mean.dtype)
-    return place.moves[key]
-
-
-def _channels(
-    place: _Place, path: list[Call], shape: tuple[int, ...], before: int, behind: int, layer: Any
-) -> tuple[Tensor, Tensor]:
-    """Where the channels in a dimension of the first tensor are in one of the last."""
-    places = torch.arange(torch.Size(shape).numel()).view(shape)
-    for call in path:
-        step = _came_from(place, call, layer)
-        assert step is not None
-        places = places.flatten()[step]
-    return channels_between(places, shape, before, behind)
-
-
-def _also_read(place: _Place, maker: Call, reader: Call) -> str:
-    others = ", ".join(place.seen.calls[i].label for i in maker.readers if i != reader.index)
-    return f"{maker.label} before it is read by {others or 'it'} too"
-
-
-def _unknown(call: Call, otherwise: str = "") -> str:
-    """How a report calls what is no layer of a known class."""
-    if call.kind == "module" and looks_affine(call.target):
-        return f"{call.name}, {unregistered(call.target)}"
-    return f"{call.label}, which {otherwise}" if otherwise else call.label
-
-
-def _tied(ties: dict[str, str], name: str, layer: Any) -> str | None:
-    for key in ("weight", "bias"):
-        if f"{name}.{key}" in ties:
-            return f"the {key} of {name} is {ties[f'{name}.{key}']} too"
-    return None
-
-
-def _unusable(place: _Place, call: Call, side: str) -> str | None:
-    name, layer, seen = call.name, call.target, place.seen
-    if len(seen.of(name)) != 1:
-        return f"{name} {side} it is called {len(seen.of(name))} times"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return f"{name} {side} it has hooks, which would see something else"
-    if does_more(layer):
-        return f"{name} {side} it is a {type(layer).__qualname__}, which may do more"
-    if is_computed(layer):
-        return f"the weight of {name} {side} it is computed from others"
-    tied = _tied(place.ties, name, layer)
-    if tied is not None:
-        return tied
-    read = [key for key in ("weight", "bias") if f"{name}.{key}" in seen.read]
-    return f"{seen.read[f'{name}.{read[0]}']} reads the {read[0]} of {name} too" if read else None
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
