@@ -97,7 +97,7 @@ def _fold_all(
     folded: nn.Module, example: Any, wide: nn.Module, wide_example: Any, ties: dict[str, str]
 ) -> tuple[Report, list[Fold]]:
     """Fold what can be folded, in place."""
-    report = _fold_inserted(folded, ties)
+    report = _fold_inserted(folded, example, ties)
     norms = {name: norm for name, norm in norms_of(folded).items() if name not in {row.layer for row in report}}
     seen = watch(folded, example, whole=norms.values())
     others = [name for name, layer in norms.items() if not is_known(layer) and seen.of(name)]
@@ -126,14 +126,16 @@ def _as_stated(layer: Any, saw: Tensor | None) -> bool:
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def _fold_inserted(model: nn.Module, ties: dict[str, str]) -> Report:
+def _fold_inserted(model: nn.Module, example: Any, ties: dict[str, str]) -> Report:
     """What ``insert`` gave to layers goes back into them."""
     report = Report()
-    for name, layer in model.named_modules():
+    layers: dict[str, Any] = {n: layer for n, layer in model.named_modules() if hasattr(type(layer), "normalizes")}
+    seen = watch(model, example) if layers else None
+    for name, layer in layers.items():
         norm: Any = getattr(layer, "batch_norm", None)  # which may be another one by now, or none
         plain = norm is not None and is_known(norm) and getattr(norm, "activation", None) is None
-        if hasattr(type(layer), "normalizes") and plain and norm.running_mean is not None:
-            reason = tied(ties, name)
+        if seen is not None and plain and norm.running_mean is not None:
+            reason = tied(ties, seen, name)
             if reason is None:
                 check_statistics(f"{name}.batch_norm", norm)
                 scale_outputs(layer, *affine(norm))

@@ -124,11 +124,13 @@ def _unknown(call: Call, otherwise: str = "") -> str:
     return f"{call.label}, which {otherwise}" if otherwise else call.label
 
 
-def tied(ties: dict[str, str], name: str) -> str | None:
-    """What else lies in the memory of a layer's weight or bias, as ``affine.shared`` found it."""
+def tied(ties: dict[str, str], seen: Watched, name: str) -> str | None:
+    """Who else uses a layer's weight or bias: what ``affine.shared`` found, or a function somewhere else."""
     for key in ("weight", "bias"):
         if f"{name}.{key}" in ties:
             return f"the {key} of {name} is {ties[f'{name}.{key}']} too"
+        if f"{name}.{key}" in seen.read:
+            return f"{seen.read[f'{name}.{key}']} reads the {key} of {name} too"
     return None
 
 
@@ -142,8 +144,4 @@ def _unusable(place: Place, call: Call, side: str) -> str | None:
         return f"{name} {side} it is a {type(layer).__qualname__}, which may do more"
     if is_computed(layer):
         return f"the weight of {name} {side} it is computed from others"
-    reason = tied(place.ties, name)
-    if reason is not None:
-        return reason
-    read = [key for key in ("weight", "bias") if f"{name}.{key}" in seen.read]
-    return f"{seen.read[f'{name}.{read[0]}']} reads the {read[0]} of {name} too" if read else None
+    return tied(place.ties, seen, name)

@@ -65,7 +65,7 @@ class Call:
 
 @dataclass
 class Watched:
-    """All calls of one forward pass, in their order; ``read``: the parameters that functions read, and the last one."""
+    """All calls of one forward pass, in their order; ``read``: parameters that functions in other modules read."""
 
     calls: list[Call]
     read: dict[str, str] = field(default_factory=dict)
@@ -210,8 +210,9 @@ class _Noted(TorchFunctionMode):
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         for place, value in given:
             for t in tensors_of(value):
-                if kind == "function" and id(t) in self.parameters:
-                    self.read[self.parameters[id(t)]] = call.label
+                parameter = self.parameters.get(id(t), "") if kind == "function" else ""
+                if parameter and parameter.rpartition(".")[0] != call.owner:
+                    self.read[parameter] = call.label
                 maker = self.maker.get(id(t))
                 if maker is not None:
                     call.inputs.append(maker.index)
