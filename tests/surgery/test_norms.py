@@ -102,6 +102,45 @@ def test_what_others_call_batch_normalization_folds(case: str, dtype: torch.dtyp
     assert_same(model, folded, x, 1e-12 if dtype == torch.float64 else 1e-4)
 
 
+class Conditional(nn.BatchNorm2d):
+    """Takes up more than its input, where it is given more."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, domain: int = 0) -> Tensor:
+        return super().forward(x) + domain + (0 if shift is None else shift)
+
+
+@pytest.mark.parametrize("given", [{"shift": torch.ones(1)}, {"domain": 2}, {}], ids=str)
+def test_what_is_given_more_than_its_input_is_left_alone(given: dict[str, Any]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), Conditional(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x), **given)
+
+    model, x = shaken(Net()), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    folded = bn.fold(model, x)
+    (row,) = folded.batchnorm_report
+    assert row.why == ("a Conditional is given more than its input" if given else "into conv, before it")
+    assert_same(model, folded, x)
+
+
+def test_layers_that_are_called_by_keyword() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), bn.BatchNorm2d(4, activation="relu")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(input=self.conv(input=x))
+
+    model, x = shaken(Net()), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report.of("folded") == ["norm"]
+    assert_same(model, folded, x)
+
+
 def test_what_is_left_alone_is_named() -> None:
     norms: list[nn.Module] = [Clamps(4), ActFirst(4), Absolute(4)]
     model = shaken(nn.Sequential(*[m for norm in norms for m in (nn.Conv2d(4, 4, 1), norm)]))

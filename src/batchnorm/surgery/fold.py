@@ -176,6 +176,8 @@ def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
         then = " and then ".join(name for name, _ in layer.named_children())
         what = f"batch normalization{' and then ' if then else ''}{then}"
         return f"a {type(layer).__qualname__} computes something else than {what}: put that in a module behind it"
+    if not is_known(layer) and (calls[0].arguments is None or [*map(len, calls[0].arguments)] != [1, 0]):
+        return f"a {type(layer).__qualname__} is given more than its input"
     if {2, "mask"} & {*calls[0].given}:
         return "it is given a mask"
     if layer._forward_hooks or layer._forward_pre_hooks:

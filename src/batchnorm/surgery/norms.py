@@ -38,10 +38,10 @@ class Rest(nn.Module):
         super().__init__()
         self.activation = activation
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(x + residual)"""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(input + residual)"""
         name, slope = parse_activation(self.activation)
-        x = x if residual is None else x + residual
+        x = input if residual is None else input + residual
         return x if name is None else fallback.ACTIVATIONS[name](x.clone() if residual is None else x, slope)
 
     def extra_repr(self) -> str:
