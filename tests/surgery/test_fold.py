@@ -417,3 +417,14 @@ def test_networks_that_fold_as_a_whole(model, shape):
     folded = bn.fold(shaken(model), x)
     assert folded.batchnorm_report.of("folded") == [row.layer for row in folded.batchnorm_report]
     assert_same(model, folded, x)
+
+
+def test_a_scripted_part_stays_as_it_is():
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    scripted = torch.jit.script(shaken(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))))
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), scripted).double().eval()
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [("1", "folded", "into 0, before it")]
+    assert_same(model, folded, x)
+    plain = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), torch.jit.script(nn.Conv2d(4, 4, 1))).double()
+    assert bn.insert(plain, x).batchnorm_report.of("normalized") == ["0"]

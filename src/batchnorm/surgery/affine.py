@@ -83,7 +83,7 @@ def is_computed(layer: nn.Module) -> bool:
 
 def looks_affine(module: nn.Module) -> bool:
     """Whether a layer of no known class holds a weight as these do."""
-    weight = module._parameters.get("weight")
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
     return kind_of(module) is None and weight is not None and weight.dim() > 1
 
 

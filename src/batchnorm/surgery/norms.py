@@ -55,9 +55,12 @@ def norms_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _looks(layer: nn.Module) -> bool:
-    mean, var = layer._buffers.get("running_mean"), layer._buffers.get("running_var")
+    buffers = dict(layer.named_buffers(recurse=False))  # a ScriptModule's _buffers are no dict
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
     small = all(p.dim() <= 1 for p in layer.parameters())  # a whole network may hold its inputs' statistics
-    return mean is not None and var is not None and mean.dim() == 1 and mean.shape == var.shape and small
+    scripted = isinstance(layer, torch.jit.ScriptModule)  # cannot be taken apart
+    same = mean is not None and var is not None and mean.dim() == 1 and mean.shape == var.shape
+    return same and small and not scripted
 
 
 def is_known(layer: nn.Module) -> bool:
