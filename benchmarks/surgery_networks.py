@@ -66,7 +66,7 @@ CASES = {
     "mobilenetv1": Case(_transformers("MobileNetV1"), IMAGE, 27, 27, 27),
     "mobilenetv2": Case(NETWORKS["mobilenetv2"], IMAGE, 52, 45, 35),
     "efficientnet": Case(_transformers("EfficientNet"), IMAGE, 163, 108, 218),
-    "levit": Case(_transformers("Levit"), LARGE, 62, 3, 3),
+    "levit": Case(_transformers("Levit"), LARGE, 62, 3, 17),
     "segformer's decode head": Case(_segformer_head, (SEGMENTS,), 1, 1, 1),
     "bit": Case(_transformers("Bit"), IMAGE, 0, 0, 0),
     "convnext": Case(_transformers("ConvNext"), IMAGE, 0, 0, 18),

@@ -27,6 +27,9 @@ def example():
 
 def number():
     return 3
+
+def divides():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2, divisor_override=3))
 """
 
 
@@ -43,6 +46,7 @@ X = torch.randn(5, 3, 8, 8)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text(USER)
+    torch.save({k: t for k, t in network().state_dict().items() if k[0] in "01"}, tmp_path / "divides.pt")
     torch.save({"state_dict": {f"module.{k}": t for k, t in network().state_dict().items()}}, tmp_path / "in.pt")
     return tmp_path
 
@@ -103,6 +107,10 @@ def test_onnx(folder: Path) -> None:
             "returned a int, not a torch.nn.Module",
         ),
         (["--example", "2x3x8x8", "--out", "out.pt", "--key", "ema"], 'holds no state_dict under "ema"'),
+        (
+            ["--example", "2x3x8x8", "--out", "out.onnx", "--checkpoint", "divides.pt", "--model", "mine:divides"],
+            "onnxruntime computes something else: output 0 is ",
+        ),
     ],
 )
 def test_refused_in_one_line(folder: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,8 +119,9 @@ def test_refused_in_one_line(folder: Path, options: list[str], message: str, mon
     app = typer.Typer()
     app.command()(fold)
     model = [] if "--model" in options else ["--model", "mine:model"]
-    done = CliRunner().invoke(app, ["--checkpoint", "in.pt", *model, *options])
-    assert done.exit_code == 2
+    checkpoint = [] if "--checkpoint" in options else ["--checkpoint", "in.pt"]
+    done = CliRunner().invoke(app, [*checkpoint, *model, *options])
+    assert done.exit_code == 2, done.output
     assert done.output.startswith("fold: ")
     assert message in done.output
     assert len(done.output.strip().splitlines()) == 1

@@ -249,3 +249,98 @@ def test_a_group_without_parameters() -> None:
     optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=0.01)
     PAPER.apply(optimizer, schedulers.StepLR(optimizer, 60))
     assert [(g["lr"], len(g["params"])) for g in optimizer.param_groups] == [(0.5, 1), (0.5, 0)]
+
+
+def adafactor(model: nn.Module) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(model.parameters())
+
+
+class KeepsItsParameters(torch.optim.SGD):
+    """As optimizers of other packages do; a list of its own."""
+
+    def __init__(self, parameters: Any, **options: float) -> None:
+        super().__init__(parameters, **options)
+        self.kept = [p for group in self.param_groups for p in group["params"]]
+
+
+def lbfgs(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(model.parameters(), lr=0.1)
+
+
+REFUSED: dict[str, tuple[Any, Any, bn.Recipe, str]] = {
+    "one group": (lbfgs, None, PAPER, r"the parameters of LBFGS into 2 groups .* takes one \(_params\): use SGD"),
+    "one group, after loading": (
+        lambda m: (o := lbfgs(m)).load_state_dict(o.state_dict()) or o, None, PAPER, "LBFGS takes one",
+    ),
+    "one group, others'": (
+        lambda m: KeepsItsParameters(m.parameters(), lr=0.1), None, PAPER, r"KeepsItsParameters takes one \(kept\)",
+    ),
+    "no rate": (adafactor, None, FASTER, None),
+    "no rate, multiplied": (adafactor, None, PAPER, r"Adafactor has lr=None, .* cannot multiply: give it a number, "),
+    "no decay": (
+        lambda m: torch.optim.SGD([{"params": m.parameters(), "weight_decay": None}], lr=0.1), None, PAPER,
+        r"SGD has weight_decay=None",
+    ),
+    "scheduler unknown": (
+        sgd, lambda o: schedulers.CyclicLR(o, 0.1, 1), PAPER, "does not know what a CyclicLR counts",
+    ),
+    "a part unknown": (
+        sgd, lambda o: schedulers.ChainedScheduler([schedulers.StepLR(o, 6), schedulers.CyclicLR(o, 0.1, 1)]), PAPER,
+        "does not know what a CyclicLR counts",
+    ),
+    "another's scheduler": (sgd, lambda o: schedulers.StepLR(sgd(), 6), PAPER, "stands on another optimizer"),
+    "not passed": (lambda m: schedulers.StepLR(sgd(m), 6).optimizer, None, PAPER, "pass it too"),
+    "warnings are errors": (
+        sgd, lambda o: [schedulers.StepLR(o, 60), schedulers.StepLR(o, 2)], PAPER, "2 cannot be made 6 times shorter",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.filterwarnings("error:.*times shorter")
+def test_what_is_refused_leaves_optimizer_and_schedulers_as_they_were(case: str) -> None:
+    make, schedule, recipe, message = REFUSED[case]
+    optimizer = make(network())
+    scheduler = None if schedule is None else schedule(optimizer)
+    members = scheduler if isinstance(scheduler, list) else [] if scheduler is None else [scheduler]
+
+    def state() -> Any:
+        groups = [(id(g), {**g, "params": [id(p) for p in g["params"]]}) for g in optimizer.param_groups]
+        return copy.deepcopy([groups, [{**vars(s), "optimizer": 0, "_schedulers": 0} for s in members]])
+
+    before = state()
+    if message is None:
+        recipe.apply(optimizer, scheduler)
+        assert [g["lr"] for g in optimizer.param_groups] == [None]
+        return
+    with pytest.raises((ValueError, TypeError, UserWarning), match=message):
+        recipe.apply(optimizer, scheduler)
+    assert str(state()) == str(before)
+
+
+def test_an_optimizer_with_one_group_takes_a_recipe_that_cuts_nothing() -> None:
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1)
+    bn.Recipe(learning_rate=5).apply(optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    x = torch.randn(4, 4)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).pow(2).sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert closure() < first
+
+
+def test_a_rate_that_is_a_tensor_is_one_per_group() -> None:
+    optimizer = torch.optim.AdamW(network().parameters(), lr=torch.tensor(0.1))
+    scheduler = schedulers.ExponentialLR(optimizer, 0.9)
+    bn.Recipe(only_weights=True).apply(optimizer, scheduler)
+    optimizer.step()
+    scheduler.step()
+    assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.09, 0.09])

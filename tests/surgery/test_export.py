@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from surgery.test_fold import shaken
 from torch import Tensor, nn
 
@@ -110,3 +111,77 @@ def test_what_onnxruntime_cannot_run_is_said_and_leaves_no_file(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"onnxruntime cannot take the model: \w+: "):
         write(model, torch.randn(2, 3, 6, 6).bfloat16(), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+class Divides(nn.Module):
+    """A divisor that the ONNX exporter drops; the first output is right."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"same": x * 2, "pooled": F.avg_pool2d(x, 2, divisor_override=3)}
+
+
+class PoolsClasses(nn.Module):
+    """Alike where what is given out are integers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2, divisor_override=3).floor().long()
+
+
+@pytest.mark.parametrize(
+    ("model", "output"), [(Divides(), "pooled"), (PoolsClasses(), "0")], ids=["values", "integers"]
+)
+@pytest.mark.parametrize("tolerance", [None, 1e-3])
+def test_what_computes_something_else_is_not_written(
+    model: nn.Module, output: str, tolerance: float | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "m.onnx"
+    file.write_text("what was there")
+    with pytest.raises(ValueError, match=rf"onnxruntime computes something else: output {output} is \d.* off, more"):
+        write(model, torch.randn(2, 3, 8, 8) * 9, file, tolerance)
+    assert [f.read_text() for f in tmp_path.iterdir()] == ["what was there"]
+    assert "off." in write(model, torch.randn(2, 3, 8, 8) * 9, file, tolerance=1.0)
+
+
+def test_a_program_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = torch.export.load
+
+    def half(file: Path) -> Any:
+        program = load(file)
+        with torch.no_grad():
+            program.state_dict["weight"].mul_(0.5)
+        return program
+
+    monkeypatch.setattr(torch.export, "load", half)
+    with pytest.raises(ValueError, match=r"\.pt2 computes something else: output 0 is .* Nothing was written"):
+        write(nn.Linear(3, 4, bias=False), torch.randn(2, 3), tmp_path / "m.pt2")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Masks(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        return x.masked_fill(x > 0, float("-inf")), x > 0, None
+
+
+def test_outputs_that_are_infinite_or_no_floating_point_numbers_are_compared(tmp_path: Path) -> None:
+    assert "in onnxruntime, 0.0e+00 of" in write(Masks(), torch.randn(2, 3), tmp_path / "m.onnx")
+
+
+def test_an_operator_that_onnx_lacks_is_named_in_one_line(tmp_path: Path) -> None:
+    class Bessel(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.i0e(x)
+
+    with pytest.raises(ValueError, match=r"^ONNX export cannot take the model: .*bessel_i0e") as caught:
+        write(Bessel(), torch.randn(2, 3), tmp_path / "m.onnx")
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_tied_weights_are_saved_under_each_of_their_names(tmp_path: Path, suffix: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    write(model, torch.randn(2, 4), file := tmp_path / f"m{suffix}")
+    state = torch.load(file, weights_only=True) if suffix == ".pt" else load_file(file)
+    torch.testing.assert_close(state, dict(model.state_dict()), rtol=0, atol=0)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import batchnorm as bn
+from batchnorm.surgery.fold_check import TOLERANCE
 
 
 class Network(nn.Module):
@@ -288,11 +289,68 @@ class ReadsTheBias(nn.Module):
         return F.relu(self.a(x)) * self.a.bias.sum()
 
 
+class CountsTheBias(ReadsTheBias):
+    def forward(self, x):
+        return F.relu(self.a(x)) * len(self.a.bias)
+
+
 def test_a_forward_that_does_not_go_through_what_was_inserted():
+    assert bn.insert(ReadsTheBias(), X).batchnorm_report == [("a", "left alone", "sum() reads its bias too")]
     with pytest.raises(ValueError, match=r"batch normalization in a the model does not run .*NoneType.*skip="):
-        bn.insert(ReadsTheBias(), X)
+        bn.insert(CountsTheBias(), X)
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
     model[0].forward = lambda x: F.linear(x, model[0].weight, model[0].bias)  # as wrappers do it
     (row,) = bn.insert(model, X).batchnorm_report
     assert row.why == "a Linear with a forward of its own may do more than its weights"
     assert bn.insert(nn.Sequential(nn.ReLU()), X, batches=[X]).batchnorm_report == []
+
+
+class Moves(nn.Module):
+    """What moves values before a nonlinearity; dropout that only train has; another package's batch normalization."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.squeezed, self.dropped = nn.Linear(6, 4), nn.Conv2d(3, 4, (6, 1)), nn.Linear(6, 4)
+        self.function, self.gate, self.has = nn.Linear(6, 4), nn.Linear(6, 4), nn.Conv2d(3, 4, 1)
+        self.drop, self.norm = nn.Dropout(0.5), type("Subclass", (nn.BatchNorm2d,), {})(4)
+        self.norm.add_module("act", nn.ReLU())
+
+    def forward(self, x):
+        out = F.relu(self.tokens(x).transpose(1, 3).contiguous()), torch.tanh(self.squeezed(x).squeeze(2)) * 2
+        out += F.relu(self.drop(self.dropped(x))), F.relu(F.dropout(self.function(x), 0.5, self.training))
+        return (*out, torch.sigmoid(self.gate(x)).flatten(2).transpose(1, 2), F.relu(self.norm(self.has(x))))
+
+
+def test_what_moves_values_may_stand_between():
+    model = Moves()
+    inserted = bn.insert(model, X)
+    assert {row.layer: row.why for row in inserted.batchnorm_report} == {
+        "tokens": "before relu()",
+        "squeezed": "before tanh()",
+        "dropped": "its output goes to drop",
+        "function": "it, or what reads it, is called differently in train",
+        "gate": "its output goes to the model's output through sigmoid()",
+        "has": "it has batch normalization, norm",
+    }
+    trained = bn.insert(model.double().eval(), X.double(), batches=[X.double()])
+    torch.testing.assert_close(trained(X.double()), model(X.double()), rtol=1e-10, atol=1e-10)
+
+
+class TwoPaths(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return F.relu(self.b(x)) if len(x) == 4 else F.relu(self.a(x))
+
+
+def test_what_batches_do_not_tell_is_said_with_the_layers_name(monkeypatch):
+    with pytest.raises(ValueError, match=r"insert: no batch reaches b: give batches that do, or skip= them"):
+        bn.insert(TwoPaths(), X, batches=[X[:3]])
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU()).eval()
+    with pytest.raises(ValueError, match=r"insert: on these batches 0 gives values that are not finite: look at"):
+        bn.insert(model, X, batches=[X, X * torch.inf])
+    monkeypatch.setitem(TOLERANCE, torch.float32, 1e-30)
+    with pytest.raises(ValueError, match=r"with batch normalization 0 is in eval .* off, more than 1.0e-30"):
+        bn.insert(model, X, batches=[X])

@@ -20,6 +20,7 @@ from batchnorm.cli.given import check_files, made, model_of
 from batchnorm.population.checkpoint import Checkpoint
 from batchnorm.surgery import fold as run
 from batchnorm.surgery.export import FORMATS, write
+from batchnorm.surgery.report import one_line
 
 
 def fold(
@@ -40,7 +41,8 @@ def fold(
     """Fold batch normalization into the layers beside it, check the result, and write it.
 
     *.pt, *.safetensors: the folded model's state_dict. *.pt2: a program of torch.export; *.onnx: ONNX. Those two run
-    without the model's code, and, from an example of two inputs or more, at any batch size.
+    without the model's code, and, from an example of two inputs or more, at any batch size. They are read again and run
+    beside the model: beyond the tolerance nothing is written, and the exit code is 2.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
@@ -51,7 +53,7 @@ def fold(
         Checkpoint(checkpoint, key).load_into(network)
         inputs = _example(example, network)
         folded: Any = _folded(network.eval(), inputs, tolerance, example)
-        found = write(folded, inputs, out)
+        found = write(folded, inputs, out, tolerance)
     except ValueError as error:
         print(f"fold: {error}", file=sys.stderr)
         sys.exit(2)
@@ -76,5 +78,4 @@ def _folded(model: nn.Module, inputs: Any, tolerance: float | None, given: str) 
     except ValueError:
         raise
     except Exception as error:  # whatever the user's forward raises
-        first = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"--example {given}: the model does not run on it: {type(error).__name__}: {first}") from error
+        raise ValueError(f"--example {given}: the model does not run on it: {one_line(error)}") from error

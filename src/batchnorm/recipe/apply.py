@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer, lr_scheduler
 
+from batchnorm.surgery.affine import affine_of, looks_affine
 from batchnorm.surgery.report import LEFT
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def _shorter(steps: float, speed: float) -> int:
         warnings.warn(
             f"{steps:g} cannot be made {speed:g} times shorter, it becomes {found}: let the scheduler count in steps "
             "instead of epochs.",
-            stacklevel=4,
+            stacklevel=5,
         )
     return found
 
@@ -71,7 +72,7 @@ MARK = "recipe"  # in a parameter group: what was applied
 
 
 def apply(recipe: Recipe, optimizer: Optimizer, scheduler: Any, model: nn.Module | None) -> None:
-    """See ``Recipe.apply``."""
+    """See ``Recipe.apply``. All is computed before anything is changed: what is refused changes nothing."""
     given = scheduler if isinstance(scheduler, list | tuple) else [] if scheduler is None else [scheduler]
     schedulers = [member for each in given for member in _family(each)]
     _check(recipe, optimizer, schedulers)
@@ -81,30 +82,47 @@ def apply(recipe: Recipe, optimizer: Optimizer, scheduler: Any, model: nn.Module
         """(no weight decay, learning rate as it is)"""
         return recipe.only_weights and parameter.ndim <= 1, id(parameter) in kept
 
-    origins = _split(optimizer, kind)
-    factors = []
-    for group in optimizer.param_groups:
-        undecayed, as_it_is = kind(group["params"][0]) if group["params"] else (False, False)
+    groups = optimizer.param_groups
+    parts = [_parts(group, kind) for group in groups]
+    _check_one_group(optimizer, [part for cut in parts for part in cut[1:]])
+    origins = [i for i, cut in enumerate(parts) for _ in cut[1:]]
+    factors, changed = [], []
+    for new in (*(cut[0] for cut in parts), *(part for cut in parts for part in cut[1:])):
+        undecayed, as_it_is = kind(new["params"][0]) if new["params"] else (False, False)
         factors.append(1.0 if as_it_is else recipe.learning_rate)
-        group[MARK] = recipe.name
-        for key in RATES:
-            if key in group:
-                group[key] = group[key] * factors[-1]
-        if "weight_decay" in group:
-            group["weight_decay"] = 0.0 if undecayed else group["weight_decay"] * recipe.weight_decay
-        if recipe.nesterov:
-            group["nesterov"] = True
-    lists = {id(vars(s)[name]): (name, vars(s)[name]) for s in schedulers for name in PER_GROUP if name in vars(s)}
-    for name, values in lists.values():  # some share one
-        values += [values[origin] for origin in origins]
-        if name != "lr_lambdas":
-            values[:] = [value * factor for value, factor in zip(values, factors, strict=True)]
+        rates = {key: new[key] * factors[-1] for key in RATES if new.get(key) is not None}
+        if new.get("weight_decay") is not None:
+            rates["weight_decay"] = 0.0 if undecayed else new["weight_decay"] * recipe.weight_decay
+        nesterov = {"nesterov": True} if recipe.nesterov else {}
+        changed.append(new | rates | nesterov | {MARK: recipe.name})
+    lists = {}  # of schedulers, by their id, since some share one: as they are, and as they become
     for each in schedulers:
-        if hasattr(each, "eta_min"):
-            each.eta_min *= recipe.learning_rate
-        if recipe.decay_speed != 1:
-            for name, change in TIMES[type(each)].items():
-                setattr(each, name, change(getattr(each, name), recipe.decay_speed))
+        for name in PER_GROUP:
+            if name in vars(each):
+                values = vars(each)[name]
+                longer = [*values, *(values[origin] for origin in origins)]
+                numbers = name != "lr_lambdas"
+                scaled = [v * f for v, f in zip(longer, factors, strict=True)] if numbers else longer
+                lists[id(values)] = (values, scaled)
+    times: list[tuple[Any, str, Any]] = []
+    for each in schedulers:
+        times.extend(_times(recipe, each, lists))
+    for group, new in zip(list(groups), changed, strict=False):
+        group.update(new)
+    groups.extend(changed[len(groups) :])
+    for values, scaled in lists.values():
+        values[:] = scaled
+    for each, name, value in times:
+        setattr(each, name, value)
+
+
+def _times(recipe: Recipe, scheduler: Any, lists: dict[int, tuple[Any, Any]]) -> Iterator[tuple[Any, str, Any]]:
+    """What a scheduler counts in steps, and its floor: (scheduler, name, new value)."""
+    if hasattr(scheduler, "eta_min"):
+        yield scheduler, "eta_min", scheduler.eta_min * recipe.learning_rate
+    for name, change in TIMES[type(scheduler)].items() if recipe.decay_speed != 1 else ():
+        now = getattr(scheduler, name)
+        yield scheduler, name, change(lists.get(id(now), (now, now))[1], recipe.decay_speed)
 
 
 def _family(scheduler: Any) -> list[Any]:
@@ -122,6 +140,14 @@ def _check(recipe: Recipe, optimizer: Optimizer, schedulers: list[Any]) -> None:
             "the recipe asks for Nesterov's momentum: take torch.optim.SGD with a momentum, 0.9 say, and without "
             "dampening; or leave it out, dataclasses.replace(recipe, nesterov=False)."
         )
+    multiplied = (*RATES * (recipe.learning_rate != 1), *("weight_decay",) * (recipe.weight_decay != 1))
+    for group in groups:
+        for key in multiplied:
+            if not isinstance(group.get(key, 0), Real | Tensor):
+                raise ValueError(
+                    f"{type(optimizer).__name__} has {key}={group[key]!r}, which a recipe cannot multiply: give it a "
+                    "number, lr=0.001 say (Adafactor of transformers: with relative_step=False)."
+                )
     if not schedulers and any("initial_lr" in group for group in groups):
         raise ValueError("a scheduler stands on this optimizer: pass it too, apply(optimizer, scheduler).")
     for scheduler in schedulers:
@@ -149,26 +175,36 @@ def _not_normalized(model: nn.Module, optimizer: Optimizer) -> set[int]:
         )
     modules = dict(model.named_modules())
     left = [modules.get(row.layer) for row in report if row.done == LEFT and "has batch normalization" not in row.why]
-    return {id(p) for m in left if isinstance(m, nn.Linear | _ConvNd) for p in m.parameters(recurse=False)}
+    layers = [m for m in left if m is not None and (affine_of(m) is not None or looks_affine(m))]
+    return {id(p) for layer in layers for p in layer.parameters(recurse=False)}
 
 
-def _split(optimizer: Optimizer, kind: Callable[[Tensor], tuple[bool, bool]]) -> list[int]:
-    """Groups whose parameters are all of a kind: behind the others, the parts cut off; from which group each came."""
-    origins = []
-    for i, group in enumerate(list(optimizer.param_groups)):
-        names = group.get("param_names", [None] * len(group["params"]))
-        parts: dict[tuple[bool, bool], list[tuple[Tensor, str | None]]] = {}
-        for parameter, name in zip(group["params"], names, strict=True):
-            parts.setdefault(kind(parameter), []).append((parameter, name))
-        cut = [parts[key] for key in sorted(parts)]  # those that decay, and change their rate, first
-        news = [_part(part, "param_names" in group) for part in cut]
-        for new in news[1:]:
-            origins.append(i)
-            optimizer.param_groups.append({**group, **new})
-        group |= news[0] if news else {}
-    return origins
+def _parts(group: dict[str, Any], kind: Callable[[Tensor], tuple[bool, bool]]) -> list[dict[str, Any]]:
+    """The group in pieces whose parameters are all of a kind: those that decay, and change their rate, first."""
+    names = group.get("param_names", [None] * len(group["params"]))
+    parts: dict[tuple[bool, bool], list[tuple[Tensor, str | None]]] = {}
+    for parameter, name in zip(group["params"], names, strict=True):
+        parts.setdefault(kind(parameter), []).append((parameter, name))
+    if len(parts) < 2:
+        return [{**group}]
+    return [{**group, **_part(parts[key], "param_names" in group)} for key in sorted(parts)]
 
 
 def _part(pairs: list[tuple[Tensor, str | None]], named: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"params": [p for p, _ in pairs]}
     return found | ({"param_names": [name for _, name in pairs]} if named else {})
+
+
+def _check_one_group(optimizer: Optimizer, cut_off: list[dict[str, Any]]) -> None:
+    """An optimizer that keeps a group's parameters elsewhere too, as LBFGS does, would not know of its pieces."""
+    if not cut_off:
+        return
+    kind = type(optimizer).__name__
+    lists = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    for name, value in vars(optimizer).items():
+        if isinstance(value, list | tuple) and [id(v) for v in value] in lists and value:
+            raise ValueError(
+                f"the recipe cuts the parameters of {kind} into {len(lists) + len(cut_off)} groups (weights, those "
+                f"that do not decay, layers without batch normalization), and {kind} takes one ({name}): use SGD "
+                "or AdamW, say, or apply dataclasses.replace(recipe, only_weights=False) without model=."
+            )

@@ -118,8 +118,9 @@ class Recipe:
         Raises:
             ValueError: a recipe has been applied already; the scheduler has stepped, stands on another optimizer, or
                 was not passed; nesterov with another optimizer than SGD with momentum; another model than the
-                optimizer's.
-            TypeError: a scheduler whose time cannot be changed. Nothing has been changed then.
+                optimizer's; a learning rate that is not a number (``Adafactor(lr=None)``); groups to cut of an
+                optimizer that takes one (LBFGS).
+            TypeError: a scheduler whose time cannot be changed. Nothing has been changed then, in either case.
 
         Example:
             >>> import torch

@@ -19,19 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from batchnorm.surgery.fold_check import error
+from batchnorm.surgery.fold_check import beside
+from batchnorm.surgery.report import one_line
 from batchnorm.surgery.watch import arguments, run, tensors_of
 
 
-def write(model: nn.Module, example: Any, file: Path) -> str:
+def write(model: nn.Module, example: Any, file: Path, tolerance: float | None = None) -> str:
     """Write the model in the format of the file's suffix; what was found about what was written.
 
     Raises:
-        ValueError: the model cannot be exported, with what the exporter says; a package is missing.
+        ValueError: the model cannot be exported, with what the exporter says; what was written computes something
+            else, beyond the tolerance (as of ``fold``), with the output that is most off; a package is missing.
+            Nothing is written then.
     """
     part = file.with_name(f"{file.stem}.part{os.getpid()}{file.suffix}")
     try:
-        found = FORMATS[file.suffix](model, example, part)
+        found = FORMATS[file.suffix](model, example, part, tolerance)
         part.replace(file)
     finally:
         for leftover in file.parent.glob(f"{part.name}*"):
@@ -39,27 +42,39 @@ def write(model: nn.Module, example: Any, file: Path) -> str:
     return found
 
 
-def _state_dict(model: nn.Module, example: Any, file: Path) -> str:
-    state = {key: t.contiguous() for key, t in model.state_dict().items()}
+def _state_dict(model: nn.Module, example: Any, file: Path, tolerance: float | None) -> str:
+    state = {key: t.contiguous() if isinstance(t, Tensor) else t for key, t in model.state_dict().items()}
     if file.suffix == ".safetensors":
         with _needs("safetensors"):
             from safetensors.torch import save_file
-        save_file(state, file)
+        with _says("safetensors"):
+            save_file(_apart(state), file)
     else:
         torch.save(state, file)
     return "Load it into bn.fold(your_model().eval(), example)."
 
 
-def _program(model: nn.Module, example: Any, file: Path) -> str:
+def _apart(state: dict[str, Any]) -> dict[str, Any]:
+    """Tied tensors under each of their names: the format has no others."""
+    seen: set[int] = set()
+    for key, t in state.items():
+        if isinstance(t, Tensor) and t.untyped_storage().data_ptr() in seen:
+            state[key] = t.clone()
+        elif isinstance(t, Tensor):
+            seen.add(t.untyped_storage().data_ptr())
+    return state
+
+
+def _program(model: nn.Module, example: Any, file: Path, tolerance: float | None) -> str:
     program, batch = _exported(model, example)
     torch.export.save(program, file)
     positional, named = arguments(example)
     with torch.no_grad():
         again = torch.export.load(file).module()(*positional, **named)
-    return f"Exported for {batch}; read again, {_beside(model, example, again)}."
+    return f"Exported for {batch}; read again, {_beside(file.suffix, model, example, again, tolerance)}."
 
 
-def _onnx(model: nn.Module, example: Any, file: Path) -> str:
+def _onnx(model: nn.Module, example: Any, file: Path, tolerance: float | None) -> str:
     with _needs("onnxscript"):
         import onnxscript  # noqa: F401
     program, batch = _exported(model, example)
@@ -73,10 +88,11 @@ def _onnx(model: nn.Module, example: Any, file: Path) -> str:
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         inputs = zip((i.name for i in session.get_inputs()), tensors_of(example), strict=True)
         again = session.run(None, {name: t.detach().cpu().numpy() for name, t in inputs})
-    return f"Exported for {batch}; in onnxruntime, {_beside(model, example, [torch.from_numpy(y) for y in again])}."
+    found = _beside("onnxruntime", model, example, [torch.from_numpy(y) for y in again], tolerance)
+    return f"Exported for {batch}; in onnxruntime, {found}."
 
 
-FORMATS: dict[str, Callable[[nn.Module, Any, Path], str]] = {
+FORMATS: dict[str, Callable[[nn.Module, Any, Path, float | None], str]] = {
     ".pt": _state_dict,
     ".safetensors": _state_dict,
     ".pt2": _program,
@@ -104,20 +120,38 @@ def _any_batch(value: Any) -> dict[int, Any] | None:
     return {0: torch.export.Dim.DYNAMIC} if isinstance(value, Tensor) else None
 
 
-def _beside(model: nn.Module, example: Any, again: Any) -> str:
-    pairs = list(zip(tensors_of(again), tensors_of(run(model, example)), strict=True))
-    worst = max((error(a.double(), b.double()) for a, b in pairs if b.is_floating_point()), default=0.0)
-    return f"{worst:.1e} of the largest output off"
+def _beside(who: str, model: nn.Module, example: Any, again: Any, tolerance: float | None) -> str:
+    found = [t for t in tensors_of(again) if isinstance(t, Tensor)]
+    names = [*_names(run(model, example))]
+    if len(found) != len(names):
+        raise ValueError(f"{who} gives {len(found)} outputs, the model {len(names)}. Nothing was written.")
+    worst, off, limit = beside(model, example, found, tolerance)
+    if not off <= limit:
+        raise ValueError(
+            f"{who} computes something else: output {names[worst]} is {off:.1e} of its largest value off, more than "
+            f"{limit:.1e}. Nothing was written: look for an operation that the format takes otherwise."
+        )
+    return f"{off:.1e} of the largest output off"
+
+
+def _names(outputs: Any) -> Iterator[str]:
+    """Of the tensors in a model's outputs: their place in it, their key."""
+    for path, leaf in _pytree.tree_leaves_with_path(outputs):
+        place = _pytree.keystr(path).strip("[]'.") or "0"
+        inside = [*tensors_of(leaf)]
+        yield from [place] if isinstance(leaf, Tensor) else (f"{place}.{i}" for i in range(len(inside)))
 
 
 @contextmanager
 def _says(who: str) -> Iterator[None]:
-    """What an exporter raises, as one line."""
+    """What an exporter raises, as one line: of what it was raised from, where that says more."""
     try:
         yield
     except Exception as failure:
-        first = (str(failure).strip().splitlines() or [""])[0]
-        raise ValueError(f"{who} cannot take the model: {type(failure).__name__}: {first}") from failure
+        cause: BaseException = failure
+        while cause.__cause__ is not None and type(failure).__module__.startswith("torch.onnx"):
+            cause = cause.__cause__
+        raise ValueError(f"{who} cannot take the model: {one_line(cause)}") from failure
 
 
 @contextmanager

@@ -13,39 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.functional import parse_activation
-from batchnorm.nn.base import FusedBatchNorm
-from batchnorm.nn.norm import AnyBatchNorm
-from batchnorm.ops import fallback
-from batchnorm.surgery.convert import OURS, Model
+from batchnorm.surgery.affine import shared
+from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
-from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, to_double
+from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, seen_by, to_double
 from batchnorm.surgery.fuse import unfuse
+from batchnorm.surgery.neighbours import Place, after, before, tied
+from batchnorm.surgery.norms import check_statistics, computes, is_known, norms_of, rest_of
 from batchnorm.surgery.report import LEFT, Report, Row
-from batchnorm.surgery.watch import Call, Watched, watch
-from batchnorm.surgery.weights import TRANSPOSED, affine, scale_inputs, scale_outputs
-
-_KNOWN = {*OURS, *OURS.values(), AnyBatchNorm, nn.SyncBatchNorm}
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_AFFINE = (nn.Linear, *_CONVS, *TRANSPOSED)
-
-
-class Rest(nn.Module):
-    """What is left of a folded layer of ours: activation(x + residual)."""
-
-    def __init__(self, activation: Any) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(x + residual)"""
-        name, slope = parse_activation(self.activation)
-        x = x if residual is None else x + residual
-        return x if name is None else fallback.ACTIVATIONS[name](x.clone() if residual is None else x, slope)
-
-    def extra_repr(self) -> str:
-        """The activation."""
-        return f"activation={self.activation!r}"
+from batchnorm.surgery.watch import Call, in_eager, watch
+from batchnorm.surgery.weights import affine, scale_inputs, scale_outputs
 
 
 def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model:
@@ -54,13 +31,16 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
         W' = gamma / sqrt(var + eps) * W,   b' = gamma / sqrt(var + eps) * (b - mean) + beta
 
     A layer folds into the one before it if nothing else reads that one's output; else into the one after it, if that
-    alone reads its output and does not pad with 0. The names of modules stay: a folded layer is an ``nn.Identity``, or
-    what is left of it, the activation; forwards that ``from_torch`` wrote anew are again what they were. The model
-    given is not changed. ``batchnorm_report`` of the result lists what was folded into what, and what was not, with the
-    reason; ``print`` it.
+    alone reads its output and does not pad with 0. In between there may be what only moves values (transpositions,
+    reshapes, slices, dropout in eval) as long as each channel of the one goes to one channel of the other, and layers
+    that are folded themselves. The names of modules stay: a folded layer is an ``nn.Identity``, or what is left of it,
+    the activation; forwards that ``from_torch`` wrote anew are again what they were. The model given is not changed;
+    a weight that another module shares, or that a function reads, is left as it is. ``batchnorm_report`` of the result
+    lists what was folded into what, and what was not, with the reason; ``print`` it.
 
     Args:
-        model: in eval (or with frozen statistics); torch's layers or ours, any dtype.
+        model: in eval (or with frozen statistics); torch's layers, ours, or others that hold running statistics and
+            compute batch normalization, then the children or the activation that they name; any dtype.
         example: an input: a tensor, a tuple of arguments or a dict of keyword arguments. It is run once to see which
             layers follow one another, and to check the result.
         tolerance: the largest error allowed beside float64, relative to the largest value: of each layer that took up
@@ -71,8 +51,9 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
         A copy of the model, in eval.
 
     Raises:
-        ValueError: a layer in train mode; the error is above the tolerance, with the layer's name; the model is
-            compiled, cannot be copied, or does not run in float64.
+        ValueError: a layer in train mode, or with running statistics that are not finite or negative; the error is
+            above the tolerance, with the layer's name; the model is compiled, cannot be copied, does not run in
+            float64, or gives NaN.
         TypeError: not a module.
 
     Example:
@@ -99,137 +80,109 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
     folded = copied(model).eval()
     unfuse(folded)  # what ``from_torch`` wrote around layers knows them unfolded
     wide, wide_example = copy.deepcopy(folded).double(), to_double(example)
-    report = _fold_inserted(folded)
-    seen = watch(folded, example)
-    folds: list[Fold] = []
-    for name, layer in list(folded.named_modules()):
-        if isinstance(layer, _BatchNorm):
-            row, done = _fold_one(folded, seen, name, layer)
-            report.append(row)
-            folds += done
+    ties = shared(model)
+
+    def folded_in(model: nn.Module, example: Any) -> tuple[Report, list[Fold]]:
+        with in_eager(model):  # calls are played again, some of them random
+            return _fold_all(model, example, wide, wide_example, ties)
+
+    report, folds = folded_in(folded, example)
     check_layers(folded, wide, wide_example, folds, tolerance)
-    check_outputs(model, folded, wide, example, wide_example, tolerance)
+    check_outputs(model, folded, wide, example, wide_example, tolerance, folded_in)
     folded.batchnorm_report = report  # type: ignore[assignment]
     return folded
+
+
+def _fold_all(
+    folded: nn.Module, example: Any, wide: nn.Module, wide_example: Any, ties: dict[str, str]
+) -> tuple[Report, list[Fold]]:
+    """Fold what can be folded, in place."""
+    report = _fold_inserted(folded, example, ties)
+    norms = {name: norm for name, norm in norms_of(folded).items() if name not in {row.layer for row in report}}
+    seen = watch(folded, example, whole=norms.values())
+    others = [name for name, layer in norms.items() if not is_known(layer) and seen.of(name)]
+    saw = seen_by(wide, wide_example, others)[0] if others else {}
+    stated = {name: name not in others or _as_stated(wide.get_submodule(name), saw.get(name)) for name in norms}
+    place = Place(folded, seen, ties, {})
+    rows = dict.fromkeys(norms, Row("", LEFT, ""))
+    folds: list[Fold] = []
+    waiting = sorted(norms, key=lambda name: seen.of(name)[0].index if seen.of(name) else -1)
+    left = len(waiting) + 1
+    while len(waiting) < left:  # one that was folded stands in nobody's way any more
+        left = len(waiting)
+        for name in list(waiting):
+            rows[name], done = _fold_one(place, name, norms[name], stated[name])
+            if done is not None:
+                waiting.remove(name)
+                folds.append(done)
+    report.extend(rows.values())
+    return report, folds
+
+
+def _as_stated(layer: Any, saw: Tensor | None) -> bool:
+    return saw is not None and computes(layer, rest_of(layer, False), saw)
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def _fold_inserted(model: nn.Module) -> Report:
+def _fold_inserted(model: nn.Module, example: Any, ties: dict[str, str]) -> Report:
     """What ``insert`` gave to layers goes back into them."""
     report = Report()
-    for name, layer in model.named_modules():
+    layers: dict[str, Any] = {n: layer for n, layer in model.named_modules() if hasattr(type(layer), "normalizes")}
+    seen = watch(model, example) if layers else None
+    for name, layer in layers.items():
         norm: Any = getattr(layer, "batch_norm", None)  # which may be another one by now, or none
-        plain = type(norm) in _KNOWN and getattr(norm, "activation", None) is None
-        if hasattr(type(layer), "normalizes") and plain and norm.running_mean is not None:
-            scale_outputs(layer, *affine(norm))
-            del layer.batch_norm
-            layer.__class__ = type(layer).normalizes
-            report.append(Row(f"{name}.batch_norm", "folded", f"into {name}"))
+        plain = norm is not None and is_known(norm) and getattr(norm, "activation", None) is None
+        if seen is not None and plain and norm.running_mean is not None:
+            reason = tied(ties, seen, name)
+            if reason is None:
+                check_statistics(f"{name}.batch_norm", norm)
+                scale_outputs(layer, *affine(norm))
+                del layer.batch_norm
+                layer.__class__ = type(layer).normalizes
+            done, why = ("folded", f"into {name}") if reason is None else (LEFT, reason)
+            report.append(Row(f"{name}.batch_norm", done, why))
     return report
 
 
-def _fold_one(model: nn.Module, seen: Watched, name: str, layer: _BatchNorm) -> tuple[Row, list[Fold]]:
+def _fold_one(place: Place, name: str, layer: Any, stated: bool) -> tuple[Row, Fold | None]:
     """Fold it, or say why not."""
-    calls = seen.of(name)
-    reason = _unfit(layer, calls)
+    calls = place.seen.of(name)
+    reason = _unfit(layer, calls, stated)
     if reason is not None:
-        return Row(name, LEFT, reason), []
+        return Row(name, LEFT, reason), None
+    check_statistics(name, layer)
     (call,) = calls
-    before, not_before = _before(seen, call)
-    after, not_after = (None, "") if before is not None else _after(seen, call, layer)
-    scale_C, shift_C = affine(layer)
-    if before is not None:
-        scale_outputs(before.target, scale_C, shift_C)
-        done = Fold(name, before.name, after=False)
-    elif after is not None:
-        scale_inputs(after.target, scale_C, shift_C)
-        done = Fold(name, after.name, after=True)
-    else:
-        return Row(name, LEFT, f"{not_before}; {not_after}"), []
-    _replace(model, layer, _rest(layer, len(call.inputs) > 1))
-    return Row(name, "folded", f"into {done.into}, {'after' if done.after else 'before'} it"), [done]
+    rest = rest_of(layer, len(call.inputs) > 1)
+    found, not_before = before(place, call, layer)
+    if found is None:
+        found, not_after = after(place, call, layer, rest)
+        if found is None:
+            return Row(name, LEFT, f"{not_before}; {not_after}"), None
+    target = place.model.get_submodule(found.into)
+    scale_C, shift_C = found.spread(*affine(layer))
+    (scale_inputs if found.after else scale_outputs)(target, scale_C, shift_C)
+    _replace(place.model, layer, rest)
+    return Row(name, "folded", f"into {found.into}, {'after' if found.after else 'before'} it"), found
 
 
-def _unfit(layer: _BatchNorm, calls: list[Call]) -> str | None:
-    if type(layer) not in _KNOWN:
-        return f"a {type(layer).__qualname__} may do more than batch normalization"
+def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
     if layer.running_mean is None:
         return "it has no running statistics: it normalizes by each batch in eval too"
     if len(calls) != 1:
         return "the example does not reach it" if not calls else f"it is called {len(calls)} times"
+    if not stated:
+        then = " and then ".join(name for name, _ in layer.named_children())
+        what = f"batch normalization{' and then ' if then else ''}{then}"
+        return f"a {type(layer).__qualname__} computes something else than {what}: put that in a module behind it"
+    if not is_known(layer) and (calls[0].arguments is None or [*map(len, calls[0].arguments)] != [1, 0]):
+        return f"a {type(layer).__qualname__} is given more than its input"
     if {2, "mask"} & {*calls[0].given}:
         return "it is given a mask"
     if layer._forward_hooks or layer._forward_pre_hooks:
         return "it has hooks, which would see something else"
     return None
-
-
-def _before(seen: Watched, call: Call) -> tuple[Call | None, str]:
-    """The layer that it folds into backwards, or why there is none."""
-    maker = seen.maker(call)
-    if maker is None:
-        return None, "what it reads is not made in the model"
-    rows = _rows_of(seen, maker)
-    if rows is not None and seen.only_reader(maker) is call:  # (N, L, C) as rows (N * L, C)
-        maker, call = rows, maker
-    if maker.kind != "module" or not isinstance(maker.target, _AFFINE):
-        return None, f"it reads {maker.label}, which has no weights to fold into"
-    if seen.only_reader(maker) is not call:
-        others = ", ".join(seen.calls[i].label for i in maker.readers if i != call.index)
-        return None, f"{maker.name} before it is read by {others or 'it'} too"
-    if isinstance(maker.target, nn.Linear) and len(maker.shape or ()) != 2 and rows is None:
-        return None, f"{maker.name} before it has its features in the last dimension, not the second"
-    return _usable(seen, maker, "before")
-
-
-def _rows_of(seen: Watched, call: Call) -> Call | None:
-    """The Linear whose output this reshapes to rows, one for each place, its features kept together."""
-    maker = seen.maker(call)
-    reshapes = call.kind == "function" and call.name in ("flatten", "reshape", "view", "reshape_as", "view_as")
-    if not reshapes or maker is None or not isinstance(maker.target, nn.Linear) or not maker.shape or not call.shape:
-        return None
-    return maker if len(call.shape) == 2 and call.shape[-1] == maker.shape[-1] else None
-
-
-def _after(seen: Watched, call: Call, layer: _BatchNorm) -> tuple[Call | None, str]:
-    """The layer that it folds into forwards, or why there is none."""
-    reader = seen.only_reader(call)
-    if reader is None:
-        return None, "its output is read more than once"
-    if reader.kind != "module" or not isinstance(reader.target, (nn.Linear, *_CONVS)):
-        return None, f"its output goes to {reader.label}"
-    if getattr(layer, "activation", None) is not None or len(call.inputs) > 1:
-        return None, "its activation or residual comes before the next layer"
-    target: Any = reader.target
-    if not isinstance(target, nn.Linear) and _pads_with_zeros(target):
-        return None, f"{reader.name} after it pads with 0"
-    if isinstance(target, nn.Linear) and len(call.shape or ()) != 2:
-        return None, f"{reader.name} after it reads its last dimension, not the second"
-    return _usable(seen, reader, "after")
-
-
-def _pads_with_zeros(conv: Any) -> bool:
-    """Other modes pad with what is there, scaled and shifted as it is."""
-    return conv.padding_mode == "zeros" and conv.padding != "valid" and any(p != 0 for p in conv.padding)
-
-
-def _usable(seen: Watched, call: Call, side: str) -> tuple[Call | None, str]:
-    if len(seen.of(call.name)) != 1:
-        return None, f"{call.name} {side} it is called {len(seen.of(call.name))} times"
-    if call.target._forward_hooks or call.target._forward_pre_hooks:
-        return None, f"{call.name} {side} it has hooks, which would see something else"
-    if type(call.target).forward not in {kind.forward for kind in _AFFINE}:
-        return None, f"{call.name} {side} it is a {type(call.target).__qualname__}, which may do more"
-    if nn.utils.parametrize.is_parametrized(call.target) or "weight" not in call.target._parameters:
-        return None, f"the weight of {call.name} {side} it is computed from others"
-    return call, ""
-
-
-def _rest(layer: _BatchNorm, with_residual: bool) -> nn.Module:
-    activation = layer.activation if isinstance(layer, FusedBatchNorm) else None
-    return Rest(activation) if with_residual or activation is not None else nn.Identity()
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

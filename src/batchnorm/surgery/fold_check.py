@@ -5,7 +5,10 @@ Comes from: ``fold``, ``insert``. Goes to: their errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -13,77 +16,140 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
-from batchnorm.ops.reference import per_channel
-from batchnorm.surgery.watch import run, tensors_of
+from batchnorm.surgery.affine import affine_of
+from batchnorm.surgery.copied import copied
+from batchnorm.surgery.moves import play
+from batchnorm.surgery.report import one_line
+from batchnorm.surgery.watch import Call, run, tensors_of
 from batchnorm.surgery.weights import affine
 
 # The largest error, relative to the largest value of an output, that a fold may have by default.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_NAN = "NaN on the example, beside which nothing can be checked: give another one, or look at its parameters."
 
 
 class Fold(NamedTuple):
-    """``layer`` went into ``into``, which comes after it or before it."""
+    """``layer`` went into ``into``, which comes after it or before it.
+
+    ``path``: the calls in between; ``channels``: for each channel of ``into`` the layer's, or -1 for none.
+    """
 
     layer: str
     into: str
     after: bool
+    path: list[Call]
+    channels: Tensor
+
+    def spread(self, scale_C: Tensor, shift_C: Tensor) -> tuple[Tensor, Tensor]:
+        """A scale and a shift of the layer's channels, of the channels of ``into``."""
+        channels = self.channels.to(scale_C.device)
+        known = channels >= 0
+        return scale_C[channels].where(known, 1.0), shift_C[channels].where(known, 0.0)
 
 
-def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[Fold], tolerance: float | None) -> None:
-    """Each layer that took up others, on what these see, beside all of them in float64."""
-    modules, wide_modules = dict(folded.named_modules()), dict(wide.named_modules())
+def seen_by(wide: nn.Module, example: Any, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What modules of a model in float64 take, and what they give."""
     saw: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}
 
     def noting(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
-            saw[name] = next(iter(tensors_of((inputs, named)))).clone()  # what follows may change it in place
+            saw[name] = given.pop(name)
             made[name] = output.clone()
 
         return hook
 
-    watched = {name for one in folds for name in (one.layer, one.into)}
-    hooks = [wide_modules[name].register_forward_hook(noting(name), with_kwargs=True) for name in watched]
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, named: Any) -> None:
+            given[name] = next(iter(tensors_of((inputs, named)))).clone()  # it may be changed in place
+
+        return hook
+
+    given: dict[str, Tensor] = {}
+    modules = dict(wide.named_modules())
+    hooks = [modules[name].register_forward_pre_hook(before(name), with_kwargs=True) for name in names]
+    hooks += [modules[name].register_forward_hook(noting(name), with_kwargs=True) for name in names]
     try:
         run_in_double(wide, example)
     finally:
         for hook in hooks:
             hook.remove()
+    return saw, made
+
+
+def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[Fold], tolerance: float | None) -> None:
+    """Each layer that took up others, on what these see, beside all of them in float64."""
+    modules, wide_modules = dict(folded.named_modules()), dict(wide.named_modules())
+    saw, made = seen_by(wide, example, {name for one in folds for name in (one.layer, one.into)})
     for into in dict.fromkeys(one.into for one in folds):
-        before = [
-            one.layer for one in folds if one.into == into and one.after
-        ]  # the layer comes before what it went into
-        behind = [one.layer for one in folds if one.into == into and not one.after]
-        x, expected = saw[(before or [into])[0]], made[into]
-        for layer in behind:
-            scale_C, shift_C = affine(wide_modules[layer])
-            if not isinstance(modules[into], nn.Linear):  # whose features are last
-                scale_C, shift_C = per_channel(scale_C, expected), per_channel(shift_C, expected)
-            expected = expected * scale_C + shift_C
+        before = [one for one in folds if one.into == into and one.after]  # the layer comes before what it went into
+        behind = [one for one in folds if one.into == into and not one.after]
+        row, expected = affine_of(modules[into]), made[into]
+        assert row is not None
+        for one in behind:
+            shape = [1] * expected.dim()
+            shape[row.channels] = -1
+            scale_C, shift_C = one.spread(*affine(wide_modules[one.layer]))
+            expected = expected * scale_C.view(shape) + shift_C.view(shape)
         weight: Any = modules[into].weight
+        x = (saw[before[-1].layer] if before else saw[into]).to(weight.dtype)  # the last to go came first
+        for call in before[-1].path if before else ():
+            x = play(modules[call.name] if call.kind == "module" else call.target, call.arguments, x)
         with torch.no_grad():
-            off = error(modules[into](x.to(weight.dtype)), expected)
+            off = error(modules[into](x), expected)
+        if expected.isnan().any():
+            raise ValueError(f"{into} gives {_NAN}")
         limit = TOLERANCE[weight.dtype] if tolerance is None else tolerance
         if not off <= limit:
+            names = " and ".join(one.layer for one in before + behind)
             raise ValueError(
-                f"fold refused: {into} with {' and '.join(before + behind)} folded in is {off:.1e} of its largest "
+                f"fold refused: {into} with {names} folded in is {off:.1e} of its largest "
                 f"output off, more than {limit:.1e} ({weight.dtype}): fold in a wider dtype, or raise the tolerance."
             )
 
 
 def check_outputs(
-    model: nn.Module, folded: nn.Module, wide: nn.Module, example: Any, wide_example: Any, tolerance: float | None
+    model: nn.Module,
+    folded: nn.Module,
+    wide: nn.Module,
+    example: Any,
+    wide_example: Any,
+    tolerance: float | None,
+    fold_in: Callable[[nn.Module, Any], Any],
 ) -> None:
-    """The whole model beside itself in float64."""
-    found = (_floating(run(folded, example)), _floating(run(model, example)))
+    """The whole model beside itself in float64.
+
+    How many values come out may depend on the data, of a detector say, and then on rounding: such a model is folded in
+    float64 and compared there, where rounding decides nothing.
+    """
+    new, old = _floating(run(folded, example)), _floating(run(model, example))
     exact = _floating(run_in_double(wide, wide_example))
-    for i, (new, old, expected) in enumerate(zip(*found, exact, strict=True)):
-        limit = max(TOLERANCE.get(new.dtype, 0.0) if tolerance is None else tolerance, 2 * error(old, expected))
-        if not error(new, expected) <= limit:
+    if any(t.isnan().any() for t in (*old, *exact)):
+        raise ValueError(f"the model gives {_NAN}")
+    if not [t.shape for t in new] == [t.shape for t in old] == [t.shape for t in exact]:
+        new, old = _folded_in_double(wide, wide_example, fold_in), exact
+        if [t.shape for t in new] != [t.shape for t in exact]:
             raise ValueError(
-                f"fold refused: output {i} of the model is {error(new, expected):.1e} of its largest value off, more "
+                "the number of values that the model gives depends on the data, and changes with rounding on this "
+                f"example: {_shapes(exact)}, and folded {_shapes(new)}: give another one."
+            )
+    for i, (mine, theirs, expected) in enumerate(zip(new, old, exact, strict=True)):
+        limit = max(TOLERANCE.get(mine.dtype, 0.0) if tolerance is None else tolerance, 2 * error(theirs, expected))
+        if not error(mine, expected) <= limit:
+            raise ValueError(
+                f"fold refused: output {i} of the model is {error(mine, expected):.1e} of its largest value off, more "
                 f"than {limit:.1e}, though each layer alone is within it: pass a larger tolerance if that is fine."
             )
+
+
+def _folded_in_double(wide: nn.Module, example: Any, fold_in: Callable[[nn.Module, Any], Any]) -> list[Tensor]:
+    folded = copy.deepcopy(wide)
+    fold_in(folded, example)
+    return _floating(run_in_double(folded, example))
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    return ", ".join("x".join(map(str, t.shape)) for t in tensors)
 
 
 def _floating(outputs: Any) -> list[Tensor]:
@@ -91,12 +157,51 @@ def _floating(outputs: Any) -> list[Tensor]:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Relative to the largest value expected."""
+    """The largest difference, relative to the largest value expected; of what is not floating-point, how many differ.
+
+    Where both are infinite, as masks are, nothing differs; what is not a number differs from everything.
+    """
+    if found.shape != expected.shape:
+        return math.inf
     if expected.numel() == 0:
         return 0.0
-    return (
-        (found.double() - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    ).item()
+    if expected.is_complex():
+        found, expected = torch.view_as_real(found), torch.view_as_real(expected)
+    if not expected.is_floating_point():
+        return (found != expected).double().mean().item()
+    found, expected = found.double(), expected.double()
+    off = (found - expected).abs().masked_fill(found == expected, 0.0)
+    largest = expected.abs().masked_fill(expected.isinf(), 0.0).max()
+    return (off.max() / largest.clamp(min=torch.finfo(torch.float64).tiny)).item()
+
+
+def limit_of(tensor: Tensor, model: nn.Module) -> float:
+    """The default tolerance of an output; of what is not floating-point, that of the model's parameters."""
+    dtypes = [tensor.dtype] if tensor.is_floating_point() else [p.dtype for p in model.parameters()]
+    return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
+
+
+def beside(model: nn.Module, example: Any, found: list[Tensor], tolerance: float | None) -> tuple[int, float, float]:
+    """Another program's outputs beside the model's: the one that is most off, by how much, and how much it may be.
+
+    That is the tolerance, or twice what the model itself is off beside float64.
+    """
+    outputs = [*tensors_of(run(model, example))]
+    rows = [
+        (i, error(new.to(old.device), old), limit_of(old, model) if tolerance is None else tolerance)
+        for i, (new, old) in enumerate(zip(found, outputs, strict=True))
+    ]
+    if any(not off <= limit for _, off, limit in rows):
+        with suppress(ValueError):  # it may not run in float64
+            exact = tensors_of(run_in_double(copied(model).double(), to_double(example)))
+            own = [error(old, wide) for old, wide in zip(outputs, exact, strict=True)]
+            rows = [(i, off, max(limit, 2 * own[i] if own[i] < math.inf else 0.0)) for i, off, limit in rows]
+
+    def beyond(row: tuple[int, float, float]) -> float:
+        _, off, limit = row
+        return math.inf if math.isnan(off) else off / limit if limit else off
+
+    return max(rows, key=beyond, default=(0, 0.0, 0.0))
 
 
 def to_double(example: Any) -> Any:
@@ -126,10 +231,9 @@ def run_in_double(wide: nn.Module, example: Any) -> Any:
         with _EveryDtypeIsDouble():
             return run(wide, example)
     except Exception as failure:
-        first = (str(failure).strip().splitlines() or [""])[0]
         raise ValueError(
-            f"the model does not run in float64, beside which the result is checked: {type(failure).__name__}: "
-            f"{first}. Let its forward take dtypes from its input (x.dtype), and keep its tensors in buffers."
+            f"the model does not run in float64, beside which the result is checked: {one_line(failure)}. "
+            "Let its forward take dtypes from its input (x.dtype), and keep its tensors in buffers."
         ) from failure
     finally:
         torch.set_default_dtype(default)

@@ -16,12 +16,15 @@ from batchnorm.ops import split
 from batchnorm.ops.split import Moments
 from batchnorm.population import preserve_state
 from batchnorm.population.estimate import call_with_inputs
+from batchnorm.surgery.affine import ROWS, affine_of
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
-from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, to_double
-from batchnorm.surgery.places import LAYERS, kind_of, row_of
-from batchnorm.surgery.report import LEFT, Report, Row
-from batchnorm.surgery.watch import run, tensors_of, watch, watch_in_train
+from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, seen_by, to_double
+from batchnorm.surgery.norms import norms_of
+from batchnorm.surgery.places import layers_of, row_of
+from batchnorm.surgery.report import LEFT, Report, Row, one_line
+from batchnorm.surgery.watch import in_eager, run, tensors_of, watch, watch_in_train
+from batchnorm.surgery.weights import outputs_of
 
 
 def insert(
@@ -44,7 +47,8 @@ def insert(
 
     Args:
         model: any module; what nothing but a nonlinearity reads, or a sum that nothing but a nonlinearity reads, is
-            normalized; never what goes to a softmax or out, nor what a sigmoid or the like gives out.
+            normalized, also where a maximum, or what only moves values, stands in between; never what goes to a softmax
+            or out, nor what a sigmoid or the like gives out.
         example: an input: a tensor, a tuple of arguments or a dict of keyword arguments. It is run once to see which
             layers a nonlinearity reads.
         batches: for a trained network, training inputs as ``recalibrate`` takes them. gamma = sqrt(Var[Wu] + eps),
@@ -57,8 +61,9 @@ def insert(
         A copy of the model, in its mode.
 
     Raises:
-        ValueError: ``batches`` yielded nothing; a name in ``skip`` that there is not; with batch normalization the
-            model does not run on the example, or, with ``batches``, computes something else.
+        ValueError: ``batches`` yielded nothing, or do not reach a layer, or make it give what is not finite; a name in
+            ``skip`` that there is not; with batch normalization the model does not run on the example, or, with
+            ``batches``, computes something else, with the layer's name.
         TypeError: not a module.
 
     Example:
@@ -74,15 +79,21 @@ def insert(
     if not isinstance(model, nn.Module):
         raise TypeError(f"insert takes a torch.nn.Module, got {type(model).__name__}.")
     inserted = copied(model)
-    layers = {name: layer for name, layer in inserted.named_modules() if isinstance(layer, tuple(LAYERS))}
+    layers = layers_of(inserted)
     skipped = _skipped(skip, layers)
-    seen, in_train = watch(inserted, example), watch_in_train(inserted, example)
+    norms = [*norms_of(inserted).values()]
+    seen, in_train = watch(inserted, example, whole=norms), watch_in_train(inserted, example, whole=norms)
     report = Report()
-    for name, layer in layers.items():
-        row = Row(name, LEFT, "skipped") if name in skipped else row_of(seen, name, layer)
-        if row.done != LEFT and in_train is not None and row_of(in_train, name, layer) != row:
-            row = Row(name, LEFT, "it, or what reads it, is called differently in train")
-        report.append(row)
+    with in_eager(inserted):  # calls are played again, some of them random
+        for name, layer in layers.items():
+            row = row_of(seen, name, layer)
+            if row is None:
+                continue
+            if name in skipped:
+                row = Row(name, LEFT, "skipped")
+            elif row.done != LEFT and in_train is not None and row_of(in_train, name, layer) != row:
+                row = Row(name, LEFT, "it, or what reads it, is called differently in train")
+            report.append(row)
     names = report.of("normalized")
     moments = {} if batches is None else _moments(inserted, names, batches, forward or call_with_inputs)
     for name in names:
@@ -90,7 +101,7 @@ def insert(
     _without_fast_paths(inserted)
     _check_called(inserted, names, example)
     if batches is not None:
-        _check(model, inserted, example)
+        _check(model, inserted, names, example)
     inserted.batchnorm_report = report  # type: ignore[assignment]
     return inserted
 
@@ -110,17 +121,17 @@ def _skipped(skip: Sequence[str], layers: dict[str, Any]) -> set[str]:
 
 
 def _give(layer: Any, moments: Moments | None) -> None:
-    kind: Any = kind_of(layer)
-    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    norm: Any = LAYERS[kind](channels, device=layer.weight.device, dtype=layer.weight.dtype).train(layer.training)
+    row: Any = affine_of(layer)
+    norm: Any = row.norm(outputs_of(layer), device=layer.weight.device, dtype=layer.weight.dtype).train(layer.training)
     if moments is not None:
         mean_C, var_C, values = moments
         with torch.no_grad():
             norm.running_mean.copy_(mean_C)
             norm.running_var.copy_(var_C * values / (values - 1).clamp(min=1))
             norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-            norm.bias.copy_(mean_C if layer.bias is None else mean_C + layer.bias.double())
-    layer.bias = None
+            norm.bias.copy_(mean_C if layer.bias is None or row.needs_bias else mean_C + layer.bias.double())
+    if not row.needs_bias:
+        layer.bias = None
     layer.batch_norm = norm
     own_kind: Any = type(layer)
     layer.__class__ = with_batch_norm(own_kind)
@@ -139,10 +150,11 @@ def _without_fast_paths(model: nn.Module) -> None:
 @cache
 def with_batch_norm(kind: type[nn.Module]) -> type:
     """A subclass of an affine layer's class that normalizes what it computes."""
+    last = ROWS[next(k for k in kind.__mro__ if k in ROWS)].channels == -1
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         y: Tensor = kind.forward(self, *args, **kwargs)
-        if issubclass(kind, nn.Linear) and y.dim() > 2:  # features are last
+        if last and y.dim() > 2:
             return self.batch_norm(y.flatten(0, -2)).view_as(y)
         return self.batch_norm(y)
 
@@ -168,8 +180,9 @@ def _moments(
 
     def noting(name: str) -> Callable[..., None]:
         def hook(layer: Any, inputs: Any, y: Tensor) -> None:
-            y = y.flatten(0, -2) if isinstance(layer, nn.Linear) else y
-            bias = None if layer.bias is None else layer.bias.double()
+            row: Any = affine_of(layer)
+            y = y.flatten(0, -2) if row.channels == -1 else y
+            bias = None if layer.bias is None or row.needs_bias else layer.bias.double()
             found = split.statistics(y)[1]
             each[name].append(found if bias is None else found._replace(mean_C=found.mean_C - bias))
 
@@ -179,16 +192,25 @@ def _moments(
     try:
         with torch.no_grad(), torch.random.fork_rng([]), preserve_state(model):
             model.eval()
+            count = 0
             for batch in batches:
                 forward(model, batch)
+                count += 1
     finally:
         for hook in hooks:
             hook.remove()
-    if names and not any(each.values()):
+    if names and not count:
         raise ValueError("batches yielded nothing: insert needs at least one batch of model inputs.")
-    return {
-        name: split.merged(*(torch.stack(t) for t in zip(*some, strict=True))) for name, some in each.items() if some
-    }
+    missed = [name for name, some in each.items() if not some]
+    if missed:
+        raise ValueError(f"insert: no batch reaches {', '.join(missed)}: give batches that do, or skip= them.")
+    moments = {name: split.merged(*(torch.stack(t) for t in zip(*some, strict=True))) for name, some in each.items()}
+    wrong = [name for name, found in moments.items() if not (found[0] + found[1]).isfinite().all()]
+    if wrong:
+        raise ValueError(
+            f"insert: on these batches {wrong[0]} gives values that are not finite: look at the batches, or skip= it."
+        )
+    return moments
 
 
 def _check_called(inserted: nn.Module, names: list[str], example: Any) -> None:
@@ -201,10 +223,9 @@ def _check_called(inserted: nn.Module, names: list[str], example: Any) -> None:
     try:
         run(inserted, example)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"insert refused: with batch normalization in {', '.join(names)} the model does not run on the example "
-            f"({type(error).__name__}: {first}): leave layers alone with skip=."
+            f"({one_line(error)}): leave layers alone with skip=."
         ) from error
     finally:
         for hook in hooks:
@@ -214,12 +235,17 @@ def _check_called(inserted: nn.Module, names: list[str], example: Any) -> None:
         raise ValueError(f"insert refused: the model does not call what was put into {', '.join(missing)}: skip= it.")
 
 
-def _check(model: nn.Module, inserted: nn.Module, example: Any) -> None:
-    """In eval the network computes what it did, beside itself in float64."""
-    wide = to_double(example)
-    before, after = (list(tensors_of(run_in_double(copied(m).double(), wide))) for m in (model, inserted))
+def _check(model: nn.Module, inserted: nn.Module, names: list[str], example: Any) -> None:
+    """In eval the network computes what it did, beside itself in float64: each layer, then the outputs."""
+    wide, wide_inserted, given = copied(model).double(), copied(inserted).double(), to_double(example)
     limit = max((TOLERANCE.get(p.dtype, 0.0) for p in inserted.parameters()), default=0.0)
-    for a, b in zip(after, before, strict=True):
-        if a.is_floating_point() and not error(a, b) <= limit:
-            off = f"{error(a, b):.1e} of its largest output off, more than {limit:.1e}"
-            raise ValueError(f"insert refused: in eval the network is {off}.")
+    made, expected = seen_by(wide_inserted, given, names)[1], seen_by(wide, given, names)[1]
+    pairs = [(name, made[name], expected[name]) for name in expected]
+    outputs = (list(tensors_of(run_in_double(m, given))) for m in (wide_inserted, wide))
+    pairs += [(f"output {i} of the model", a, b) for i, (a, b) in enumerate(zip(*outputs, strict=True))]
+    for name, a, b in pairs:
+        if b.is_floating_point() and not error(a, b) <= limit:
+            raise ValueError(
+                f"insert refused: with batch normalization {name} is in eval {error(a, b):.1e} of its largest value "
+                f"off, more than {limit:.1e}: insert into a wider dtype, or leave layers alone with skip=."
+            )

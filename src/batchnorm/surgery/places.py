@@ -5,99 +5,100 @@ Comes from: a watched forward pass. Goes to: ``insert.py``.
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.pooling import _AdaptiveMaxPoolNd, _MaxPoolNd
 
-from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.surgery.affine import (
+    affine_of,
+    does_more,
+    is_computed,
+    looks_affine,
+    unregistered,
+)
+from batchnorm.surgery.moves import came_from
+from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.rewrite import ADDITIONS, NOTHING
 from batchnorm.surgery.watch import Call, Watched
 
-LAYERS: dict[type[nn.Module], type[FusedBatchNorm]] = {
-    nn.Linear: BatchNorm1d,
-    nn.Conv1d: BatchNorm1d,
-    nn.Conv2d: BatchNorm2d,
-    nn.Conv3d: BatchNorm3d,
-    nn.ConvTranspose1d: BatchNorm1d,
-    nn.ConvTranspose2d: BatchNorm2d,
-    nn.ConvTranspose3d: BatchNorm3d,
-}
 _NONLINEARITIES = {
     "relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish",
     "softplus", "hardsigmoid", "hardtanh", "sigmoid", "tanh", "softsign", "logsigmoid", "tanhshrink",
     "hardshrink", "softshrink",
 }  # fmt: skip
 _OUTPUTS = {"sigmoid", "hardsigmoid", "logsigmoid", "tanh", "softplus"}  # that a model's output may end in
-_RESHAPES = {"flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze", "permute", "transpose", "movedim"}
 _MAXIMA = (_MaxPoolNd, _AdaptiveMaxPoolNd)
 
 
-def row_of(seen: Watched, name: str, layer: Any) -> Row:
-    """What becomes of a layer, or why it is left alone."""
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The affine layers of a model, by name, those of no registered class too."""
+    return {name: m for name, m in model.named_modules() if affine_of(m) is not None or looks_affine(m)}
+
+
+def row_of(seen: Watched, name: str, layer: nn.Module) -> Row | None:
+    """What becomes of a layer, or why it is left alone; None for one of no known class that is none of ours."""
     calls = seen.of(name)
     reader = _reader(seen, calls[0]) if len(calls) == 1 else None
+    if affine_of(layer) is None:
+        wanted = reader is not None and len(calls[0].shape or ()) > 1 and _place(seen, name, reader).done != LEFT
+        return Row(name, LEFT, unregistered(layer)) if wanted else None
     if hasattr(type(layer), "normalizes"):
         why = f"it has batch normalization, {name}.batch_norm"
     elif len(calls) != 1:
         why = "its forward is not called on the example" if not calls else f"it is called {len(calls)} times"
-    elif kind_of(layer) is None:
+    elif does_more(layer):
         why = f"a {type(layer).__qualname__} with a forward of its own may do more than its weights"
-    elif nn.utils.parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
+    elif is_computed(layer):
         why = "its weight is computed from others"
+    elif f"{name}.bias" in seen.read:
+        why = f"{seen.read[f'{name}.bias']} reads its bias too"
     elif not _has_batch(layer, calls[0]):
         why = "its output has no batch dimension: give an example with one"
     elif reader is None:
         why = "its output is read more than once"
-    elif isinstance(reader.target, _BatchNorm):
-        why = f"it has batch normalization, {reader.name}"
-    elif _is_nonlinearity(reader):
-        return _before(seen, name, reader, reader.label)
-    elif (after := _behind_sums(seen, reader)) is not None and _is_nonlinearity(after):
-        return _before(seen, name, after, f"{reader.label} and {after.label}")
     else:
-        why = f"its output goes to {reader.label}"
+        return _place(seen, name, reader)
     return Row(name, LEFT, why)
+
+
+def _place(seen: Watched, name: str, reader: Call) -> Row:
+    if reader.kind == "module" and "" in norms_of(reader.target):
+        return Row(name, LEFT, f"it has batch normalization, {reader.name}")
+    if _is_nonlinearity(reader):
+        return _before(seen, name, reader, reader.label)
+    after = _behind_sums(seen, reader)
+    if after is not None and _is_nonlinearity(after):
+        return _before(seen, name, after, f"{reader.label} and {after.label}")
+    return Row(name, LEFT, f"its output goes to {reader.label}")
 
 
 def _before(seen: Watched, name: str, nonlinearity: Call, label: str) -> Row:
     """Normalized, unless what follows is the model's output: a sigmoid there is the softmax of two classes."""
     reader = _reader(seen, nonlinearity)
-    while reader is not None and (reader.name in _RESHAPES or isinstance(reader.target, nn.Flatten | nn.Unflatten)):
-        reader = _reader(seen, reader)
     if _base_name(nonlinearity) in _OUTPUTS and reader is not None and reader.kind == "output":
         return Row(name, LEFT, f"its output goes to the model's output through {label}")
     return Row(name, "normalized", f"before {label}")
 
 
-def kind_of(layer: nn.Module) -> type[nn.Module] | None:
-    """Which of torch's layers it computes as; None where it may do more."""
-    kind = next(kind for kind in LAYERS if isinstance(layer, kind))
-    same = all(getattr(type(layer), f, None) is getattr(kind, f, None) for f in ("forward", "_conv_forward"))
-    return kind if same and "forward" not in vars(layer) else None
-
-
 def _has_batch(layer: nn.Module, call: Call) -> bool:
-    dimensions = {BatchNorm1d: 3, BatchNorm2d: 4, BatchNorm3d: 5}
-    least = 2 if isinstance(layer, nn.Linear) else dimensions[LAYERS[kind_of(layer)]]  # type: ignore[index]
-    return len(call.shape or ()) >= least
+    row = affine_of(layer)
+    return row is not None and len(call.shape or ()) >= 1 - row.channels
 
 
 def _reader(seen: Watched, call: Call) -> Call | None:
     """What alone reads its output, behind what only passes it on; a maximum and a nonlinearity may change places."""
     reader = seen.only_reader(call)
-    return _reader(seen, reader) if reader is not None and _passes_on(reader) else reader
+    return _reader(seen, reader) if reader is not None and _passes_on(seen, reader) else reader
 
 
-def _passes_on(call: Call) -> bool:
-    if call.kind == "function":
-        return call.name.startswith(("max_pool", "adaptive_max_pool"))
-    without_effect = isinstance(call.target, _DropoutNd) and call.target.p == 0
-    return type(call.target) in NOTHING or isinstance(call.target, _MAXIMA) or without_effect
+def _passes_on(seen: Watched, call: Call) -> bool:
+    """A maximum, or what moves values in train too."""
+    if call.kind == "function" and call.name.startswith(("max_pool", "adaptive_max_pool")):
+        return True
+    if type(call.target) in NOTHING or isinstance(call.target, _MAXIMA):
+        return True
+    return came_from(seen, call, call.target, torch.float32, train=True) is not None
 
 
 def _behind_sums(seen: Watched, call: Call) -> Call | None:

@@ -5,6 +5,7 @@ Comes from: ``insert``, ``fuse``, ``fold``. Goes to: the user.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -30,3 +31,9 @@ class Report(list[Row]):
 
 
 LEFT = "left alone"
+
+
+def one_line(failure: BaseException) -> str:
+    """What an exception says first, with its type, without a terminal's colors."""
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(failure)).strip()
+    return f"{type(failure).__name__}: {(text.splitlines() or [''])[0]}"

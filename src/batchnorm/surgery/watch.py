@@ -9,7 +9,7 @@ import gc
 import random
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.population import preserve_state
+from batchnorm.surgery import moves
 
 # What is asked of a tensor without reading its values.
 _ABOUT = {
@@ -41,7 +42,7 @@ class Call:
 
     ``name``: of a module in the model, of a function in torch; ``owner``: the module in whose forward it was called;
     ``inputs``: the calls that made the tensors it read, ``given``: the arguments (a place or a name) they came in;
-    ``readers``: the calls that read a tensor of its own.
+    ``readers``: the calls that read a tensor of its own; ``arguments``: as ``moves.noted`` keeps them.
     """
 
     index: int
@@ -53,6 +54,7 @@ class Call:
     given: list[int | str] = field(default_factory=list)
     readers: list[int] = field(default_factory=list)
     shape: tuple[int, ...] | None = None  # of the first tensor it made
+    arguments: Any = None
 
     @property
     def label(self) -> str:
@@ -63,9 +65,10 @@ class Call:
 
 @dataclass
 class Watched:
-    """All calls of one forward pass, in their order."""
+    """All calls of one forward pass, in their order; ``read``: parameters that functions in other modules read."""
 
     calls: list[Call]
+    read: dict[str, str] = field(default_factory=dict)
 
     def of(self, name: str) -> list[Call]:
         """The calls of a module."""
@@ -95,7 +98,7 @@ class Watched:
         )
 
 
-def watch(model: nn.Module, example: Any, train: bool = False) -> Watched:
+def watch(model: nn.Module, example: Any, train: bool = False, whole: Collection[nn.Module] = ()) -> Watched:
     """Run the model once, in eval or train, and note who made and who read each tensor.
 
     A module without children is a call, and so is a function of torch in the others. Control flow, several inputs,
@@ -106,24 +109,25 @@ def watch(model: nn.Module, example: Any, train: bool = False) -> Watched:
         model: any module.
         example: its input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
         train: run it in train mode.
+        whole: modules that are one call each, with the children that they have.
 
     Raises:
         Exception: whatever the model raises on the example.
     """
-    noted, example = _Noted(model), cloned(example)
+    noted, example = _Noted(model, whole), cloned(example)
     noted.made(example, noted.begin("input", "input", None, (), {}))
     out = _ran(model, example, noted, train)
     held = noted.held((example, out))
     if held:
         noted.begin("held", "held", None, (held,), {})
     noted.begin("output", "output", None, (out,), {})
-    return Watched(noted.calls)
+    return Watched(noted.calls, noted.read)
 
 
-def watch_in_train(model: nn.Module, example: Any) -> Watched | None:
+def watch_in_train(model: nn.Module, example: Any, whole: Collection[nn.Module] = ()) -> Watched | None:
     """``watch`` in train, which may do more; None where the example cannot be trained on."""
     try:
-        return watch(model, example, train=True)
+        return watch(model, example, train=True, whole=whole)
     except Exception:  # whatever user code raises: one value per channel, no labels
         return None
 
@@ -187,8 +191,11 @@ def tensors_of(values: Any) -> Iterable[Tensor]:
 class _Noted(TorchFunctionMode):
     """Calls while the model runs. Tensors are kept, so that no two have the same identity."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, whole: Collection[nn.Module]) -> None:
         super().__init__()
+        self.whole = {*whole}
+        self.parameters = {id(p): name for name, p in model.named_parameters()}
+        self.read: dict[str, str] = {}
         self.names = {module: name for name, module in model.named_modules()}
         self.calls: list[Call] = []
         self.maker: dict[int, Call] = {}
@@ -203,6 +210,9 @@ class _Noted(TorchFunctionMode):
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         for place, value in given:
             for t in tensors_of(value):
+                parameter = self.parameters.get(id(t), "") if kind == "function" else ""
+                if parameter and parameter.rpartition(".")[0] != call.owner:
+                    self.read[parameter] = call.label
                 maker = self.maker.get(id(t))
                 if maker is not None:
                     call.inputs.append(maker.index)
@@ -252,8 +262,9 @@ class _Noted(TorchFunctionMode):
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.inside:
             return
-        if is_leaf(module):
+        if self._is_one_call(module):
             self.inside.append((module, self.begin("module", self.names[module], module, args, kwargs)))
+            self.calls[-1].arguments = moves.noted(args, kwargs)
             self.given.append({id(t) for t in tensors_of((args, kwargs))})
         else:
             self.owners.append(self.names[module])
@@ -263,8 +274,11 @@ class _Noted(TorchFunctionMode):
             if self.inside[-1][0] is module:
                 self.given.pop()
                 self.made(output, self.inside.pop()[1])
-        elif not is_leaf(module):
+        elif not self._is_one_call(module):
             self.owners.pop()
+
+    def _is_one_call(self, module: nn.Module) -> bool:
+        return is_leaf(module) or module in self.whole
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -281,6 +295,7 @@ class _Noted(TorchFunctionMode):
         if call is None and next(iter(tensors_of(out)), None) is not None:  # x.T, where x.shape is none
             call = self.begin("function", name, function, args, kwargs)
         if call is not None:
+            call.arguments = moves.noted(args, kwargs)
             self.made(out, call)
         return out
 

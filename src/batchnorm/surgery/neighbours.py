@@ -1,0 +1,147 @@
+"""The layer that batch normalization folds into: before it or after it, behind what only moves values, or why none.
+
+Comes from: ``fold``, a watched forward pass. Goes to: what is folded into what, channel by channel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.surgery.affine import affine_of, does_more, is_computed, looks_affine, pads_with_zeros, unregistered
+from batchnorm.surgery.fold_check import Fold
+from batchnorm.surgery.moves import as_function, came_from, channels_between
+from batchnorm.surgery.watch import Call, Watched
+
+
+class Place(NamedTuple):
+    """A model that is being folded, how it was watched, which of its tensors others share, and which calls move."""
+
+    model: nn.Module
+    seen: Watched
+    ties: dict[str, str]
+    moves: dict[tuple[int, int], Tensor | None]
+
+
+def before(place: Place, call: Call, layer: Any) -> tuple[Fold | None, str]:
+    """The layer that it folds into backwards, or why there is none."""
+    path: list[Call] = []
+    at = call
+    while True:
+        maker = place.seen.maker(at)
+        if maker is None:
+            return None, "what it reads is not made in the model"
+        if maker.kind == "module" and affine_of(maker.target) is not None:
+            break
+        if _came_from(place, maker, layer) is None:
+            return None, f"it reads {_unknown(maker, 'has no weights to fold into')}"
+        if place.seen.only_reader(maker) is not at:
+            return None, _also_read(place, maker, at)
+        path.insert(0, maker)
+        at = maker
+    if place.seen.only_reader(maker) is not at:
+        return None, _also_read(place, maker, at)
+    reason = _unusable(place, maker, "before")
+    if reason is not None:
+        return None, reason
+    row, shape = affine_of(maker.target), maker.shape
+    assert row is not None
+    assert shape is not None
+    was, now = _channels(place, path, shape, len(shape) + row.channels, 1, layer)
+    channels = as_function(was, now, shape[row.channels])
+    if channels is None:
+        return None, f"a channel of {maker.name} before it goes to several of its own"
+    return Fold(call.name, maker.name, False, path, channels), ""
+
+
+def after(place: Place, call: Call, layer: Any, rest: nn.Module) -> tuple[Fold | None, str]:
+    """The layer that it folds into forwards, or why there is none."""
+    path: list[Call] = []
+    at = call
+    while True:
+        reader = place.seen.only_reader(at)
+        if reader is None:
+            who = "its output" if at is call else f"{at.label} after it"
+            return None, f"{who} is read more than once"
+        if reader.kind == "module" and affine_of(reader.target) is not None:
+            break
+        if _came_from(place, reader, layer) is None:
+            return None, f"its output goes to {_unknown(reader)}"
+        path.append(reader)
+        at = reader
+    if type(rest) is not nn.Identity:
+        return None, "its activation or residual comes before the next layer"
+    row: Any = affine_of(reader.target)
+    if row.spreads:
+        return None, f"{reader.name} after it gives each place another number of inputs"
+    if pads_with_zeros(reader.target):
+        return None, f"{reader.name} after it pads with 0"
+    reason = _unusable(place, reader, "after")
+    if reason is not None:
+        return None, reason
+    given = at.shape
+    assert call.shape is not None
+    assert given is not None
+    was, now = _channels(place, path, call.shape, 1, len(given) + row.channels, layer)
+    channels = as_function(now, was, given[row.channels])
+    if channels is None:
+        return None, f"a channel of {reader.name} after it takes several of its own"
+    return Fold(call.name, reader.name, True, path, channels), ""
+
+
+def _came_from(place: Place, call: Call, layer: Any) -> Tensor | None:
+    """For each value that a call gives out, which one it was; None if it does more than move them."""
+    target = place.model.get_submodule(call.name) if call.kind == "module" else call.target
+    key = (call.index, id(target))
+    if key not in place.moves:
+        place.moves[key] = came_from(place.seen, call, target, layer.running_mean.dtype)
+    return place.moves[key]
+
+
+def _channels(
+    place: Place, path: list[Call], shape: tuple[int, ...], before: int, behind: int, layer: Any
+) -> tuple[Tensor, Tensor]:
+    """Where the channels in a dimension of the first tensor are in one of the last."""
+    places = torch.arange(torch.Size(shape).numel()).view(shape)
+    for call in path:
+        step = _came_from(place, call, layer)
+        assert step is not None
+        places = places.flatten()[step]
+    return channels_between(places, shape, before, behind)
+
+
+def _also_read(place: Place, maker: Call, reader: Call) -> str:
+    others = ", ".join(place.seen.calls[i].label for i in maker.readers if i != reader.index)
+    return f"{maker.label} before it is read by {others or 'it'} too"
+
+
+def _unknown(call: Call, otherwise: str = "") -> str:
+    """How a report calls what is no layer of a known class."""
+    if call.kind == "module" and looks_affine(call.target):
+        return f"{call.name}, {unregistered(call.target)}"
+    return f"{call.label}, which {otherwise}" if otherwise else call.label
+
+
+def tied(ties: dict[str, str], seen: Watched, name: str) -> str | None:
+    """Who else uses a layer's weight or bias: what ``affine.shared`` found, or a function somewhere else."""
+    for key in ("weight", "bias"):
+        if f"{name}.{key}" in ties:
+            return f"the {key} of {name} is {ties[f'{name}.{key}']} too"
+        if f"{name}.{key}" in seen.read:
+            return f"{seen.read[f'{name}.{key}']} reads the {key} of {name} too"
+    return None
+
+
+def _unusable(place: Place, call: Call, side: str) -> str | None:
+    name, layer, seen = call.name, call.target, place.seen
+    if len(seen.of(name)) != 1:
+        return f"{name} {side} it is called {len(seen.of(name))} times"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return f"{name} {side} it has hooks, which would see something else"
+    if does_more(layer):
+        return f"{name} {side} it is a {type(layer).__qualname__}, which may do more"
+    if is_computed(layer):
+        return f"the weight of {name} {side} it is computed from others"
+    return tied(place.ties, seen, name)

@@ -1,0 +1,121 @@
+"""Which modules are batch normalization in eval, torch's, ours or another package's, and what else they compute.
+
+timm's ``BatchNormAct2d`` is batch normalization, then its children ``drop`` and ``act``; inplace_abn's ``ABN`` names an
+activation; a frozen one of torchvision's or DETR's keeps everything in buffers. What such a class states is believed
+once it agrees, in float64, with what the layer computes.
+
+Comes from: ``fold``. Goes to: what remains of a folded layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.functional import parse_activation
+from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.nn.norm import AnyBatchNorm
+from batchnorm.ops import fallback
+from batchnorm.ops.reference import per_channel
+from batchnorm.surgery.convert import OURS
+from batchnorm.surgery.fold_check import error
+from batchnorm.surgery.weights import affine
+
+KNOWN = {*OURS, *OURS.values(), AnyBatchNorm, nn.SyncBatchNorm}
+_NAMED = {"identity": nn.Identity, "none": nn.Identity, "elu": nn.ELU, "gelu": nn.GELU, "selu": nn.SELU}
+_AGREES = 1e-10  # relative to the largest value, in float64
+
+
+class Rest(nn.Module):
+    """What is left of a folded layer that names its activation: activation(x + residual)."""
+
+    def __init__(self, activation: Any) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(input + residual)"""
+        name, slope = parse_activation(self.activation)
+        x = input if residual is None else input + residual
+        return x if name is None else fallback.ACTIVATIONS[name](x.clone() if residual is None else x, slope)
+
+    def extra_repr(self) -> str:
+        """The activation."""
+        return f"activation={self.activation!r}"
+
+
+def norms_of(model: nn.Module) -> dict[str, Any]:
+    """The modules that may be batch normalization, by name: torch's and what else holds running statistics."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm) or _looks(layer)}
+
+
+def _looks(layer: nn.Module) -> bool:
+    buffers = dict(layer.named_buffers(recurse=False))  # a ScriptModule's _buffers are no dict
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    small = all(p.dim() <= 1 for p in layer.parameters())  # a whole network may hold its inputs' statistics
+    scripted = isinstance(layer, torch.jit.ScriptModule)  # cannot be taken apart
+    same = mean is not None and var is not None and mean.dim() == 1 and mean.shape == var.shape
+    return same and small and not scripted
+
+
+def is_known(layer: nn.Module) -> bool:
+    """Torch's classes and ours, whose forward is their own."""
+    return type(layer) in KNOWN and "forward" not in vars(layer)
+
+
+def rest_of(layer: Any, with_residual: bool) -> nn.Module:
+    """What such a layer states that it computes behind batch normalization."""
+    if isinstance(layer, FusedBatchNorm):
+        return Rest(layer.activation) if with_residual or layer.activation is not None else nn.Identity()
+    named = vars(layer).get("activation")
+    children = OrderedDict(layer.named_children())
+    if not children and isinstance(named, str):
+        slope = vars(layer).get("activation_param", 0.01)  # as inplace_abn names it
+        if named in fallback.ACTIVATIONS:
+            return Rest((named, slope) if named == "leaky_relu" else named)
+        return _NAMED.get(named, nn.Identity)()
+    if all(type(child) is nn.Identity for child in children.values()):
+        return nn.Identity()
+    return nn.Sequential(children)
+
+
+def computes(layer: Any, rest: nn.Module, x: Tensor) -> bool:
+    """Whether a layer in float64 is rest(scale * x + shift), on x and on values around its running mean."""
+    mean_C, var_C = layer.running_mean, layer.running_var
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device)
+    around = noise * per_channel(9 * var_C.clamp(min=0).sqrt() + 1, x) + per_channel(mean_C, x)
+    layer, rest = copy.deepcopy((layer, rest))
+    scale_C, shift_C = affine(layer)
+    try:
+        with torch.no_grad():
+            for given in (x, around):
+                stated = rest(given * per_channel(scale_C, x) + per_channel(shift_C, x))
+                found = layer(given.clone())
+                if not isinstance(found, Tensor) or not error(found, stated) <= _AGREES:
+                    return False
+    except Exception:  # whatever it does with an input alone
+        return False
+    return True
+
+
+def check_statistics(name: str, layer: Any) -> None:
+    """Running statistics that no fold makes right.
+
+    Raises:
+        ValueError: values that are not finite, or negative variances, with the layer's name.
+    """
+    for key in ("running_mean", "running_var"):
+        values = getattr(layer, key)
+        wrong = {"values that are not finite": ~values.isfinite()}
+        wrong |= {"negative values": values < 0} if key == "running_var" else {}
+        for what, where in wrong.items():
+            if where.any():
+                raise ValueError(
+                    f"fold: {key} of layer {name!r} has {what} in {int(where.sum())} of {len(values)} channels: "
+                    "batchnorm.recalibrate(model, batches) estimates it anew, or take a checkpoint from before."
+                )
