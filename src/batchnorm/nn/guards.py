@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Epsilon:
-    """The attribute ``eps``. Who reads it computes batch normalization without the layer, and would lose its activation.
+    """The attribute ``eps``. Who reads it computes batch normalization without the layer, and drops its activation.
 
     An activation that came from the network around the layer (``from_torch(model, example=)``) goes back to where it
     was, so that the reader finds an ordinary layer. One that the layer was built with has no other place: that raises.
@@ -24,14 +24,14 @@ class Epsilon:
         if layer is None:
             return self
         if layer.taken_from:
-            layer.hand_back()
-        if layer.activation is not None:
+            layer.hand_back()  # it may be of the class that it had before, which is none of ours
+        if vars(layer).get("activation") is not None:
             raise TypeError(
                 f"eps of {owner.__name__}(activation={layer.activation!r}) cannot be read: code that folds or converts "
                 "batch normalization by its eps would lose the activation. Use batchnorm.fold, or build the layer "
                 "without an activation, with a module for it behind; the value alone is layer.epsilon."
             )
-        return layer.epsilon
+        return vars(layer)["eps"]
 
     def __set__(self, layer: FusedBatchNorm, value: float) -> None:
         vars(layer)["eps"] = value  # where torch's repr looks for it

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from batchnorm.recipe.recipe import RECIPES, Recipe
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
+from batchnorm.surgery.given import checked, on_all_ranks
 from batchnorm.surgery.insert import insert
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import run
@@ -23,6 +24,7 @@ from batchnorm.surgery.watch import run
 _PROBABILITIES: dict[type[nn.Module], str] = {_DropoutNd: "p", nn.MultiheadAttention: "dropout", nn.RNNBase: "dropout"}
 
 
+@on_all_ranks
 def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, skip: Sequence[str] = ()) -> Model:
     """The model with batch normalization, without dropout, and with a recipe for the rest of its training.
 
@@ -66,8 +68,7 @@ def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, sk
     value = RECIPES[recipe] if isinstance(recipe, str) else recipe
     if not isinstance(value, Recipe):
         raise TypeError(f"recipe must be a name or a batchnorm.Recipe, got {type(recipe).__name__}.")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}.")
+    checked(model, "accelerate")
     model = copied(model)
     dropout = reduce_dropout(model, value.dropout, example)
     accelerated: Any = insert(model, example, skip=skip)

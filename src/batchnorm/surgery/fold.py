@@ -7,7 +7,6 @@ Comes from: a trained model. Goes to: deployment, without batch normalization.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from batchnorm.surgery.convert import OURS, Model
 from batchnorm.surgery.copied import copied
 from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, to_double
 from batchnorm.surgery.fuse import unfuse
+from batchnorm.surgery.given import checked, scripted
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import Call, Watched, watch
 from batchnorm.surgery.weights import TRANSPOSED, affine, scale_inputs, scale_outputs
@@ -86,20 +86,16 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", https://arxiv.org/abs/1712.05877, Section 3.2.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fold takes a torch.nn.Module, got {type(model).__name__}.")
+    checked(model, "fold")
     for name, layer in model.named_modules():
-        if hasattr(layer, "_orig_mod"):
-            what, inside = (name, "put its _orig_mod in its place") if name else ("the model", "pass model._orig_mod")
-            raise ValueError(f"fold: {what} is compiled by torch.compile: {inside}, and compile the result.")
         if isinstance(layer, _BatchNorm) and layer.training and not getattr(layer, "frozen_statistics", False):
             raise ValueError(
                 f"fold needs running statistics in use, layer {name!r} is in train mode: call model.eval() first."
             )
     folded = copied(model).eval()
     unfuse(folded)  # what ``from_torch`` wrote around layers knows them unfolded
-    wide, wide_example = copy.deepcopy(folded).double(), to_double(example)
-    report = _fold_inserted(folded)
+    wide, wide_example = copied(folded).double(), to_double(example)
+    report = Report([*_fold_inserted(folded), *scripted(folded)])
     seen = watch(folded, example)
     folds: list[Fold] = []
     for name, layer in list(folded.named_modules()):

@@ -19,11 +19,13 @@ from batchnorm.population.estimate import call_with_inputs
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
 from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, to_double
+from batchnorm.surgery.given import AFFINE, checked, on_all_ranks, scripted
 from batchnorm.surgery.places import LAYERS, kind_of, row_of
-from batchnorm.surgery.report import LEFT, Report, Row
+from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.watch import run, tensors_of, watch, watch_in_train
 
 
+@on_all_ranks
 def insert(
     model: Model,
     example: Any,
@@ -61,6 +63,8 @@ def insert(
             model does not run on the example, or, with ``batches``, computes something else.
         TypeError: not a module.
 
+    In ``DistributedDataParallel`` it acts on what is inside, and wraps the result alike: call it on all ranks.
+
     Example:
         >>> import torch, batchnorm as bn
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -71,13 +75,12 @@ def insert(
 
     Source: Ioffe & Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167; of trained networks, matconvnet.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"insert takes a torch.nn.Module, got {type(model).__name__}.")
+    checked(model, "insert")
     inserted = copied(model)
     layers = {name: layer for name, layer in inserted.named_modules() if isinstance(layer, tuple(LAYERS))}
     skipped = _skipped(skip, layers)
     seen, in_train = watch(inserted, example), watch_in_train(inserted, example)
-    report = Report()
+    report = scripted(inserted, AFFINE)
     for name, layer in layers.items():
         row = Row(name, LEFT, "skipped") if name in skipped else row_of(seen, name, layer)
         if row.done != LEFT and in_train is not None and row_of(in_train, name, layer) != row:

@@ -9,7 +9,7 @@ import gc
 import random
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.population import preserve_state
+from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.surgery.copied import scratch, tensors_of
 
 # What is asked of a tensor without reading its values.
 _ABOUT = {
@@ -100,7 +101,7 @@ def watch(model: nn.Module, example: Any, train: bool = False) -> Watched:
 
     A module without children is a call, and so is a function of torch in the others. Control flow, several inputs,
     outputs in dicts and modules that are used twice are followed as they come; so are readers that torch's functions
-    do not show: scripts, vmap, attributes that keep a tensor. The model is as before afterwards.
+    do not show: scripts, vmap, attributes that keep a tensor. A copy runs: the model notices nothing.
 
     Args:
         model: any module.
@@ -110,9 +111,10 @@ def watch(model: nn.Module, example: Any, train: bool = False) -> Watched:
     Raises:
         Exception: whatever the model raises on the example.
     """
-    noted, example = _Noted(model), cloned(example)
+    twin, example = scratch(model), cloned(example)
+    noted = _Noted(model, twin)
     noted.made(example, noted.begin("input", "input", None, (), {}))
-    out = _ran(model, example, noted, train)
+    out = _ran(twin, example, noted, train)
     held = noted.held((example, out))
     if held:
         noted.begin("held", "held", None, (held,), {})
@@ -131,13 +133,13 @@ def watch_in_train(model: nn.Module, example: Any) -> Watched | None:
 def run(
     model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None, train: bool = False
 ) -> Any:
-    """What the model gives. It is as before afterwards, random numbers and the example too."""
-    return _ran(model, cloned(example), watched_by, train)
+    """What a copy of the model gives, hooks included. Random numbers and the example are as before afterwards."""
+    return _ran(scratch(model), cloned(example), watched_by, train)
 
 
 def _ran(model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None, train: bool) -> Any:
     positional, named = arguments(example)
-    with torch.no_grad(), in_eager(model), preserve_state(model), watched_by or nullcontext():
+    with torch.no_grad(), in_eager(model), watched_by or nullcontext():
         return model.train(train)(*positional, **named)
 
 
@@ -171,25 +173,13 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
 
 
-def tensors_of(values: Any) -> Iterable[Tensor]:
-    """All tensors in nested containers, those that torch does not know (transformers' outputs) and objects too."""
-    for leaf in _pytree.tree_leaves(values):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from tensors_of(list(leaf.values()))
-        elif hasattr(leaf, "__dataclass_fields__"):
-            yield from tensors_of([getattr(leaf, name) for name in leaf.__dataclass_fields__])
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):  # not deeper: there may be cycles
-            yield from (t for t in _pytree.tree_leaves(list(vars(leaf).values())) if isinstance(t, Tensor))
-
-
 class _Noted(TorchFunctionMode):
     """Calls while the model runs. Tensors are kept, so that no two have the same identity."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, twin: nn.Module) -> None:
         super().__init__()
-        self.names = {module: name for name, module in model.named_modules()}
+        self.names = {module: name for name, module in twin.named_modules()}  # of the copy that runs
+        self.targets = dict(model.named_modules())
         self.calls: list[Call] = []
         self.maker: dict[int, Call] = {}
         self.kept: list[Tensor] = []
@@ -253,7 +243,8 @@ class _Noted(TorchFunctionMode):
         if self.inside:
             return
         if is_leaf(module):
-            self.inside.append((module, self.begin("module", self.names[module], module, args, kwargs)))
+            name = self.names[module]
+            self.inside.append((module, self.begin("module", name, self.targets[name], args, kwargs)))
             self.given.append({id(t) for t in tensors_of((args, kwargs))})
         else:
             self.owners.append(self.names[module])
@@ -306,5 +297,5 @@ class _Unseen(TorchDispatchMode):
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether what happens in its forward is its own business."""
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    return scripted or all(name == "parametrizations" for name, _ in module.named_children())
+    known = isinstance(module, torch.jit.ScriptModule | FusedBatchNorm)
+    return known or all(name == "parametrizations" for name, _ in module.named_children())
