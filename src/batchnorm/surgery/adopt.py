@@ -28,6 +28,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm3d: BatchNorm3d,
 }
 _PHASES = 7  # lists that ``results`` gives of what runs in float64, in eval and train
+_TENSORS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
 _HARMLESS = {"__init__", "__repr__", "extra_repr"}
 
 
@@ -139,13 +140,7 @@ def _computes_torchs(layer: _BatchNorm) -> bool:
 def _adopted(layer: Any, calls: list[Any], changes: bool) -> tuple[str | None, str]:
     """Why it is left alone, or None; the name of the child that is its activation."""
     kind, more = type(layer), f"a {_named(layer)} may do more than batch normalization"
-    own = {*layer._parameters, *layer._buffers} - {
-        "weight",
-        "bias",
-        "running_mean",
-        "running_var",
-        "num_batches_tracked",
-    }
+    own = {*layer._parameters, *layer._buffers} - _TENSORS
     activations, others = dict[str, nn.Module](), list[str]()
     for name, child in layer.named_children():
         try:

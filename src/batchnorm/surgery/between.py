@@ -22,8 +22,12 @@ _COMMUTE = ("relu", "leaky_relu")
 
 def passes(module: Any) -> bool:
     """Whether this may stand between them."""
-    kind = getattr(type(module), "watched_for", type(module))
+    kind = _kind(module)
     return kind in NOTHING or kind in _DROPOUTS
+
+
+def _kind(module: Any) -> Any:
+    return type(module).watched_for if hasattr(type(module), "watched_for") else type(module)
 
 
 def in_the_way(passed: list[Any], activation: str | None, adds: bool) -> str | None:
@@ -39,8 +43,7 @@ class Crossed:
 
     def __init__(self, dropout: nn.Module, layer: FusedBatchNorm) -> None:
         self.dropout, self.layer = dropout, layer
-        kind = type(dropout)
-        dropout.__class__ = _watched(getattr(kind, "watched_for", kind))
+        dropout.__class__ = _watched(_kind(dropout))
         vars(dropout)["crossed_by"] = (*vars(dropout).get("crossed_by", ()), self)
 
     def hand_back(self) -> None:
@@ -78,4 +81,4 @@ def _watched(kind: Any) -> type:
 
 def _made_again(kind: type) -> nn.Module:
     made: Any = _watched(kind)
-    return made.__new__(made)  # type: ignore[no-any-return]
+    return made.__new__(made)

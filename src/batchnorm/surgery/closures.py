@@ -130,7 +130,7 @@ class _Rebound:
         return made
 
     def _holds(self, value: Any, seen: set[int]) -> bool:
-        """Whether a module of the original can be reached: through closures, defaults, partials, methods, containers."""
+        """Whether a module of the original is in it: in closures, defaults, partials, methods, containers."""
         if id(value) in self.copies:
             return True
         if id(value) in seen or isinstance(value, nn.Module | torch.Tensor | type):

@@ -25,8 +25,8 @@ def from_torch(model: Model, *, example: Any = None) -> Model:
     """The model with every ``torch.nn.BatchNorm1d/2d/3d`` replaced by ours: same results, faster steps.
 
     The new model shares parameters and buffers with the given one, as the same objects, so that an optimizer stays
-    valid; the given model keeps its layers. Modes, hooks and state_dict keys are as they were. ``SyncBatchNorm`` is left
-    alone, and so are subclasses of torch's layers, since they may compute anything.
+    valid; the given model keeps its layers. Modes, hooks and state_dict keys are as they were. ``SyncBatchNorm`` is
+    left alone, and so are subclasses of torch's layers, since they may compute anything.
 
     With an ``example``, a layer also takes over the addition and the activation behind it, where a forward pass on the
     example shows that nothing else reads what is in between. An activation module that is then done becomes an
@@ -37,9 +37,9 @@ def from_torch(model: Model, *, example: Any = None) -> Model:
     the old ones, of each new forward and of the whole model. Copies run: the model given notices nothing.
 
     ``batchnorm_report`` of the result has a row for each layer: what became of it, or why it was left alone. Code of
-    others that folds or converts layers by their ``eps`` (a ``fuse()`` in the model's repository,
-    ``torch.nn.utils.fuse_conv_bn_eval``, torch's ``SyncBatchNorm.convert_sync_batchnorm``) finds ordinary layers: reading
-    it gives the activation back to where it was. What was compiled in place is to be compiled again.
+    others that folds or converts layers by their ``eps`` (a ``fuse()`` in the model's repository, torch's
+    ``fuse_conv_bn_eval`` and ``SyncBatchNorm.convert_sync_batchnorm``) finds ordinary layers: reading it gives the
+    activation back to where it was. What was compiled in place is to be compiled again.
 
     Args:
         model: any module.
@@ -50,8 +50,8 @@ def from_torch(model: Model, *, example: Any = None) -> Model:
 
     Raises:
         TypeError: not a module.
-        ValueError: a wrapper (``DistributedDataParallel``, ``fully_shard``, ``torch.compile``) or a scripted model, with
-            what to pass instead; what cannot be copied.
+        ValueError: a wrapper (``DistributedDataParallel``, ``fully_shard``, ``torch.compile``) or a scripted model,
+            with what to pass instead; what cannot be copied.
 
     Example:
         >>> import torch, batchnorm as bn
@@ -88,8 +88,8 @@ def to_torch(model: Model) -> Model:
 
     Raises:
         TypeError: not a module; a layer that was built with an activation, which torch's does not have.
-        ValueError: a layer that is frozen, or with other ``statistics``: see ``unfreeze``, ``revert_sync_batchnorm``; what
-            ``from_torch`` refuses.
+        ValueError: a layer that is frozen, or with other ``statistics``: see ``unfreeze``, ``revert_sync_batchnorm``;
+            what ``from_torch`` refuses.
 
     Example:
         >>> import torch, batchnorm as bn

@@ -30,7 +30,7 @@ from batchnorm.surgery.given import replaced
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.results import difference, results
 from batchnorm.surgery.tracer import Tracer
-from batchnorm.surgery.watch import in_eager, run
+from batchnorm.surgery.watch import in_eager, run_itself
 
 ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__", "iadd")
 _CONTEXTS = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
@@ -39,7 +39,7 @@ _CONTEXTS = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_en
 class Rewritten:
     """A module whose forward was written anew, as the layers know it whose activations and additions are gone there."""
 
-    def __init__(self, module: nn.Module, layers: list[FusedBatchNorm]) -> None:
+    def __init__(self, module: Any, layers: list[FusedBatchNorm]) -> None:
         self.module, self.layers = module, layers
 
     def hand_back(self) -> None:
@@ -52,13 +52,13 @@ class Rewritten:
 
     def _own_forward(self) -> None:
         while hasattr(type(self.module), "written_for"):  # of one that was written for one that was written
-            self.module.__class__ = type(self.module).written_for
+            self.module.__class__ = getattr(type(self.module), "written_for")  # noqa: B009
 
 
 class Regraphed(Rewritten):
     """The same for a ``torch.fx.GraphModule``, whose graph was changed."""
 
-    def __init__(self, module: nn.Module, layers: list[FusedBatchNorm], graph: fx.Graph) -> None:
+    def __init__(self, module: Any, layers: list[FusedBatchNorm], graph: fx.Graph) -> None:
         super().__init__(module, layers)
         self.graph = graph
 
@@ -96,19 +96,19 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
 
     Arguments that the example does not give, and plain attributes that the forward reads, are constants afterwards.
     """
-    module = model.get_submodule(place)
+    module: Any = model.get_submodule(place)
     where = f"the forward of {place or 'the model'}"
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     owners: dict[str, tuple[Any, ...]] = {}
     undo = _undo(module, list(layers.values()))
+    why: str | None
     try:
         if replaced(module):
             raise RuntimeError("it was replaced on the object, and a new one would not be called")
         ((given, *more), changes) = inputs_of(model, example, [place])[place]
         if more or changes:
-            raise RuntimeError(
-                f"it is called {1 + len(more)} times" if more else "it changes what it is given, in place"
-            )
+            why = f"it is called {1 + len(more)} times" if more else "it changes what it is given, in place"
+            raise RuntimeError(why)
         local = {name: name[len(place) + 1 :] if place else name for name in names}
         before = results(module, given)
         if len(before) == 1:
@@ -119,7 +119,7 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
         owners = {name: crossed for name, (_, crossed) in found.items()}
         called = [module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
         fused = [layer for layer in called if isinstance(layer, FusedBatchNorm) and layer.fused]
-        owner = Regraphed(module, fused, module.graph) if is_graph else Rewritten(module, fused)  # type: ignore[arg-type]
+        owner = Regraphed(module, fused, module.graph) if is_graph else Rewritten(module, fused)
         if isinstance(module, fx.GraphModule):
             module.graph = graph
         else:
@@ -144,9 +144,10 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
     ]
 
 
-def _undo(module: nn.Module, layers: list[Any]) -> Callable[[], None]:
+def _undo(module: Any, layers: list[Any]) -> Callable[[], None]:
     """What makes a forward, and layers that nothing is fused into, as they are now."""
-    kind, graph = type(module), getattr(module, "graph", None)
+    kind: Any = type(module)
+    graph: Any = module.graph if isinstance(module, fx.GraphModule) else None
 
     def undo() -> None:
         if not isinstance(module, fx.GraphModule):
@@ -185,7 +186,7 @@ def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tup
 
     for name in names:
         noting(name)
-    run(twin, example)
+    run_itself(twin, example)
     return {name: (seen, any(changed)) for name, (seen, changed) in found.items()}
 
 

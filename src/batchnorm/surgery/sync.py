@@ -41,8 +41,8 @@ def convert_sync_batchnorm(
 
     Raises:
         TypeError: a subclass that is not known; not a module.
-        ValueError: a layer with ``Ghost`` or ``Renorm`` statistics, which it would lose; what ``from_torch`` refuses, and
-            scripted parts with batch normalization.
+        ValueError: a layer with ``Ghost`` or ``Renorm`` statistics, which it would lose; what ``from_torch`` refuses,
+            and scripted parts with batch normalization.
 
     Example:
         >>> import torch, batchnorm as bn

@@ -114,7 +114,7 @@ def watch(model: nn.Module, example: Any, train: bool = False) -> Watched:
     twin, example = scratch(model), cloned(example)
     noted = _Noted(model, twin)
     noted.made(example, noted.begin("input", "input", None, (), {}))
-    out = _ran(twin, example, noted, train)
+    out = run_itself(twin, example, noted, train)
     held = noted.held((example, out))
     if held:
         noted.begin("held", "held", None, (held,), {})
@@ -134,10 +134,13 @@ def run(
     model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None, train: bool = False
 ) -> Any:
     """What a copy of the model gives, hooks included. Random numbers and the example are as before afterwards."""
-    return _ran(scratch(model), cloned(example), watched_by, train)
+    return run_itself(scratch(model), cloned(example), watched_by, train)
 
 
-def _ran(model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None, train: bool) -> Any:
+def run_itself(
+    model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None, train: bool = False
+) -> Any:
+    """What the model gives, no copy of it, and with the example's own tensors; random numbers are as before."""
     positional, named = arguments(example)
     with torch.no_grad(), in_eager(model), watched_by or nullcontext():
         return model.train(train)(*positional, **named)
