@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
@@ -122,6 +123,8 @@ def _dropout_calls(model: nn.Module, example: Any) -> list[tuple[str, str]]:
     noting = _Noting()
     hooks = []
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # has no hooks
+            continue
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: noting.inside.append(name)))
         hooks.append(module.register_forward_hook(lambda *_: noting.inside.pop() and None, always_call=True))
     try:

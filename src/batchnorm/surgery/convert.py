@@ -101,9 +101,7 @@ def to_torch(model: Model) -> Model:
     converted = with_same_tensors(model, "to_torch")
     for name, module in converted.named_modules():
         if isinstance(module, FusedBatchNorm) and replaced(module):
-            raise ValueError(
-                f"layer {name!r}: its forward was replaced on the object, with ours: take that away first."
-            )
+            raise ValueError(f"layer {name!r}: its forward was replaced on the object: take that away first.")
         if isinstance(module, FusedBatchNorm) and (module.frozen_statistics or module.frozen_affine):
             raise ValueError(f"layer {name!r} is frozen, which torch's cannot be: batchnorm.unfreeze(model) first.")
     unfuse(converted)

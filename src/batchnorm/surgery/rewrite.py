@@ -139,7 +139,9 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
     for layer in fused:
         layer.taken_from = (*layer.taken_from, owner)
     return [
-        Row(name, "fused", f"with {what}, in {where}") if what else Row(name, LEFT, f"{where} has no such")
+        Row(name, "fused", f"with {what}, in {where}")
+        if what
+        else Row(name, LEFT, f"nothing is left for it in {where}: another layer took it over, or it is not alone")
         for name, (what, _) in found.items()
     ]
 
