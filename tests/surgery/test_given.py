@@ -120,7 +120,7 @@ def test_insert_in_distributed_data_parallel_trains_alike_on_all_ranks():
 def test_scripted_parts_are_in_the_report_or_refused(verb, make):
     model = nn.Sequential(make(Block().eval()), nn.Conv2d(4, 4, 1), nn.ReLU()).eval()
     if verb == "convert_sync_batchnorm":
-        with pytest.raises(ValueError, match="in 0 there is batch normalization, and a .* use the module that it was"):
+        with pytest.raises(ValueError, match=r"in 0 there is batch normalization, and a .* use the module that it was"):
             VERBS[verb](model)
         return
     done = VERBS[verb](model)
