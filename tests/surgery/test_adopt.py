@@ -40,7 +40,7 @@ class NoisyStatistics(BatchNormAct2d):
     def forward(self, x):
         y = super().forward(x)
         if self.training:
-            self.running_mean += 1
+            self.running_mean.data.add_(1)
         return y
 
 
@@ -76,7 +76,6 @@ def test_batch_normalization_with_an_activation_is_ours_and_goes_back(first):
     assert [fused[i].activation for i in (1, 3)] == ["silu", ("leaky_relu", 0.2)]
     assert fused.state_dict().keys() == model.state_dict().keys()
     same(model, fused, X)
-    assert len(bn.fold(fused.eval(), X).batchnorm_report.of("folded")) == 2
     back = bn.to_torch(fused)
     assert repr(back) == repr(model)
     assert [type(back[i]) for i in (1, 3)] == [BatchNormAct2d] * 2

@@ -212,7 +212,8 @@ def _traced(module: nn.Module, given: Any, layers: list[str]) -> fx.Graph:
         for node in graphs[0].nodes:
             node.type = None  # annotations, which may be strings
         if any({"dtype", "device"} & {*node.kwargs} for node in graphs[0].nodes if node.meta.get("made")):
-            moved = scratch(module).eval().to(device="meta", dtype=torch.float64)
+            others = {torch.bfloat16, torch.float16} - {p.dtype for p in module.parameters()}
+            moved = scratch(module).eval().to(device="meta", dtype=next(iter(others), torch.float32))
             if str(_recorded(moved, layers, fixed)) != str(graphs[1]):
                 raise RuntimeError("it makes a tensor with the dtype or device of its parameters, a constant then")
     return graphs[0]

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
+from batchnorm.surgery.between import passes
 from batchnorm.surgery.given import replaced
 from batchnorm.surgery.watch import is_leaf
 
@@ -37,6 +38,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         holds = any(name.startswith(f"{module_qualified_name}.") for name in self.layers)
+        holds = holds or (type(m) is nn.Sequential and all(passes(part) for part in m))
         if is_leaf(m) or not holds:
             return True
         if replaced(m):
@@ -61,10 +63,12 @@ class Tracer(fx.Tracer):
         if a._version != version:
             raise RuntimeError("it makes a tensor and changes it in place, which would be a constant")
         name = getattr(function, "__name__", "")
-        method = getattr(Tensor, name, None) is function
-        proxy = self.create_proxy(
-            "call_method" if method else "call_function", name if method else function, args, kwargs
-        )
+        if name == "__get__":  # a property: t.T
+            proxy = self.create_proxy("call_function", getattr, (args[0], function.__self__.__name__), {})
+        elif getattr(Tensor, name, None) is function:
+            proxy = self.create_proxy("call_method", name, args, kwargs)
+        else:
+            proxy = self.create_proxy("call_function", function, args, kwargs)
         proxy.node.meta["made"] = True
         return proxy.node
 
