@@ -32,7 +32,7 @@ sanitize: setup  ## the kernels' tests under the address and undefined-behaviour
 
 other-torch: setup  ## the same shared object under another torch: make other-torch TORCH=2.10.0 (gigabytes, as it comes with CUDA)
 	$(PYTHON) -m venv build/torch-$(TORCH)
-	build/torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy pytest pytest-timeout hypothesis expecttest onnx onnxscript onnxruntime safetensors transformers
+	build/torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy pytest pytest-timeout hypothesis expecttest onnx onnxscript onnxruntime safetensors transformers monai
 	PYTHONPATH=$(CURDIR)/src build/torch-$(TORCH)/bin/python -m pytest tests/ops tests/nn tests/surgery tests/test_functional.py tests/test_transforms.py tests/test_torch_parity.py
 
 lint: setup  ## ruff and mypy

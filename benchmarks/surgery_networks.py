@@ -1,10 +1,11 @@
 """What ``from_torch``, ``to_torch``, ``fold`` and ``insert`` make of networks that nobody here wrote. From the root:
 
-    python benchmarks/surgery_networks.py [--insert] [--network resnet18] [--why]
+    python benchmarks/surgery_networks.py [--monai] [--insert] [--network resnet18] [--why]
 
-Networks of transformers, built from their configurations without downloads, in float64, with random running statistics
-and affine parameters (fresh batch normalization is nearly the identity and hides errors). Errors are relative to the
-largest value of the output. Prints a Markdown table.
+Networks of transformers, or of monai, built from their configurations without downloads, in float64, with random
+running statistics and affine parameters (fresh batch normalization is nearly the identity and hides errors). Errors are
+relative to the largest value of the output; "losses": the largest difference of the losses, relative to them, when the
+network and the fused one are trained for three steps. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -34,6 +35,16 @@ def _transformers(kind: str, **options: Any) -> Callable[[], nn.Module]:
     return make
 
 
+def _monai(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        from monai.networks import nets
+
+        network: nn.Module = getattr(nets, name)(**options)
+        return network
+
+    return make
+
+
 def _segformer_head() -> nn.Module:
     from transformers import SegformerConfig
     from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
@@ -45,6 +56,8 @@ torch.manual_seed(0)
 IMAGE = torch.randn(2, 3, 64, 64, dtype=torch.float64)
 LARGE = torch.randn(2, 3, 224, 224, dtype=torch.float64)
 WORDS = torch.randn(2, 7, 16, dtype=torch.float64)
+SLICE = torch.randn(2, 1, 64, 64, dtype=torch.float64)
+VOLUME = torch.randn(2, 1, 32, 32, 32, dtype=torch.float64)
 SEGMENTS = [torch.randn(2, c, s, s, dtype=torch.float64) for c, s in ((32, 16), (64, 8), (160, 4), (256, 2))]
 
 
@@ -75,6 +88,27 @@ CASES = {
     ),
     "torch's lstm": Case(lambda: nn.LSTM(16, 8, 2, batch_first=True), WORDS, 0, 0, 0),
 }
+
+MONAI = {
+    "monai's resnet10": Case(
+        _monai("resnet10", spatial_dims=3, n_input_channels=1, num_classes=2, widen_factor=0.125), VOLUME, 12, 9, 12
+    ),
+    "monai's DenseNet121": Case(
+        _monai("DenseNet121", spatial_dims=2, in_channels=1, out_channels=2), SLICE, 59, 121, 59
+    ),
+    "monai's AttentionUnet": Case(
+        _monai(
+            "AttentionUnet", spatial_dims=2, in_channels=1, out_channels=1, channels=(8, 16, 32), strides=(2, 2)
+        ), SLICE, 14, 12, 14,
+    ),
+    "monai's BasicUNet": Case(
+        _monai("BasicUNet", spatial_dims=2, in_channels=1, features=(8, 8, 16, 16, 32, 8), norm="batch"),
+        SLICE, 18, 18, 18,
+    ),
+    "monai's SEResNet50": Case(
+        _monai("SEResNet50", spatial_dims=2, in_channels=1, num_classes=2), SLICE, 53, 33, 69
+    ),
+}  # fmt: skip
 
 
 def stripped(model: nn.Module) -> nn.Module:
@@ -112,6 +146,23 @@ def error(model: nn.Module, other: nn.Module, example: Any) -> float:
     return max(((a - b).abs().max() / a.abs().max()).item() for a, b in pairs if a.is_floating_point())
 
 
+def losses_apart(model: nn.Module, other: nn.Module, example: Any, steps: int = 3) -> float:
+    """The largest difference, relative to it, of the losses of two copies that are trained alike for a few steps."""
+    curves = []
+    for each in (model, other):
+        trained, curve = copy.deepcopy(each).train(), []
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.01, momentum=0.9)
+        for step in range(steps):
+            torch.manual_seed(step)
+            loss = torch.stack([t.square().mean() for t in tensors_of(trained(example))]).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(curve)
+    return max(abs(a - b) / abs(a) for a, b in zip(*curves, strict=True))
+
+
 def reasons(report: Any) -> Counter[str]:
     """What was left alone, and how often for the same reason; names shortened to their last part."""
     return Counter(
@@ -121,11 +172,12 @@ def reasons(report: Any) -> Counter[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", choices=CASES)
+    parser.add_argument("--network", choices=[*CASES, *MONAI])
+    parser.add_argument("--monai", action="store_true", help="networks of monai, trained for three steps too")
     parser.add_argument("--insert", action="store_true", help="insert, on the networks without batch normalization")
     parser.add_argument("--why", action="store_true", help="also what was left alone")
     options = parser.parse_args()
-    names = [options.network] if options.network else list(CASES)
+    names = [options.network] if options.network else list(MONAI if options.monai else CASES)
     table = insertions if options.insert else conversions
     for line in table(names, options.why):
         print(line, flush=True)
@@ -133,10 +185,11 @@ def main() -> None:
 
 def conversions(names: list[str], why: bool) -> Iterator[str]:
     """What ``from_torch``, ``to_torch`` and ``fold`` make of the networks, as lines of a table."""
-    yield "| network | BN layers | fused | of | error | back | folded | of | error |"
-    yield "|---|---:|---:|---:|---:|---|---:|---:|---:|"
+    trained = set(names) <= set(MONAI)
+    yield f"| network | BN layers | fused | of | error | back | folded | of | error |{' losses |' * trained}"
+    yield f"|---|---:|---:|---:|---:|---|---:|---:|---:|{'---:|' * trained}"
     for name in names:
-        case = CASES[name]
+        case = (CASES | MONAI)[name]
         torch.manual_seed(0)
         model = shaken(case.make())
         fused: Any = bn.from_torch(model, example=case.example)
@@ -146,6 +199,7 @@ def conversions(names: list[str], why: bool) -> Iterator[str]:
             name, len(folded.batchnorm_report), len(fused.batchnorm_report.of("fused")), case.fuses,
             f"{error(model, fused, case.example):.1e}", back, len(folded.batchnorm_report.of("folded")), case.folds,
             f"{error(model, folded, case.example):.1e}",
+            *([f"{losses_apart(model, fused, case.example):.1e}"] if trained else []),
         )  # fmt: skip
         yield f"| {' | '.join(map(str, cells))} |"
         for what, report in (("fused", fused.batchnorm_report), ("folded", folded.batchnorm_report)):
@@ -157,7 +211,7 @@ def insertions(names: list[str], why: bool) -> Iterator[str]:
     yield "| network | affine layers | normalized | of | error in eval | folded again | error |"
     yield "|---|---:|---:|---:|---:|---:|---:|"
     for name in names:
-        case = CASES[name]
+        case = (CASES | MONAI)[name]
         torch.manual_seed(0)
         model = stripped(case.make())
         batches = [(case.example if isinstance(case.example, tuple) else (case.example,))]

@@ -63,3 +63,26 @@ def test_hooks_modes_and_a_layer_as_the_model():
 def test_what_is_no_module():
     with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, got list"):
         bn.from_torch([nn.BatchNorm1d(3)])
+
+
+@pytest.mark.parametrize("verb", [bn.from_torch, bn.to_torch, bn.convert_sync_batchnorm, bn.revert_sync_batchnorm])
+def test_weights_that_hooks_compute_before_each_forward(verb):
+    model = nn.Sequential(
+        nn.utils.weight_norm(nn.Conv1d(3, 4, 3)), nn.BatchNorm1d(4), nn.utils.spectral_norm(nn.Conv1d(4, 4, 1))
+    )
+    x = torch.randn(2, 3, 8)
+    done = verb(model).eval()
+    model.eval()
+    with torch.no_grad():
+        model[0].weight_g.mul_(2)  # the same object in both
+    torch.testing.assert_close(done(x), model(x))
+    done(x).sum().backward()
+    assert model[0].weight_g.grad is not None
+
+
+def test_weight_norm_beside_fused_layers():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Conv1d(3, 4, 3)), nn.BatchNorm1d(4), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 8)
+    fused = bn.from_torch(model, example=x)
+    assert fused.batchnorm_report.of("fused") == ["1"]
+    torch.testing.assert_close(fused(x), model(x))

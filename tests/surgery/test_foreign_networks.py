@@ -16,15 +16,21 @@ SPEC = importlib.util.spec_from_file_location("surgery_networks", FILE)
 networks = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(networks)
 
-LARGE = ("resnet50", "regnet", "efficientnet", "levit")
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in networks.CASES]
+CASES = networks.CASES | networks.MONAI
+LARGE = ("resnet50", "regnet", "efficientnet", "levit", "monai's DenseNet121", "monai's SEResNet50")
+
+
+def marked(names: list[str]) -> list:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in names]
+
+
 NOT_TRACED = {"mobilenetv2": 10}  # residual additions in forwards that torch.fx cannot trace
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=marked(CASES))
 def case(request):
     torch.manual_seed(0)
-    return request.param, networks.CASES[request.param]
+    return request.param, CASES[request.param]
 
 
 def unchanged(model: nn.Module, text: str, state: dict) -> bool:
@@ -60,3 +66,13 @@ def test_inserted_as_counted_by_hand(case):
     assert networks.error(model, inserted, example) < 1e-9
     assert networks.error(model, bn.fold(inserted, example), example) < 1e-9
     assert unchanged(model, text, state)
+
+
+@pytest.mark.parametrize("name", marked(networks.MONAI))
+def test_trained_beside_the_original(name):
+    torch.manual_seed(0)
+    make, example, _, fuses, _ = CASES[name]
+    model = make().double()
+    fused = bn.from_torch(model, example=example)
+    assert len(fused.batchnorm_report.of("fused")) == fuses
+    assert networks.losses_apart(model, fused, example) < 1e-9

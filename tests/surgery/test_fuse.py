@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
+from tests.surgery.annotated import Annotated
 
 
 def shaken(model):
@@ -422,9 +423,7 @@ def test_containers_as_defaults(default):
     assert len(report) == 1  # fused, or left alone with a reason
 
 
-def test_compiled_and_scripted_parts():
-    compiled = bn.from_torch(torch.compile(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())), example=torch.randn(3, 4))
-    assert compiled.batchnorm_report.of("fused") == ["_orig_mod.0"]
+def test_scripted_parts():
     inner = nn.BatchNorm1d(4)
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4), inner)), nn.BatchNorm1d(4), nn.ReLU())
     fused = bn.from_torch(model, example=torch.randn(3, 4))
@@ -452,3 +451,130 @@ def test_in_inference_mode():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.ReLU())
     with torch.inference_mode():
         assert bn.from_torch(model, example=X.float() + 1).batchnorm_report.of("fused") == ["0.1"]
+
+
+# ---- what torch.fx is helped with, and what may stand in between -----------------------------------------------------
+
+
+class MakesTensors(nn.Module):
+    """Adds something that its forward makes of nothing it is given."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.conv, self.norm, self.make = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), make
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x))) + self.make(self)
+
+
+def in_place(_):
+    t = torch.zeros(6)
+    t[0] = 1
+    return t
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda _: torch.eye(6), None),
+        (lambda _: torch.eye(6).flatten().view(6, 6).mT.contiguous() * 2, None),
+        (lambda _: torch.arange(6), None),
+        (lambda _: torch.tensor(1.0), None),
+        (lambda _: torch.arange(6, dtype=torch.int64) if len(torch.arange(3).tolist()) == 3 else 0, None),
+        (lambda _: torch.zeros(6, dtype=torch.float64, device="cpu").double(), None),
+        (lambda self: torch.eye(6, dtype=next(self.parameters()).dtype), "dtype or device of its parameters"),
+        (lambda self: torch.eye(6, device=next(self.parameters()).device), "dtype or device of its parameters"),
+        (in_place, "it makes a tensor and changes it in place, which would be a constant"),
+        (lambda _: torch.from_numpy(numpy.ones(6)), "it changes its attributes, which would happen once"),
+    ],
+)
+def test_tensors_that_a_forward_makes_are_made_again_each_time(make, why):
+    model = shaken(MakesTensors(make))
+    fused = bn.from_torch(model, example=X)
+    (row,) = fused.batchnorm_report
+    assert row.done == ("left alone" if why else "fused"), row
+    assert why is None or why in row.why
+    same(model, fused, X)
+    if why is None:  # no constant is kept anywhere
+        assert not [value for value in vars(fused).values() if isinstance(value, torch.Tensor)]
+        twin, x = copy.deepcopy(model).float(), X.float()
+        torch.testing.assert_close(fused.float()(x).float(), twin(x).float())
+
+
+def test_annotations_that_are_strings():
+    model = shaken(nn.Sequential(Annotated()))
+    fused = bn.from_torch(model, example=X)
+    assert fused.batchnorm_report.of("fused") == ["0.bn"]
+    same(model, fused, X)
+    assert_back(model, fused)
+
+
+class Between(nn.Module):
+    """Something between the layer and an activation, or an addition, that its forward calls."""
+
+    def __init__(self, between, then):
+        super().__init__()
+        self.norm, self.between, self.then = nn.BatchNorm2d(4), between, then
+
+    def forward(self, x):
+        return self.then(self.between(self.norm(x)), x)
+
+
+def relu(y, x):
+    return F.relu(y)
+
+
+def silu(y, x):
+    return F.silu(y)
+
+
+def add(y, x):
+    return y + x
+
+
+@pytest.mark.parametrize(
+    ("between", "then", "why"),
+    [
+        (nn.Dropout(0.0), relu, None),
+        (nn.Dropout(0.4), relu, None),
+        (nn.Dropout2d(0.4), relu, None),
+        (nn.Dropout(0.0), silu, None),
+        (nn.Dropout(0.0), add, None),
+        (nn.Identity(), add, None),
+        (nn.Sequential(nn.Dropout(0.0), nn.Identity()), silu, None),
+        (nn.Dropout(0.4), silu, "a Dropout(p=0.4) is between it and silu"),
+        (nn.Dropout(0.4), add, "a Dropout(p=0.4) is between it and an addition"),
+        (nn.AlphaDropout(0.0), relu, "its output goes to between"),
+    ],
+)
+def test_dropout_and_nothing_in_between(between, then, why):
+    model = shaken(Between(between, then))
+    fused = bn.from_torch(model, example=X)
+    (row,) = fused.batchnorm_report
+    assert (row.done, row.why if why else why) == (("left alone", why) if why else ("fused", None))
+    same(model, fused, X)
+    assert repr(bn.to_torch(fused)) == repr(model)
+    modules = nn.Sequential(copy.deepcopy(model.norm), between, {relu: nn.ReLU(), silu: nn.SiLU()}.get(then, nn.Tanh()))
+    if then is not add:
+        same(modules, bn.from_torch(modules, example=X), X)
+
+
+def test_what_is_called_between_is_called_still():
+    fused = bn.from_torch(shaken(Between(nn.Identity(), relu)), example=X)
+    called = []
+    fused.between.register_forward_hook(lambda *_: called.append(1))
+    fused(X)
+    assert called == [1]
+
+
+def test_shared_layers_are_left_alone_and_the_rest_is_done():
+    shared, relu = nn.BatchNorm2d(4), nn.ReLU()
+    model = shaken(nn.Sequential(nn.Conv2d(4, 4, 1), shared, relu, nn.Conv2d(4, 4, 1), shared, relu, Block()))
+    model[0].alias = model[6]
+    fused = bn.from_torch(model, example=X)
+    assert {row.layer: row.done for row in fused.batchnorm_report} == {
+        "0.alias.bn1": "fused", "0.alias.bn2": "fused", "1": "left alone",
+    }  # fmt: skip
+    assert fused[0].alias is fused[6]
+    same(model, fused, X)
+    assert_back(model, fused)

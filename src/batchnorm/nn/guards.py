@@ -33,15 +33,15 @@ class Epsilon:
         if _is_listed():
             return layer.epsilon
         if layer.taken_from:
-            layer.hand_back()
-        if layer.activation is not None:
+            layer.hand_back()  # it may be of the class that it had before, which is none of ours
+        if vars(layer).get("activation") is not None:
             raise TypeError(
                 f"eps of {owner.__name__}(activation={layer.activation!r}) cannot be read: code that folds or converts "
                 "batch normalization by its eps would drop the activation. Use batchnorm.fold or "
                 "batchnorm.convert_sync_batchnorm, or build the layer without an activation, with a module for it "
                 "behind; the value alone is layer.epsilon."
             )
-        return layer.epsilon
+        return vars(layer)["eps"]
 
     def __set__(self, layer: FusedBatchNorm, value: float) -> None:
         vars(layer)["eps"] = value  # where torch's repr looks for it

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from batchnorm.recipe.recipe import RECIPES, Recipe
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
+from batchnorm.surgery.given import checked, on_all_ranks
 from batchnorm.surgery.insert import insert
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import run
@@ -23,6 +25,7 @@ from batchnorm.surgery.watch import run
 _PROBABILITIES: dict[type[nn.Module], str] = {_DropoutNd: "p", nn.MultiheadAttention: "dropout", nn.RNNBase: "dropout"}
 
 
+@on_all_ranks
 def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, skip: Sequence[str] = ()) -> Model:
     """The model with batch normalization, without dropout, and with a recipe for the rest of its training.
 
@@ -66,8 +69,7 @@ def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, sk
     value = RECIPES[recipe] if isinstance(recipe, str) else recipe
     if not isinstance(value, Recipe):
         raise TypeError(f"recipe must be a name or a batchnorm.Recipe, got {type(recipe).__name__}.")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}.")
+    checked(model, "accelerate")
     model = copied(model)
     dropout = reduce_dropout(model, value.dropout, example)
     accelerated: Any = insert(model, example, skip=skip)
@@ -121,6 +123,8 @@ def _dropout_calls(model: nn.Module, example: Any) -> list[tuple[str, str]]:
     noting = _Noting()
     hooks = []
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # has no hooks
+            continue
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: noting.inside.append(name)))
         hooks.append(module.register_forward_hook(lambda *_: noting.inside.pop() and None, always_call=True))
     try:

@@ -5,38 +5,41 @@ Comes from: any model. Goes to: the same model with layers of ``nn.norm``.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, TypeVar
 
 from torch import nn
 
-from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn import Batch
 from batchnorm.nn.base import FusedBatchNorm
-from batchnorm.nn.tracing import OWN
+from batchnorm.surgery.adopt import OURS as OURS
+from batchnorm.surgery.adopt import become_ours, become_stock, left_alone
+from batchnorm.surgery.copied import computed, copied
 from batchnorm.surgery.fuse import fuse, unfuse
+from batchnorm.surgery.given import checked, replaced, scripted
+from batchnorm.surgery.report import Report, Row
 
 Model = TypeVar("Model", bound=nn.Module)
-
-OURS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: BatchNorm1d,
-    nn.BatchNorm2d: BatchNorm2d,
-    nn.BatchNorm3d: BatchNorm3d,
-}
 
 
 def from_torch(model: Model, *, example: Any = None) -> Model:
     """The model with every ``torch.nn.BatchNorm1d/2d/3d`` replaced by ours: same results, faster steps.
 
     The new model shares parameters and buffers with the given one, as the same objects, so that an optimizer stays
-    valid; the given model keeps its layers. Modes, hooks and state_dict keys are as they were. Subclasses of torch's
-    layers are left alone, since they may compute anything; so is ``SyncBatchNorm``.
+    valid; the given model keeps its layers. Modes, hooks and state_dict keys are as they were. ``SyncBatchNorm`` is
+    left alone, and so are subclasses of torch's layers, since they may compute anything.
 
     With an ``example``, a layer also takes over the addition and the activation behind it, where a forward pass on the
     example shows that nothing else reads what is in between. An activation module that is then done becomes an
     ``nn.Identity``; an addition or an activation that is written in a module's ``forward`` is fused in a forward that
     torch.fx writes anew. There, arguments that the example does not give and plain attributes that the forward reads
-    are constants. Outputs and gradients are checked beside the old ones, of each new forward and of the whole model.
-    ``batchnorm_report`` of the result has a row for each layer: what it was fused with, or why not.
+    are constants. Subclasses of torch's layers that do batch normalization and then call a child of theirs, an
+    activation (timm's ``BatchNormAct2d``), become ours with that activation. Outputs and gradients are checked beside
+    the old ones, of each new forward and of the whole model. Copies run: the model given notices nothing.
+
+    ``batchnorm_report`` of the result has a row for each layer: what became of it, or why it was left alone. Code of
+    others that folds or converts layers by their ``eps`` (a ``fuse()`` in the model's repository, torch's
+    ``fuse_conv_bn_eval`` and ``SyncBatchNorm.convert_sync_batchnorm``) finds ordinary layers: reading it gives the
+    activation back to where it was. What was compiled in place is to be compiled again.
 
     Args:
         model: any module.
@@ -47,6 +50,8 @@ def from_torch(model: Model, *, example: Any = None) -> Model:
 
     Raises:
         TypeError: not a module.
+        ValueError: a wrapper (``DistributedDataParallel``, ``fully_shard``, ``torch.compile``) or a scripted model,
+            with what to pass instead; what cannot be copied.
 
     Example:
         >>> import torch, batchnorm as bn
@@ -60,13 +65,20 @@ def from_torch(model: Model, *, example: Any = None) -> Model:
     """
     converted = with_same_tensors(model, "from_torch")
     for module in converted.modules():
-        if type(module) in OURS:
-            module.__class__ = OURS[type(module)]
-            if module.running_mean is not None:
-                module.counter(module.running_mean)  # type: ignore[operator]
-    if example is not None:
-        converted.batchnorm_report = fuse(converted, example)  # type: ignore[assignment]
+        if type(module) in OURS and not replaced(module):
+            become_ours(module, OURS[type(module)])
+    before = getattr(converted, "batchnorm_report", Report())
+    report = _replaced(converted) if example is None else fuse(converted, example)
+    names = {row.layer for row in report}
+    kept = [row for row in before if row.layer not in names]  # of ``accelerate``, whose recipe reads it
+    converted.batchnorm_report = Report([*kept, *report])  # type: ignore[assignment]
     return converted
+
+
+def _replaced(model: nn.Module) -> Report:
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, FusedBatchNorm)]
+    ours = [Row(name, "replaced", f"by batchnorm.{type(layer).__name__}") for name, layer in layers]
+    return Report([*ours, *left_alone(model), *scripted(model)])
 
 
 def to_torch(model: Model) -> Model:
@@ -76,7 +88,8 @@ def to_torch(model: Model) -> Model:
 
     Raises:
         TypeError: not a module; a layer that was built with an activation, which torch's does not have.
-        ValueError: a layer that is frozen, or with other ``statistics``: see ``unfreeze``, ``revert_sync_batchnorm``.
+        ValueError: a layer that is frozen, or with other ``statistics``: see ``unfreeze``, ``revert_sync_batchnorm``;
+            what ``from_torch`` refuses.
 
     Example:
         >>> import torch, batchnorm as bn
@@ -86,6 +99,11 @@ def to_torch(model: Model) -> Model:
         ('torch.nn.modules.batchnorm', ReLU())
     """
     converted = with_same_tensors(model, "to_torch")
+    for name, module in converted.named_modules():
+        if isinstance(module, FusedBatchNorm) and replaced(module):
+            raise ValueError(f"layer {name!r}: its forward was replaced on the object: take that away first.")
+        if isinstance(module, FusedBatchNorm) and (module.frozen_statistics or module.frozen_affine):
+            raise ValueError(f"layer {name!r} is frozen, which torch's cannot be: batchnorm.unfreeze(model) first.")
     unfuse(converted)
     back = {ours: stock for stock, ours in OURS.items()}
     for name, layer in converted.named_modules():
@@ -97,8 +115,6 @@ def to_torch(model: Model) -> Model:
                 f"layer {name!r} was built with activation={known.activation!r}, which torch's does not have: build it "
                 "without, with a module for it behind."
             )
-        if known.frozen_statistics or known.frozen_affine:
-            raise ValueError(f"layer {name!r} is frozen, which torch's cannot be: batchnorm.unfreeze(model) first.")
         if type(known.statistics) is not Batch:
             raise ValueError(f"layer {name!r} has statistics={known.statistics!r}, which torch's does not have.")
         become_stock(known, back[type(layer)])
@@ -106,23 +122,14 @@ def to_torch(model: Model) -> Model:
     return converted
 
 
-def become_stock(layer: FusedBatchNorm, kind: type) -> None:
-    """The same object as a layer of torch's, with nothing that ours have besides."""
-    layer.tell_skipped()
-    for name in OWN:
-        layer.__dict__.pop(name, None)
-    layer.__class__ = kind
-
-
 def with_same_tensors(model: Model, verb: str) -> Model:
     """A copy whose parameters and buffers are the given model's own: the same objects."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{verb} takes a torch.nn.Module, got {type(model).__name__}.")
+    checked(model, verb)
     modules = set(model.modules())
     groups = [module.process_group for module in modules if isinstance(module, nn.SyncBatchNorm)]
     owners = [getattr(hook, "__self__", None) for module in modules for hook in _hooks(module)]  # of bound methods
-    shared = (*model.parameters(), *model.buffers(), *groups, *(o for o in owners if o not in modules))
-    return copy.deepcopy(model, {id(kept): kept for kept in shared})
+    kept = (*groups, *(o for o in owners if o not in modules), *(t for _, t in computed(model)))
+    return copied(model, {id(each): each for each in (*model.parameters(), *model.buffers(), *kept)})
 
 
 def _hooks(module: nn.Module) -> list[object]:

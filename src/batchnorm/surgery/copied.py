@@ -6,34 +6,86 @@ Comes from: any model. Goes to: whatever leaves the model given as it is.
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
 
-from batchnorm.surgery.watch import tensors_of
+from batchnorm.surgery.closures import rebind
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def copied(model: Model, kept: dict[int, Any] | None = None) -> Model:
-    """A deep copy, but for the objects in ``kept``, by their id.
+    """A deep copy, but for the objects in ``kept``, by their id; functions that it holds call it, not the original.
 
     Raises:
-        ValueError: a module holds a tensor that gradients flow through, with its name.
+        ValueError: a module holds a tensor that gradients flow through, or what cannot be copied, with its name; a
+            function in an attribute reads the model as a global variable.
     """
+    programs = [value for _, value in _attributes(model) if isinstance(value, torch.jit.ScriptFunction)]
+    kept = {id(program): program for program in programs} | (kept or {})  # which never change, and cannot be copied
+    memo = dict(kept)
     try:
-        return copy.deepcopy(model, kept)
-    except RuntimeError as failure:
-        held = [
-            f"{name}.{key}".lstrip(".")
-            for name, module in model.named_modules()
-            for key, value in (vars(module) | module._buffers).items()
-            if key != "_buffers" and not all(t.is_leaf for t in tensors_of(value))
-        ]
+        made = copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError, pickle.PickleError) as failure:
+        held = [place for place, t in computed(model) if id(t) not in kept]
+        if held:
+            raise ValueError(
+                f"the model cannot be copied: {', '.join(dict.fromkeys(held))} is computed, and gradients flow through "
+                "it. Run the model once under torch.no_grad(), which leaves none such, or detach it; for "
+                "torch.nn.utils.weight_norm there is torch.nn.utils.parametrizations.weight_norm."
+            ) from failure
+        held = [place for place, value in _attributes(model) if not _can_be_copied(value, kept)]
         if not held:
             raise
         raise ValueError(
-            f"the model cannot be copied: {', '.join(held)} is computed, and gradients flow through it. Run the model "
-            "once under torch.no_grad(), which leaves none such, or detach it; for torch.nn.utils.weight_norm there is "
-            "torch.nn.utils.parametrizations.weight_norm."
+            f"the model cannot be copied: {', '.join(held)} cannot ({failure}). Take it out first, and put it into the "
+            "result."
         ) from failure
+    rebind(made, memo, list(model.modules()))
+    return made
+
+
+def scratch(model: Model) -> Model:
+    """A copy to run and throw away, so that the model notices nothing. Computed tensors are there by their values."""
+    return copied(model, {id(t): t.detach().clone() for _, t in computed(model)})
+
+
+def computed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that gradients flow through, and where modules hold them."""
+    for place, value in _attributes(model):
+        yield from ((place, t) for t in tensors_of(value) if not t.is_leaf)
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What modules hold besides parameters and modules, with its name."""
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            for key, value in (vars(module) | module._buffers).items():
+                if key not in ("_buffers", "_parameters", "_modules"):
+                    yield f"{name}.{key}".lstrip("."), value
+
+
+def _can_be_copied(value: Any, kept: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(kept))
+    except Exception:  # whatever an object raises that does not want it
+        return False
+    return True
+
+
+def tensors_of(values: Any) -> Iterable[Tensor]:
+    """All tensors in nested containers, those that torch does not know (transformers' outputs) and objects too."""
+    for leaf in _pytree.tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from tensors_of(list(leaf.values()))
+        elif hasattr(leaf, "__dataclass_fields__"):
+            yield from tensors_of([getattr(leaf, name) for name in leaf.__dataclass_fields__])
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):  # not deeper: there may be cycles
+            yield from (t for t in _pytree.tree_leaves(list(vars(leaf).values())) if isinstance(t, Tensor))

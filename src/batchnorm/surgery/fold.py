@@ -7,7 +7,6 @@ Comes from: a trained model. Goes to: deployment, without batch normalization.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
 from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, seen_by, to_double
 from batchnorm.surgery.fuse import unfuse
+from batchnorm.surgery.given import checked, scripted
 from batchnorm.surgery.neighbours import Place, after, before, tied
 from batchnorm.surgery.norms import check_statistics, computes, is_known, norms_of, rest_of
 from batchnorm.surgery.report import LEFT, Report, Row
@@ -67,19 +67,15 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
     Source: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
     Inference", https://arxiv.org/abs/1712.05877, Section 3.2.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"fold takes a torch.nn.Module, got {type(model).__name__}.")
+    checked(model, "fold")
     for name, layer in model.named_modules():
-        if hasattr(layer, "_orig_mod"):
-            what, inside = (name, "put its _orig_mod in its place") if name else ("the model", "pass model._orig_mod")
-            raise ValueError(f"fold: {what} is compiled by torch.compile: {inside}, and compile the result.")
         if isinstance(layer, _BatchNorm) and layer.training and not getattr(layer, "frozen_statistics", False):
             raise ValueError(
                 f"fold needs running statistics in use, layer {name!r} is in train mode: call model.eval() first."
             )
     folded = copied(model).eval()
     unfuse(folded)  # what ``from_torch`` wrote around layers knows them unfolded
-    wide, wide_example = copy.deepcopy(folded).double(), to_double(example)
+    wide, wide_example = copied(folded).double(), to_double(example)
     ties = shared(model)
 
     def folded_in(model: nn.Module, example: Any) -> tuple[Report, list[Fold]]:
@@ -87,6 +83,7 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
             return _fold_all(model, example, wide, wide_example, ties)
 
     report, folds = folded_in(folded, example)
+    report.extend(scripted(folded))
     check_layers(folded, wide, wide_example, folds, tolerance)
     check_outputs(model, folded, wide, example, wide_example, tolerance, folded_in)
     folded.batchnorm_report = report  # type: ignore[assignment]

@@ -10,49 +10,47 @@ Comes from: ``from_torch``, ``to_torch``. Goes to: ``watch``, torch.fx.
 from __future__ import annotations
 
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from batchnorm.functional import parse_activation
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
+from batchnorm.surgery.adopt import Fused, adopt
+from batchnorm.surgery.between import crossed, in_the_way, passes
+from batchnorm.surgery.given import replaced, scripted
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.results import difference, results
-from batchnorm.surgery.rewrite import ADDITIONS, NOTHING, hooked, rewrite
+from batchnorm.surgery.rewrite import ADDITIONS, hooked, rewrite
 from batchnorm.surgery.watch import Call, Watched, arguments, watch, watch_in_train
 
 TOLERANCE = 1e-6  # of the whole model in float64, where roundings add up
 _IN_PLACE = ("add_", "__iadd__", "iadd")
 
 
-class Fused(nn.Identity):
-    """In the place of an activation that the layer before it took over."""
-
-    def __init__(self, activation: nn.Module) -> None:
-        super().__init__()
-        self.was = (activation,)  # a tuple hides it from torch
-
-
 def fuse(model: nn.Module, example: Any) -> Report:
-    """Fuse what can be, in place; the model's layers are ours already."""
-    seen, in_train, before = watch(model, example), watch_in_train(model, example), results(model, arguments(example))
-    report, within = Report(), dict[str, list[str]]()
+    """Fuse what can be, in place; the model's layers are ours already, or other people's."""
+    before = results(model, arguments(example))
+    report, within = adopt(model, example), dict[str, list[str]]()
+    known = {row.layer for row in report}
+    seen, in_train = watch(model, example), watch_in_train(model, example)
     for name, layer in list(model.named_modules()):
-        if not isinstance(layer, FusedBatchNorm):
+        if not isinstance(layer, FusedBatchNorm) or name in known:
             continue
-        reason, last = _follow(seen, name, layer)
+        reason, last, passed = _follow(seen, name, layer)
         if last is not None and in_train is not None and not _same(seen, in_train, name, layer):
             reason, last = "it, or what follows it, is called differently in train", None
         if last is None:
             report.append(Row(name, LEFT, reason))
         elif last.kind == "module" and reason == "" and len(seen.of(last.name)) == 1:
-            _take_over(model, layer, last.target)
+            _take_over(model, layer, last.target, passed)
             report.append(Row(name, "fused", f"with {last.name}"))
         else:
             within.setdefault(_around(name, last.owner), []).append(name)
     for place in sorted(within, key=len, reverse=True):  # inner ones first, which outer ones may take up
         report += rewrite(model, example, place, within[place])
+    report += scripted(model)
     order = [name for name, _ in model.named_modules()]
     report.sort(key=lambda row: order.index(row.layer))
     wrong = difference(before, results(model, arguments(example)), TOLERANCE) if report.of("fused") else None
@@ -66,18 +64,13 @@ def fuse(model: nn.Module, example: Any) -> Report:
 def unfuse(model: nn.Module) -> None:
     """Undo it, in place."""
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Fused):
-                setattr(module, name, child.was[0].train(child.training))
-        if isinstance(module, FusedBatchNorm) and module.fused:
-            module.activation, module.fused = None, False
-        while hasattr(type(module), "written_for"):  # of one that was written for one that was written
-            module.__class__ = getattr(type(module), "written_for")  # noqa: B009
+        if isinstance(module, FusedBatchNorm) and module.taken_from:
+            module.hand_back()
 
 
 def _same(a: Watched, b: Watched, name: str, layer: FusedBatchNorm) -> bool:
     """Whether the same alone reads the layer, and is called as often."""
-    (why, last), (other_why, other) = _follow(a, name, layer), _follow(b, name, layer)
+    (why, last, _), (other_why, other, _) = _follow(a, name, layer), _follow(b, name, layer)
     if last is None or other is None:
         return False
     return (why, last.label, len(a.of(last.name))) == (other_why, other.label, len(b.of(last.name)))
@@ -86,35 +79,50 @@ def _same(a: Watched, b: Watched, name: str, layer: FusedBatchNorm) -> bool:
 # ---- what follows a layer --------------------------------------------------------------------------------------------
 
 
-def _follow(seen: Watched, name: str, layer: FusedBatchNorm) -> tuple[str, Call | None]:
-    """(why a forward is to be rewritten, the last call to fuse); or (why nothing can be fused, None)."""
+class _Followed(NamedTuple):
+    """Why a forward is to be rewritten, the last call to fuse and what comes between; or why nothing can be, None."""
+
+    why: str
+    last: Call | None = None
+    between: tuple[Any, ...] = ()
+
+
+def _follow(seen: Watched, name: str, layer: FusedBatchNorm) -> _Followed:
     calls = seen.of(name)
     if len(calls) != 1:
-        return ("the example does not reach it" if not calls else f"it is called {len(calls)} times"), None
+        return _Followed("the example does not reach it" if not calls else f"it is called {len(calls)} times")
     (call,) = calls
     if layer.activation is not None or len(call.inputs) > 1:
-        return "it has an activation or a residual already", None
+        return _Followed("it has an activation or a residual already")
+    if replaced(layer):
+        return _Followed("its forward was replaced on the object")
     if hooked(layer, ("forward", "backward", "backward_pre")):
-        return "it has hooks, which would see what follows it", None
-    call = _past_identities(seen, call)
+        return _Followed("it has hooks, which would see what follows it")
+    between: list[Any] = []
     reader = seen.only_reader(call)
+    while reader is not None and passes(reader.target) and _unwatched(reader.target):
+        between.append(reader.target)
+        call, reader = reader, seen.only_reader(reader)
     if reader is None:
-        return "its output is read more than once" if call.readers else "nothing is known to read its output", None
-    added = _adds(seen, call, reader)
-    after = seen.only_reader(reader) if added else reader
-    if after is not None and _activation(after) is not None:
-        return ("an addition" if added else "" if after.kind == "module" else "a function"), after
-    if added:
-        return "an addition", reader
-    hooks = ", which has hooks" if reader.kind == "module" and hooked(reader.target) else ""
-    return f"its output goes to {reader.label}{hooks}", None
+        return _Followed("its output is read more than once" if call.readers else "nothing is known to read its output")
+    adds = _adds(seen, call, reader)
+    after = seen.only_reader(reader) if adds else reader
+    activation = None if after is None else _activation(after)
+    if not adds and activation is None:
+        unusual = reader.kind == "module" and not _unwatched(reader.target)
+        return _Followed(f"its output goes to {reader.label}{', which has hooks' if unusual else ''}")
+    why = in_the_way(between, activation, adds)
+    if why is not None:
+        return _Followed(why)
+    if after is None or activation is None:
+        return _Followed("an addition", reader, tuple(between))
+    why = "an addition" if adds else "" if after.kind == "module" else "a function"
+    return _Followed(why, after, tuple(between))
 
 
-def _past_identities(seen: Watched, call: Call) -> Call:
-    """The last of those that give the same tensor on."""
-    reader = seen.only_reader(call)
-    passes = reader is not None and type(reader.target) in NOTHING and not hooked(reader.target)
-    return _past_identities(seen, reader) if reader is not None and passes else call
+def _unwatched(module: Any) -> bool:
+    """Whether nobody has put hooks, or another forward, on a module."""
+    return not hooked(module) and not replaced(module)
 
 
 def _adds(seen: Watched, call: Call, reader: Call) -> bool:
@@ -127,7 +135,7 @@ def _adds(seen: Watched, call: Call, reader: Call) -> bool:
 
 def _activation(call: Call) -> str | None:
     if call.kind == "module":
-        if hooked(call.target):
+        if not _unwatched(call.target):
             return None
         try:
             return parse_activation(call.target)[0]
@@ -143,10 +151,12 @@ def _around(layer: str, owner: str) -> str:
     return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _take_over(model: nn.Module, layer: FusedBatchNorm, activation: nn.Module) -> None:
+def _take_over(model: nn.Module, layer: FusedBatchNorm, activation: nn.Module, between: tuple[Any, ...]) -> None:
     name, slope = parse_activation(activation)
     layer.activation, layer.fused = (name, slope) if name == "leaky_relu" else name, True
-    for module in list(model.modules()):
-        for child, found in list(module.named_children()):
+    placeholder = Fused(activation)
+    layer.taken_from = (*layer.taken_from, placeholder, *crossed(list(between), layer, name, adds=False))
+    for module in model.modules():
+        for child, found in module._modules.items():
             if found is activation:
-                setattr(module, child, Fused(activation).train(activation.training))
+                module._modules[child] = placeholder

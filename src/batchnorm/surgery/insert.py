@@ -20,13 +20,15 @@ from batchnorm.surgery.affine import ROWS, affine_of
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
 from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, seen_by, to_double
+from batchnorm.surgery.given import AFFINE, checked, on_all_ranks, scripted
 from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.places import layers_of, row_of
-from batchnorm.surgery.report import LEFT, Report, Row, one_line
+from batchnorm.surgery.report import LEFT, Row, one_line
 from batchnorm.surgery.watch import in_eager, run, tensors_of, watch, watch_in_train
 from batchnorm.surgery.weights import outputs_of
 
 
+@on_all_ranks
 def insert(
     model: Model,
     example: Any,
@@ -66,6 +68,8 @@ def insert(
             ``batches``, computes something else, with the layer's name.
         TypeError: not a module.
 
+    In ``DistributedDataParallel`` it acts on what is inside, and wraps the result alike: call it on all ranks.
+
     Example:
         >>> import torch, batchnorm as bn
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -76,14 +80,13 @@ def insert(
 
     Source: Ioffe & Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167; of trained networks, matconvnet.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"insert takes a torch.nn.Module, got {type(model).__name__}.")
+    checked(model, "insert")
     inserted = copied(model)
     layers = layers_of(inserted)
     skipped = _skipped(skip, layers)
     norms = [*norms_of(inserted).values()]
     seen, in_train = watch(inserted, example, whole=norms), watch_in_train(inserted, example, whole=norms)
-    report = Report()
+    report = scripted(inserted, AFFINE)
     with in_eager(inserted):  # calls are played again, some of them random
         for name, layer in layers.items():
             row = row_of(seen, name, layer)

@@ -5,7 +5,6 @@ Comes from: ``rewrite`` and ``fuse``, before and after. Goes to: their reports.
 
 from __future__ import annotations
 
-import copy
 from contextlib import suppress
 from typing import Any
 
@@ -13,31 +12,37 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from batchnorm.surgery.watch import in_eager, tensors_of
+from batchnorm.surgery.copied import scratch, tensors_of
+from batchnorm.surgery.watch import in_eager
 
 TOLERANCE = 1e-9  # the largest error, in float64, relative to the largest value of a tensor
 LEAST = 1e-3  # of the largest value of all: what that is at the least
 
 
 def results(module: nn.Module, given: Any) -> list[list[Tensor]]:
-    """Outputs in eval, as it is; then of a copy in float64 outputs and gradients in eval and train, where it can."""
-    found = [_outputs_and_gradients(module, given, wide=False, train=False)[0]]
+    """Outputs in eval, as it is; then in float64 outputs, gradients and buffers, in eval and train, where it can.
+
+    Copies run: the module notices nothing.
+    """
+    found = [_computed(module, given, wide=False, train=False)[0]]
     for train in (False, True):
         with suppress(Exception):  # whatever user code raises: a dtype that is written down, one value per channel
-            found += _outputs_and_gradients(module, given, wide=True, train=train)
+            found += _computed(module, given, wide=True, train=train)
     return found
 
 
-def _outputs_and_gradients(module: nn.Module, given: Any, wide: bool, train: bool) -> list[list[Tensor]]:
+def _computed(module: nn.Module, given: Any, wide: bool, train: bool) -> list[list[Tensor]]:
     with in_eager(module), torch.inference_mode(False), torch.set_grad_enabled(wide):
-        copied = copy.deepcopy(module).train(train)
+        copied = scratch(module).train(train)
         copied = copied.double() if wide else copied
         args, kwargs = _pytree.tree_map_only(Tensor, _leaf if wide else torch.clone, given)
         out = list(tensors_of(copied(*args, **kwargs)))
         wanted = [t for t in (*tensors_of((args, kwargs)), *copied.parameters()) if t.requires_grad]
         weighted = [(t * _weights(t)).sum() for t in out if t.requires_grad]
         gradients = torch.autograd.grad(weighted, wanted, allow_unused=True) if weighted else ()
-    return [[t.detach() for t in out], [t for t in gradients if t is not None]]
+        saved, parameters = copied.state_dict(), dict(copied.named_parameters())
+        buffers = [t for name, t in saved.items() if name not in parameters and isinstance(t, Tensor)]
+    return [[t.detach() for t in out], [t for t in gradients if t is not None], buffers]
 
 
 def _leaf(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import copy
 import inspect
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -23,38 +23,18 @@ from torch.utils import _pytree
 from batchnorm.functional import parse_activation
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
-from batchnorm.population import preserve_state
+from batchnorm.surgery.between import NOTHING as NOTHING
+from batchnorm.surgery.between import crossed, in_the_way, passes
+from batchnorm.surgery.copied import scratch, tensors_of
+from batchnorm.surgery.given import replaced
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.results import difference, results
-from batchnorm.surgery.watch import in_eager, is_leaf, run, tensors_of
+from batchnorm.surgery.rewritten import Regraphed, Rewritten
+from batchnorm.surgery.tracer import Tracer
+from batchnorm.surgery.watch import in_eager, run_itself
 
 ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__", "iadd")
-NOTHING = (nn.Identity,)
 _CONTEXTS = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
-
-
-class _Tracer(fx.Tracer):
-    """Goes into those modules only that hold one of the layers."""
-
-    def __init__(self, layers: list[str]) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        holds = any(name.startswith(f"{module_qualified_name}.") for name in self.layers)
-        if is_leaf(m) or isinstance(m, FusedBatchNorm) or not holds:
-            return True
-        if hooked(m):
-            raise RuntimeError(f"{module_qualified_name} in it has hooks, which would not be called")
-        return False
-
-    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
-        frame = sys._getframe()
-        while frame.f_back is not None:  # what checkpoint calls is recorded, that it calls it is not
-            frame = frame.f_back
-            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-                raise RuntimeError("it calls torch.utils.checkpoint, which would be lost")
-        return super().create_proxy(*args, **kwargs)
 
 
 def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> list[Row]:
@@ -62,32 +42,70 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
 
     Arguments that the example does not give, and plain attributes that the forward reads, are constants afterwards.
     """
-    module = model.get_submodule(place)
+    module: Any = model.get_submodule(place)
     where = f"the forward of {place or 'the model'}"
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
-    old = type(module)
+    owners: dict[str, tuple[Any, ...]] = {}
+    undo = _undo(module, list(layers.values()))
+    why: str | None
     try:
-        given = _given(model, example, module)
+        if replaced(module):
+            raise RuntimeError("it was replaced on the object, and a new one would not be called")
+        ((given, *more), changes) = inputs_of(model, example, [place])[place]
+        if more or changes:
+            why = f"it is called {1 + len(more)} times" if more else "it changes what it is given, in place"
+            raise RuntimeError(why)
         local = {name: name[len(place) + 1 :] if place else name for name in names}
         before = results(module, given)
         if len(before) == 1:
             raise RuntimeError("it does not run in float64, in which it is checked")
-        graph = _traced(module, given, list(local.values()))
+        is_graph = isinstance(module, fx.GraphModule)
+        graph = copy.deepcopy(module.graph) if is_graph else _traced(module, given, list(local.values()))
         found = {name: _fuse_in_graph(graph, module, local[name], layer) for name, layer in layers.items()}
-        module.__class__ = _with_forward(old, graph)
+        owners = {name: crossed for name, (_, crossed) in found.items()}
+        called = [module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
+        fused = [layer for layer in called if isinstance(layer, FusedBatchNorm) and layer.fused]
+        owner = Regraphed(module, fused, module.graph) if is_graph else Rewritten(module, fused)
+        if isinstance(module, fx.GraphModule):
+            module.graph = graph
+        else:
+            module.__class__ = _with_forward(type(module), graph)
         wrong = difference(before, results(module, given))
         why = wrong and f"{where}, rewritten, {wrong}"
     except Exception as error:  # whatever user code raises when it is traced
         why = f"{where} cannot be traced: {(str(error) or type(error).__name__).splitlines()[0][:200]}"
     if why:
-        module.__class__ = old
-        for layer in layers.values():
-            layer.activation, layer.fused = None, False
+        undo()
+        for each in owners.values():
+            for one in each:
+                one.hand_back()
         return [Row(name, LEFT, why) for name in names]
+    for name, each in owners.items():
+        layers[name].taken_from = (*layers[name].taken_from, *each)
+    for layer in fused:
+        layer.taken_from = (*layer.taken_from, owner)
     return [
-        Row(name, "fused", f"with {what}, in {where}") if what else Row(name, LEFT, f"{where} has no such")
-        for name, what in found.items()
+        Row(name, "fused", f"with {what}, in {where}")
+        if what
+        else Row(name, LEFT, f"nothing is left for it in {where}: another layer took it over, or it is not alone")
+        for name, (what, _) in found.items()
     ]
+
+
+def _undo(module: Any, layers: list[Any]) -> Callable[[], None]:
+    """What makes a forward, and layers that nothing is fused into, as they are now."""
+    kind: Any = type(module)
+    graph: Any = module.graph if isinstance(module, fx.GraphModule) else None
+
+    def undo() -> None:
+        if not isinstance(module, fx.GraphModule):
+            module.__class__ = kind
+        elif module.graph is not graph:
+            module.graph = graph
+        for layer in layers:
+            layer.activation, layer.fused = None, False
+
+    return undo
 
 
 def hooked(module: nn.Module, kinds: tuple[str, ...] = ("forward", "forward_pre", "backward", "backward_pre")) -> bool:
@@ -95,33 +113,29 @@ def hooked(module: nn.Module, kinds: tuple[str, ...] = ("forward", "forward_pre"
     return any(getattr(module, f"_{kind}_hooks") for kind in kinds)
 
 
-def _given(model: nn.Module, example: Any, module: nn.Module) -> tuple[Any, dict[str, Any]]:
-    """What the module is called with when the model runs on the example."""
-    seen: list[Any] = []
-    changed: list[bool] = []
+def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tuple[list[Any], bool]]:
+    """What these modules are called with when the model runs on the example; whether they change that in place."""
+    twin = scratch(model)
+    found: dict[str, tuple[list[Any], list[bool]]] = {name: ([], []) for name in names}
 
-    def before(m: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(_pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
+    def noting(name: str) -> None:
+        seen, changed = found[name]
 
-    def after(m: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        pairs = zip(tensors_of((args, kwargs)), tensors_of(seen[-1]), strict=True)
-        changed.append(not all(torch.equal(a, b) for a, b in pairs))
+        def before(m: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.append(_pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
 
-    hooks = [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, with_kwargs=True),
-    ]
-    try:
-        run(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if len(seen) != 1:
-        raise RuntimeError(f"it is called {len(seen)} times")
-    if changed[0]:
-        raise RuntimeError("it changes what it is given, in place")
-    given: tuple[Any, dict[str, Any]] = seen[0]
-    return given
+        def after(m: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            pairs = zip(tensors_of((args, kwargs)), tensors_of(seen[-1]), strict=True)
+            changed.append(not all(torch.equal(a, b) for a, b in pairs))
+
+        module = twin.get_submodule(name)
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after, with_kwargs=True)
+
+    for name in names:
+        noting(name)
+    run_itself(twin, example)
+    return {name: (seen, any(changed)) for name, (seen, changed) in found.items()}
 
 
 def _traced(module: nn.Module, given: Any, layers: list[str]) -> fx.Graph:
@@ -134,25 +148,37 @@ def _traced(module: nn.Module, given: Any, layers: list[str]) -> fx.Graph:
         name: value for name, value in values.items() if value is None or isinstance(value, bool | int | float | str)
     }
     graphs = []
-    with preserve_state(module), in_eager(module), torch.enable_grad():
+    twin = scratch(module)
+    with in_eager(twin), torch.enable_grad():
         for mode in (True, False):
-            module.train(mode)
-            with _all_recorded(module):
-                graphs.append(_Tracer(layers).trace(module, concrete_args=fixed or None))
-    if str(graphs[0]) != str(graphs[1]):
-        raise RuntimeError("it does something else in train than in eval")
+            twin.train(mode)
+            graphs.append(_recorded(twin, layers, fixed))
+        if str(graphs[0]) != str(graphs[1]):
+            raise RuntimeError("it does something else in train than in eval")
+        for node in graphs[0].nodes:
+            node.type = None  # annotations, which may be strings
+        if any({"dtype", "device"} & {*node.kwargs} for node in graphs[0].nodes if node.meta.get("made")):
+            others = {torch.bfloat16, torch.float16} - {p.dtype for p in module.parameters()}
+            moved = scratch(module).eval().to(device="meta", dtype=next(iter(others), torch.float32))
+            if str(_recorded(moved, layers, fixed)) != str(graphs[1]):
+                raise RuntimeError("it makes a tensor with the dtype or device of its parameters, a constant then")
     return graphs[0]
+
+
+def _recorded(twin: nn.Module, layers: list[str], fixed: dict[str, Any]) -> fx.Graph:
+    with _all_recorded(twin), Tracer(layers) as tracer:
+        return tracer.trace(twin, concrete_args=fixed or None)
 
 
 @contextmanager
 def _all_recorded(module: nn.Module) -> Iterator[None]:
-    """Raises where a forward does what torch.fx does not record; attributes that it sets are put back."""
+    """Raises where a forward does what torch.fx does not record."""
 
     def refused(context: Any) -> None:
         raise RuntimeError(f"it enters {type(context).__name__}, which would be lost")
 
     modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    drawn, marks, saved = _drawn(), [_marks(m) for m in modules], [_attributes(m) for m in modules]
+    drawn, marks = _drawn(), [_marks(m) for m in modules]
     entered = [(context, context.__enter__) for context in _CONTEXTS]
     for context in _CONTEXTS:
         context.__enter__ = refused  # type: ignore[method-assign]
@@ -165,12 +191,6 @@ def _all_recorded(module: nn.Module) -> Iterator[None]:
     finally:
         for context, enter in entered:
             context.__enter__ = enter  # type: ignore[method-assign]
-        for m, (attributes, held) in zip(modules, saved, strict=True):
-            vars(m).clear()
-            vars(m).update(attributes)
-            for name, content in held.items():
-                attributes[name].clear()
-                (attributes[name].extend if isinstance(content, list) else attributes[name].update)(content)
 
 
 def _drawn() -> list[Any]:
@@ -181,47 +201,48 @@ def _drawn() -> list[Any]:
     return [random.getstate(), states, numpy and str(numpy.random.get_state())]
 
 
-def _attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All, and what is in those that are containers."""
-    found = dict(vars(module))
-    return found, {name: copy.copy(value) for name, value in found.items() if isinstance(value, list | set | dict)}
-
-
 def _marks(module: nn.Module) -> list[Any]:
     """Other ones where an attribute, or what is in one, is another, or a buffer was written to."""
-    attributes, held = _attributes(module)
-    inside = [each for value in held.values() for each in (value.values() if isinstance(value, dict) else value)]
+    held = [value for value in vars(module).values() if isinstance(value, list | set | dict)]
+    inside = [each for value in held for each in (value.values() if isinstance(value, dict) else value)]
     written = [t._version for t in module._buffers.values() if t is not None]
-    return [*attributes, *map(id, (*attributes.values(), *inside)), *written]
+    return [*vars(module), *map(id, (*vars(module).values(), *inside)), *written]
 
 
-def _fuse_in_graph(graph: fx.Graph, module: nn.Module, name: str, layer: Any) -> str:
-    """Fuse one layer; what with, or nothing."""
+def _fuse_in_graph(graph: fx.Graph, module: nn.Module, name: str, layer: Any) -> tuple[str, tuple[Any, ...]]:
+    """Fuse one layer; what with, or nothing; and the dropouts in between that are to stay without effect."""
     nodes = [node for node in graph.nodes if node.op == "call_module" and node.target == name]
     if len(nodes) != 1:
-        return ""
+        return "", ()
     (node,) = nodes
-    chain, kwargs = [node], dict(node.kwargs)
+    chain, kwargs, passed = [node], dict(node.kwargs), list[Any]()
     after = _only_user(node)
-    while after is not None and after.op == "call_module" and type(module.get_submodule(str(after.target))) in NOTHING:
+    while after is not None and after.op == "call_module" and passes(module.get_submodule(str(after.target))):
         chain.append(after)
+        passed.append(module.get_submodule(str(after.target)))
         after = _only_user(after)
-    passed = len(chain)
+    between, adds = chain[1:], False
     if after is not None and _name(after) in ADDITIONS and len(after.all_input_nodes) == 2 and not after.kwargs:
         kwargs["residual"] = next(other for other in after.all_input_nodes if other is not chain[-1])
         chain.append(after)
-        after = _only_user(after)
+        after, adds = _only_user(after), True
     activation = None if after is None else _activation_of(module, after)
     if after is not None and activation is not None:
         chain.append(after)
-    if len(chain) == passed:
-        return ""
+    taken = chain[1 + len(between) :]
+    known = activation[0] if isinstance(activation, tuple) else activation
+    if not taken or in_the_way(passed, known, adds):
+        return "", ()
     with graph.inserting_before(chain[-1]):
-        chain[-1].replace_all_uses_with(graph.call_module(name, node.args, kwargs))
+        new = graph.call_module(name, node.args, kwargs)
+        for one in between:  # what comes between stays, behind
+            new = graph.call_module(str(one.target), (new,))
+        chain[-1].replace_all_uses_with(new)
     for done in reversed(chain):
         graph.erase_node(done)
     layer.activation, layer.fused = activation, True
-    return " and ".join(str(done.target) if done.op == "call_module" else f"{_name(done)}()" for done in chain[passed:])
+    what = [str(done.target) if done.op == "call_module" else f"{_name(done)}()" for done in taken]
+    return " and ".join(what), crossed(passed, layer, known, adds)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -235,10 +256,11 @@ def _name(node: fx.Node) -> str:
 def _activation_of(module: nn.Module, node: fx.Node) -> str | tuple[str, float] | None:
     """As a layer has it."""
     if node.op == "call_module":
-        if hooked(module.get_submodule(str(node.target))):
+        target = module.get_submodule(str(node.target))
+        if hooked(target) or replaced(target):
             return None
         try:
-            name, slope = parse_activation(module.get_submodule(str(node.target)))
+            name, slope = parse_activation(target)
         except TypeError:
             return None
     else:

@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.norm import AnyBatchNorm
 from batchnorm.nn.statistics import Batch, Synced
-from batchnorm.surgery.convert import OURS, Model, become_stock, with_same_tensors
+from batchnorm.surgery.adopt import become_stock
+from batchnorm.surgery.convert import OURS, Model, with_same_tensors
+from batchnorm.surgery.given import replaced, scripted
 
 _KNOWN: dict[type, type] = {**OURS, **{ours: ours for ours in OURS.values()}, AnyBatchNorm: AnyBatchNorm}
 
@@ -39,7 +41,8 @@ def convert_sync_batchnorm(
 
     Raises:
         TypeError: a subclass that is not known; not a module.
-        ValueError: a layer with ``Ghost`` or ``Renorm`` statistics, which it would lose.
+        ValueError: a layer with ``Ghost`` or ``Renorm`` statistics, which it would lose; what ``from_torch`` refuses,
+            and scripted parts with batch normalization.
 
     Example:
         >>> import torch, batchnorm as bn
@@ -50,6 +53,8 @@ def convert_sync_batchnorm(
         True
     """
     converted = with_same_tensors(model, "convert_sync_batchnorm")
+    for row in scripted(converted):
+        raise ValueError(f"convert_sync_batchnorm: in {row.layer} there is batch normalization, and {row.why}.")
     kinds = {nn.SyncBatchNorm: AnyBatchNorm, **_KNOWN, **(subclasses or {})}
     for name, layer in converted.named_modules():
         if not isinstance(layer, _BatchNorm):
@@ -95,6 +100,11 @@ def _checked(kinds: dict[type, type | None], name: str, layer: _BatchNorm) -> An
         raise TypeError(
             f"layer {name!r} is a {type(layer).__module__}.{type(layer).__qualname__}, and what that adds to batch "
             f"normalization is not known: {advice} (one of our layers to become, itself, or None to leave it alone)."
+        )
+    if kinds[type(layer)] is not None and replaced(layer):
+        raise ValueError(
+            f"layer {name!r}: its forward was replaced on the object (accelerate puts hooks there), and would not be "
+            "synchronized: take that away first, and put it on the result."
         )
     if not isinstance(getattr(layer, "statistics", Batch()), Batch | Synced):
         raise ValueError(

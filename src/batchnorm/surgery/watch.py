@@ -9,7 +9,7 @@ import gc
 import random
 import sys
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from batchnorm.population import preserve_state
+from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.surgery import moves
+from batchnorm.surgery.copied import scratch, tensors_of
 
 # What is asked of a tensor without reading its values.
 _ABOUT = {
@@ -103,7 +104,7 @@ def watch(model: nn.Module, example: Any, train: bool = False, whole: Collection
 
     A module without children is a call, and so is a function of torch in the others. Control flow, several inputs,
     outputs in dicts and modules that are used twice are followed as they come; so are readers that torch's functions
-    do not show: scripts, vmap, attributes that keep a tensor. The model is as before afterwards.
+    do not show: scripts, vmap, attributes that keep a tensor. A copy runs: the model notices nothing.
 
     Args:
         model: any module.
@@ -114,9 +115,10 @@ def watch(model: nn.Module, example: Any, train: bool = False, whole: Collection
     Raises:
         Exception: whatever the model raises on the example.
     """
-    noted, example = _Noted(model, whole), cloned(example)
+    twin, example = scratch(model), cloned(example)
+    noted = _Noted(model, twin, whole)
     noted.made(example, noted.begin("input", "input", None, (), {}))
-    out = _ran(model, example, noted, train)
+    out = run_itself(twin, example, noted, train)
     held = noted.held((example, out))
     if held:
         noted.begin("held", "held", None, (held,), {})
@@ -135,13 +137,16 @@ def watch_in_train(model: nn.Module, example: Any, whole: Collection[nn.Module] 
 def run(
     model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None, train: bool = False
 ) -> Any:
-    """What the model gives. It is as before afterwards, random numbers and the example too."""
-    return _ran(model, cloned(example), watched_by, train)
+    """What a copy of the model gives, hooks included. Random numbers and the example are as before afterwards."""
+    return run_itself(scratch(model), cloned(example), watched_by, train)
 
 
-def _ran(model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None, train: bool) -> Any:
+def run_itself(
+    model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None, train: bool = False
+) -> Any:
+    """What the model gives, no copy of it, and with the example's own tensors; random numbers are as before."""
     positional, named = arguments(example)
-    with torch.no_grad(), in_eager(model), preserve_state(model), watched_by or nullcontext():
+    with torch.no_grad(), in_eager(model), watched_by or nullcontext():
         return model.train(train)(*positional, **named)
 
 
@@ -175,28 +180,16 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
 
 
-def tensors_of(values: Any) -> Iterable[Tensor]:
-    """All tensors in nested containers, those that torch does not know (transformers' outputs) and objects too."""
-    for leaf in _pytree.tree_leaves(values):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from tensors_of(list(leaf.values()))
-        elif hasattr(leaf, "__dataclass_fields__"):
-            yield from tensors_of([getattr(leaf, name) for name in leaf.__dataclass_fields__])
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):  # not deeper: there may be cycles
-            yield from (t for t in _pytree.tree_leaves(list(vars(leaf).values())) if isinstance(t, Tensor))
-
-
 class _Noted(TorchFunctionMode):
     """Calls while the model runs. Tensors are kept, so that no two have the same identity."""
 
-    def __init__(self, model: nn.Module, whole: Collection[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, twin: nn.Module, whole: Collection[nn.Module]) -> None:
         super().__init__()
-        self.whole = {*whole}
-        self.parameters = {id(p): name for name, p in model.named_parameters()}
+        self.names = {module: name for name, module in twin.named_modules()}  # of the copy that runs
+        self.targets = dict(model.named_modules())
+        self.whole = {module for module, name in self.names.items() if self.targets[name] in {*whole}}
+        self.parameters = {id(p): name for name, p in twin.named_parameters()}
         self.read: dict[str, str] = {}
-        self.names = {module: name for name, module in model.named_modules()}
         self.calls: list[Call] = []
         self.maker: dict[int, Call] = {}
         self.kept: list[Tensor] = []
@@ -263,7 +256,8 @@ class _Noted(TorchFunctionMode):
         if self.inside:
             return
         if self._is_one_call(module):
-            self.inside.append((module, self.begin("module", self.names[module], module, args, kwargs)))
+            name = self.names[module]
+            self.inside.append((module, self.begin("module", name, self.targets[name], args, kwargs)))
             self.calls[-1].arguments = moves.noted(args, kwargs)
             self.given.append({id(t) for t in tensors_of((args, kwargs))})
         else:
@@ -321,5 +315,5 @@ class _Unseen(TorchDispatchMode):
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether what happens in its forward is its own business."""
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    return scripted or all(name == "parametrizations" for name, _ in module.named_children())
+    known = isinstance(module, torch.jit.ScriptModule | FusedBatchNorm)
+    return known or all(name == "parametrizations" for name, _ in module.named_children())

@@ -1,0 +1,84 @@
+"""What may stand between a layer and what it takes over, and comes behind it then: ``Identity``, and dropout.
+
+Dropout multiplies by 0 or 1 / (1 - p), so that relu and leaky_relu, with g(a z) = a g(z) for a >= 0, may come before it
+as well as behind it. What else is taken over across a dropout with p = 0 goes back when p is set to something else.
+
+Comes from: ``fuse``, ``rewrite``. Goes to: ``layer.taken_from``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from batchnorm.nn.base import FusedBatchNorm
+
+NOTHING = (nn.Identity,)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_COMMUTE = ("relu", "leaky_relu")
+
+
+def passes(module: Any) -> bool:
+    """Whether this may stand between them."""
+    kind = _kind(module)
+    return kind in NOTHING or kind in _DROPOUTS
+
+
+def _kind(module: Any) -> Any:
+    return type(module).watched_for if hasattr(type(module), "watched_for") else type(module)
+
+
+def in_the_way(passed: list[Any], activation: str | None, adds: bool) -> str | None:
+    """Why not, in this case."""
+    drops = [module for module in passed if getattr(module, "p", 0) > 0]
+    if not drops or (activation in _COMMUTE and not adds):
+        return None
+    return f"a {type(drops[0]).__name__}(p={drops[0].p:g}) is between it and {'an addition' if adds else activation}"
+
+
+class Crossed:
+    """A dropout with p = 0 that a layer took something over across, as the layer knows it."""
+
+    def __init__(self, dropout: nn.Module, layer: FusedBatchNorm) -> None:
+        self.dropout, self.layer = dropout, layer
+        dropout.__class__ = _watched(_kind(dropout))
+        vars(dropout)["crossed_by"] = (*vars(dropout).get("crossed_by", ()), self)
+
+    def hand_back(self) -> None:
+        """Nobody needs to know p any more."""
+        left = tuple(each for each in vars(self.dropout).get("crossed_by", ()) if each is not self)
+        vars(self.dropout)["crossed_by"] = left
+        if not left:
+            del vars(self.dropout)["crossed_by"]
+            self.dropout.__class__ = type(self.dropout).watched_for  # type: ignore[attr-defined]
+
+
+def crossed(passed: list[Any], layer: FusedBatchNorm, activation: str | None, adds: bool) -> tuple[Crossed, ...]:
+    """Have those that must not drop anything tell when they are to."""
+    if activation in _COMMUTE and not adds:
+        return ()
+    return tuple(Crossed(module, layer) for module in passed if hasattr(module, "p"))
+
+
+@cache
+def _watched(kind: Any) -> type:
+    """A subclass of a dropout's class whose layers get told when ``p`` is set."""
+
+    def set_p(self: Any, p: float) -> None:
+        vars(self)["p"] = p
+        if p > 0:
+            for each in vars(self)["crossed_by"]:
+                each.layer.hand_back()
+
+    def reduced(self: nn.Module, protocol: int) -> Any:
+        return _made_again, (kind,), self.__dict__
+
+    content = {"p": property(lambda self: vars(self)["p"], set_p), "watched_for": kind, "__reduce_ex__": reduced}
+    return type(kind.__name__, (kind,), content)
+
+
+def _made_again(kind: type) -> nn.Module:
+    made: Any = _watched(kind)
+    return made.__new__(made)

@@ -1,0 +1,121 @@
+"""Models that the verbs of surgery cannot change: wrappers that know the model as it is, and what hides its calls.
+
+Comes from: ``from_torch``, ``to_torch``, the converters, ``insert``, ``fold``, ``accelerate``. Goes to: their errors
+and reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from batchnorm.surgery.report import LEFT, Report, Row
+
+# Classes of torch's, by name, since an import of most costs time: what they did to the model; its name inside.
+_WRAPPERS = {
+    "DistributedDataParallel": ("wrapped by DistributedDataParallel, which knows its parameters", "module", "wrap"),
+    "DataParallel": ("wrapped by DataParallel", "module", "wrap"),
+    "FullyShardedDataParallel": ("wrapped by FullyShardedDataParallel, which cut its parameters", "", "wrap"),
+    "FSDPModule": ("cut by fully_shard, which knows its parameters", "", "shard"),
+    "OptimizedModule": ("compiled by torch.compile", "_orig_mod", "compile"),
+}
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+_BATCH_NORM = ("batch_norm",)
+AFFINE = ("linear", "conv", "addmm")  # operations, or parts of their names
+
+
+def checked(model: Any, verb: str) -> None:
+    """Refuse what a verb could only do half, or not at all.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: a wrapper, or a scripted model, with what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb} takes a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{verb}: the model is a {type(model).__name__}, which can be neither changed nor seen into: pass the "
+            "module that it was made from, and script or trace the result."
+        )
+    for name, module in model.named_modules():
+        kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.")]
+        wrapper = next((kind for kind in kinds if kind in _WRAPPERS), None)
+        if wrapper is None:
+            continue
+        done, inside, again = _WRAPPERS[wrapper]
+        if not inside:
+            advice = f"call {verb} before, and {again} the result"
+        elif name:
+            advice = f"put its {inside} in its place, and {again} the result"
+        else:
+            advice = f"pass model.{inside}, and {again} the result"
+        raise ValueError(f"{verb}: {name or 'the model'} is {done}: {advice}.")
+
+
+def on_all_ranks(verb: Verb) -> Verb:
+    """A verb that gives a new network, also for one in ``DistributedDataParallel``: what is inside is changed, and a
+    new wrapper like the old one put around it, which gives all ranks what rank 0 has. All ranks call it."""
+
+    @wraps(verb)
+    def called(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(model) is not nn.parallel.DistributedDataParallel:
+            return verb(model, *args, **kwargs)
+        if model._comm_hooks or model.mixed_precision is not None:
+            raise ValueError(
+                f"{verb.__name__}: the model is wrapped by DistributedDataParallel with a communication hook or mixed "
+                "precision, which a new wrapper would not have: pass model.module, and wrap the result."
+            )
+        if "skip" in kwargs and not isinstance(kwargs["skip"], str):
+            kwargs["skip"] = [name.removeprefix("module.") for name in kwargs["skip"]]
+        made = verb(model.module, *args, **kwargs)
+        again = nn.parallel.DistributedDataParallel(
+            made,
+            device_ids=model.device_ids,
+            output_device=model.output_device,
+            dim=model.dim,
+            broadcast_buffers=model.broadcast_buffers,
+            process_group=model.process_group,
+            bucket_cap_mb=model.bucket_bytes_cap / 2**20,
+            find_unused_parameters=model.find_unused_parameters,
+            gradient_as_bucket_view=model.gradient_as_bucket_view,
+            static_graph=model.static_graph,
+        ).train(model.training)
+        report = Report(row._replace(layer=f"module.{row.layer}") for row in made.batchnorm_report)
+        again.batchnorm_report = report
+        if hasattr(made, "batchnorm_recipe"):
+            again.batchnorm_recipe = made.batchnorm_recipe
+        return again
+
+    return called  # type: ignore[return-value]
+
+
+def replaced(module: nn.Module) -> bool:
+    """Whether the object has a forward that is not its class's: ``accelerate`` puts hooks there, say."""
+    return "forward" in vars(module)
+
+
+def scripted(model: nn.Module, operations: tuple[str, ...] = _BATCH_NORM) -> Report:
+    """A row for each scripted part in which one of these operations is done."""
+    found = Report()
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{row.layer}.") for row in found)
+        if isinstance(module, torch.jit.ScriptModule) and not inside and _does(module, operations):
+            why = (
+                f"a {type(module).__name__} can be neither changed nor seen into: use the module that it was made from"
+            )
+            found.append(Row(name, LEFT, why))
+    return found
+
+
+def _does(module: torch.jit.ScriptModule, operations: tuple[str, ...]) -> bool:
+    """By its program; a container that has none, by its parts'."""
+    try:
+        program = str(module.inlined_graph)
+    except Exception:  # whatever torch.jit raises where there is no forward
+        return any(_does(part, operations) for part in module.children() if isinstance(part, torch.jit.ScriptModule))
+    return any(operation in program for operation in operations)

@@ -1,0 +1,68 @@
+"""Modules with a forward that was written anew, as the layers know them whose work is done there no more.
+
+Comes from: ``rewrite``. Goes to: ``layer.taken_from``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import fx
+
+from batchnorm.nn.base import FusedBatchNorm
+
+
+class Rewritten:
+    """A module whose forward was written anew, as the layers know it whose activations and additions are gone there."""
+
+    def __init__(self, module: Any, layers: list[FusedBatchNorm]) -> None:
+        self.module, self.layers = module, layers
+
+    def hand_back(self) -> None:
+        """The module's own forward, and all of its layers without what was fused into them."""
+        layers, self.layers = self.layers, []
+        if layers:
+            self._own_forward()
+        for layer in layers:
+            layer.hand_back()
+
+    def _own_forward(self) -> None:
+        while hasattr(type(self.module), "written_for"):  # of one that was written for one that was written
+            self.module.__class__ = getattr(type(self.module), "written_for")  # noqa: B009
+
+
+class Regraphed(Rewritten):
+    """The same for a ``torch.fx.GraphModule``, whose graph was changed."""
+
+    def __init__(self, module: Any, layers: list[FusedBatchNorm], graph: fx.Graph) -> None:
+        super().__init__(module, layers)
+        self.graph = graph
+
+    def _own_forward(self) -> None:
+        self.module.graph = self.graph
+
+    def __reduce__(self) -> Any:  # torch pickles such a module as its program, which cannot hold itself
+        return Lost, ([(layer, layer.activation) for layer in self.layers],)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Regraphed:
+        new = memo[id(self)] = Regraphed.__new__(Regraphed)
+        new.module, new.layers = copy.deepcopy(self.module, memo), copy.deepcopy(self.layers, memo)
+        new.graph = copy.deepcopy(self.graph, memo)
+        return new
+
+
+class Lost:
+    """Of a ``GraphModule`` that was pickled: what its program was before."""
+
+    def __init__(self, layers: list[tuple[FusedBatchNorm, Any]]) -> None:
+        self.layers = layers
+
+    def hand_back(self) -> None:
+        """It cannot: leave the layers as they are, and say so."""
+        for layer, activation in self.layers:
+            layer.activation, layer.fused, layer.taken_from = activation, True, (self,)
+        raise TypeError(
+            "what this layer does for the program around it cannot be given back: a torch.fx.GraphModule was pickled "
+            "with fused layers. Pickle batchnorm.to_torch(model), or its state_dict."
+        )

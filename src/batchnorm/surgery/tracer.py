@@ -1,0 +1,89 @@
+"""torch.fx's tracer as a forward that is written anew needs it: where it goes in, and what it makes of tensors.
+
+Comes from: ``rewrite``. Goes to: a graph.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+
+from batchnorm.surgery.between import passes
+from batchnorm.surgery.given import replaced
+from batchnorm.surgery.watch import is_leaf
+
+
+class Tracer(fx.Tracer):
+    """Goes into those modules only that hold one of the layers; a context, in which it sees tensors being made.
+
+    A tensor that the forward makes of nothing that it is given (``torch.eye(3)``) would be a constant of torch.fx, kept
+    on one device in one dtype. Here the calls that made it are written down.
+    """
+
+    def __init__(self, layers: list[str]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.making = _Making()
+
+    def __enter__(self) -> Tracer:
+        self.making.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self.making.__exit__(*details)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        holds = any(name.startswith(f"{module_qualified_name}.") for name in self.layers)
+        holds = holds or (type(m) is nn.Sequential and all(passes(part) for part in m))
+        if is_leaf(m) or not holds:
+            return True
+        if replaced(m):
+            raise RuntimeError(f"the forward of {module_qualified_name} in it was replaced on the object")
+        if any(getattr(m, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+            raise RuntimeError(f"{module_qualified_name} in it has hooks, which would not be called")
+        return False
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        frame = sys._getframe()
+        while frame.f_back is not None:  # what checkpoint calls is recorded, that it calls it is not
+            frame = frame.f_back
+            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+                raise RuntimeError("it calls torch.utils.checkpoint, which would be lost")
+        return super().create_proxy(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        made = self.making.how.get(id(a)) if isinstance(a, Tensor) else None
+        if made is None:
+            return super().create_arg(a)
+        _, version, function, args, kwargs = made
+        if a._version != version:
+            raise RuntimeError("it makes a tensor and changes it in place, which would be a constant")
+        name = getattr(function, "__name__", "")
+        if name == "__get__":  # a property: t.T
+            proxy = self.create_proxy("call_function", getattr, (args[0], function.__self__.__name__), {})
+        elif getattr(Tensor, name, None) is function:
+            proxy = self.create_proxy("call_method", name, args, kwargs)
+        else:
+            proxy = self.create_proxy("call_function", function, args, kwargs)
+        proxy.node.meta["made"] = True
+        return proxy.node
+
+
+class _Making(TorchFunctionMode):
+    """How tensors are made that are made of nothing that is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.how: dict[int, tuple[Tensor, int, Any, Any, Any]] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = _pytree.tree_leaves((args, kwargs))
+        out = function(*args, **kwargs)
+        if type(out) is Tensor and not any(isinstance(each, fx.Proxy) or each is out for each in given):
+            self.how[id(out)] = out, out._version, function, args, kwargs
+        return out

@@ -1,0 +1,207 @@
+"""Fused layers in the hands of code that knows torch's only: it finds ordinary layers, and the numbers stay."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.mkldnn
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import batchnorm as bn
+from tests.surgery.test_fuse import shaken
+
+X = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+
+
+class BaseConv(nn.Module):
+    """As YOLO's: one activation module per block, and a ``fuse`` of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.bn(self.conv(x)))
+
+    def fuse(self):
+        self.conv = fuse_conv_bn_eval(self.conv, self.bn)
+        del self.bn
+        self.forward = lambda x: self.act(self.conv(x))
+
+
+class Residual(nn.Module):
+    """An activation and an addition that stand in its forward, which is rewritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.bn2(self.conv2(F.silu(self.bn(self.conv(x))))) + x)
+
+
+class Frozen(nn.Module):
+    """As detectron2's: scale and shift, from a layer's attributes."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.scale = (layer.weight * (layer.running_var + layer.eps).rsqrt()).detach().view(-1, 1, 1)
+        self.shift = layer.bias.detach().view(-1, 1, 1) - layer.running_mean.view(-1, 1, 1) * self.scale
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+
+
+def own_method(model):
+    for module in model.modules():
+        if isinstance(module, BaseConv):
+            module.fuse()
+    return model
+
+
+def free_function(model):
+    """Folds each layer into the convolution before it, and puts an Identity in its place."""
+    for module in model.modules():
+        before = None
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, before, fuse_conv_bn_eval(getattr(module, before), child))
+                setattr(module, name, nn.Identity())
+            before = name
+    return model
+
+
+def frozen(model):
+    for name, child in list(model.named_children()):
+        setattr(model, name, Frozen(child) if isinstance(child, nn.BatchNorm2d) else frozen(child))
+    return model
+
+
+def only_reads(model):
+    assert {layer.eps for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)} == {1e-5}
+    return model
+
+
+def as_it_is(model):
+    return model
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def twice_rewritten(model):
+    return bn.from_torch(model, example=X)
+
+
+@pytest.mark.parametrize("first", [as_it_is, copy.deepcopy, pickled, twice_rewritten])
+@pytest.mark.parametrize(
+    "other", [own_method, free_function, frozen, only_reads, nn.SyncBatchNorm.convert_sync_batchnorm]
+)
+def test_code_that_reads_eps_finds_an_ordinary_network(other, first):
+    model = shaken(nn.Sequential(BaseConv(), Residual(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Tanh())).eval()
+    expected = model(X)
+    fused = bn.from_torch(model, example=X)
+    assert len(fused.batchnorm_report.of("fused")) == 4
+    theirs = other(first(fused))
+    torch.testing.assert_close(theirs(X), expected)
+    if first is not as_it_is:
+        assert fused[0].bn.activation == "silu"  # another model's layers are its own
+    torch.testing.assert_close(fused(X), expected)
+
+
+def test_one_of_a_rewritten_forward_gives_all_of_it_back_and_no_other_module():
+    model = shaken(nn.Sequential(Residual(), Residual())).eval()
+    fused = bn.from_torch(model, example=X)
+    assert fused[0].bn2.eps == 1e-5
+    assert [fused[0].bn.activation, fused[1].bn.activation] == [None, "silu"]
+    assert type(fused[0]) is Residual
+    assert type(fused[1]) is not Residual
+    torch.testing.assert_close(fused(X), model(X))
+
+
+class Outer(nn.Module):
+    """Rewritten around a child that was rewritten before: its text holds the child's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Residual()
+        self.inner.last = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.inner.last(self.inner(x)))
+
+
+@pytest.mark.parametrize("name", ["last", "bn", "bn2"])
+def test_a_forward_around_another_goes_back_with_it(name):
+    model = shaken(nn.Sequential(Outer())).eval()
+    fused = bn.from_torch(model, example=X)
+    assert len(fused.batchnorm_report.of("fused")) == 3
+    assert getattr(fused[0].inner, name).eps == 1e-5
+    torch.testing.assert_close(fused(X), model(X))
+    torch.testing.assert_close(bn.to_torch(fused)(X), model(X))
+
+
+def test_to_mkldnn():
+    model = shaken(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())).float().eval()
+    x = X.float()
+    deployed = torch.utils.mkldnn.to_mkldnn(bn.from_torch(model, example=x))
+    assert type(deployed[2]) is nn.ReLU
+    torch.testing.assert_close(deployed(x.to_mkldnn()).to_dense(), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_and_the_mode_that_the_placeholder_has_stay():
+    fused = bn.from_torch(shaken(nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.2))), example=X).eval()
+    seen = []
+    fused[1].register_forward_hook(lambda *_: seen.append(1))
+    expected = fused(X)
+    assert fused[0].eps == 1e-5
+    assert (type(fused[1]), fused[1].negative_slope, fused[1].training) == (nn.LeakyReLU, 0.2, False)
+    torch.testing.assert_close(fused(X), expected)
+    assert seen == [1, 1]
+
+
+@pytest.mark.parametrize("first", [as_it_is, copy.deepcopy, pickled])
+def test_a_dropout_that_was_crossed_is_where_it_was_when_it_drops(first):
+    model = shaken(nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(0.0), nn.SiLU()))
+    fused = first(bn.from_torch(model, example=X))
+    assert fused[0].activation == "silu"
+    fused[1].p = model[1].p = 0.4
+    assert [fused[0].activation, type(fused[1]), type(fused[2])] == [None, nn.Dropout, nn.SiLU]
+    results = []
+    for m in (model, fused):
+        torch.manual_seed(0)
+        results.append(m.train()(X))
+    torch.testing.assert_close(*results)
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.other, self.act = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.other(F.relu(self.norm(x) + x)))
+
+
+def test_a_graph_module():
+    model = shaken(nn.Sequential(Mixed())).eval()
+    fused = bn.from_torch(torch.fx.symbolic_trace(model), example=X)
+    assert len(fused.batchnorm_report.of("fused")) == 2
+    copied, again = copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))
+    for m in (fused, copied, again):
+        torch.testing.assert_close(m(X), model(X))
+    assert copied.get_submodule("0.norm").eps == 1e-5
+    assert copied.get_submodule("0.norm").activation is None
+    assert fused.get_submodule("0.norm").activation == "relu"
+    torch.testing.assert_close(copied(X), model(X))
+    with pytest.raises(
+        TypeError, match=r"GraphModule was pickled with fused layers. Pickle batchnorm.to_torch\(model\)"
+    ):
+        again.get_submodule("0.norm").eps  # noqa: B018
+    torch.testing.assert_close(again(X), model(X))
+    torch.testing.assert_close(bn.to_torch(fused)(X), model(X))
