@@ -14,14 +14,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree
 
 from batchnorm.nn import Batch, Renorm, Synced
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.statistics import Running
+from batchnorm.nn.tracking import updates_running_statistics
+from batchnorm.population.batches import call_with_inputs, placed, refuse_one_batch
 from batchnorm.population.depth import depths, stages
-from batchnorm.population.estimators import ESTIMATORS, Estimator, Population, batch_in_buffers, frozen
+from batchnorm.population.estimators import ESTIMATORS, Estimator, Population, batch_in_buffers
+from batchnorm.population.kept import check_materialized, let_go, set_aside
+
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 class NotFinite(ValueError):
@@ -96,17 +100,17 @@ def recalibrate(
         ('1', 320)
     """
     check(batches, max_batches, estimator, upstream, process_group)
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and not frozen(module)
+    check_materialized(model, "recalibrate")
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if updates_running_statistics(module)
     }
     for layer in layers.values():
         if isinstance(layer, FusedBatchNorm):
             layer.tell_skipped()
     reader = _Reader(batches, max_batches, device, forward or call_with_inputs, progress)
+    old = {name: dict(layer._buffers) for name, layer in layers.items()}
     found: dict[str, Population] = {}
-    with _as_before(model, layers) as old, torch.no_grad():
+    with _set_up(model, layers), torch.no_grad():
         passes = [list(layers)]
         if upstream == "population":
             passes = stages(_largest(depths(model, layers, reader.first), process_group), layers)
@@ -126,17 +130,23 @@ def recalibrate(
                             "estimator='pooled' where only some have one value."
                         )
                     raise NotFinite(f"{which} saw values that are not finite: look at the batches and the weights.")
-                _write(layers[name], population, old[name])
                 found[name] = population
+                for key, new in zip(_STATISTICS, population[2:], strict=True):  # for the next stage
+                    layers[name]._buffers[key].copy_(new if population.values else old[name][key])
         if not any(population.values for population in found.values()) and not reader.read:
             raise ValueError("batches yielded nothing: recalibrate needs at least one batch of model inputs.")
-    return [_shift(name, found[name], old[name]) for name in layers if name in found and found[name].values]
+    reached = {name: found[name] for name in layers if name in found and found[name].values}
+    report = [_shift(name, population, old[name]) for name, population in reached.items()]
+    for name, population in reached.items():
+        _write(layers[name], population)
+    return report
 
 
 def check(
     batches: Iterable[Any], max_batches: int | None, estimator: str, upstream: str, group: dist.ProcessGroup | None
 ) -> None:
     """What ``recalibrate`` refuses before it begins."""
+    refuse_one_batch(batches, "batches")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1 (got {max_batches}).")
     for name, value, known in (("estimator", estimator, ESTIMATORS), ("upstream", upstream, ("batch", "population"))):
@@ -172,7 +182,8 @@ class _Reader:
             with batch_in_buffers(estimate.layers):
                 for layer in estimate.layers:
                     layer.train()
-                    start_afresh(layer, ())
+                    for name in _STATISTICS:  # nothing of an earlier batch is left, were it NaN (0 * NaN is NaN)
+                        layer._buffers[name].zero_()
                 self.read = 0
                 for batch in self._shown(islice(self.batches, self.most)):
                     self.forward(model, self._placed(batch))
@@ -185,7 +196,7 @@ class _Reader:
                 layer.eval()
 
     def _placed(self, batch: Any) -> Any:
-        return batch if self.device is None else _pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+        return batch if self.device is None else placed(batch, self.device)
 
     def _shown(self, batches: Iterable[Any]) -> Iterable[Any]:
         if not self.progress:
@@ -198,52 +209,28 @@ class _Reader:
         return track(batches, "recalibrate", total=min(sizes, default=None))
 
 
-def start_afresh(layer: nn.Module, inputs: Any) -> None:
-    """Nothing of an earlier batch is left, were it NaN (0 * NaN is NaN). As a forward pre-hook."""
-    if layer.training and not frozen(layer):
-        torch._foreach_zero_([layer._buffers["running_mean"], layer._buffers["running_var"]])  # type: ignore[list-item]
-
-
-def call_with_inputs(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch as a DataLoader gives it, with labels or without."""
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
-
-
 @contextmanager
-def _as_before(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """In eval; modes and random numbers come back, on an exception statistics too. Gives the old ones."""
-    modes = {module: module.training for module in model.modules()}
-    ours = {name: layer for name, layer in layers.items() if isinstance(layer, FusedBatchNorm)}
-    renewed = {name: layer for name, layer in ours.items() if isinstance(layer.statistics, Renorm | Synced)}
-    sources = {name: layer.statistics for name, layer in renewed.items()}
-    old = {name: {key: t.clone() for key, t in layer.named_buffers()} for name, layer in layers.items()}
+def _set_up(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
+    """In eval, on copies of the buffers, without a word to other processes; modes and random numbers come back."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    try:
-        with torch.random.fork_rng(devices):
+    parallel = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    syncs = [m.require_forward_param_sync for m in parallel]
+    with set_aside(model), torch.random.fork_rng(devices):
+        try:
+            for m in parallel:  # their forward would send buffers, and wait for ranks that have no batch
+                m.require_forward_param_sync = False
             model.eval()
-            for name, known in renewed.items():
-                mean, var = old[name]["running_mean"], old[name]["running_var"]
-                if isinstance(known.statistics, Renorm) and (mean + var).isfinite().all():
-                    known.held = Running(mean, var, old[name]["renorm_steps"])  # what it corrects towards in training
-                else:
-                    known._statistics = Batch()  # of this process alone, as it is
-            yield old
-    except BaseException:
-        for name, layer in layers.items():
-            _restore(layer, old[name])
-        raise
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for name, known in renewed.items():
-            known._statistics, known.held = sources[name], None
-            if "renorm_steps" in old[name]:
-                known._buffers["renorm_steps"].copy_(old[name]["renorm_steps"])  # type: ignore[union-attr]
-
-
-def _restore(layer: _BatchNorm, old: dict[str, Tensor]) -> None:
-    for key, buffer in layer.named_buffers():
-        buffer.copy_(old[key])
+            for layer in layers.values():
+                if isinstance(layer, FusedBatchNorm) and isinstance(layer.statistics, Renorm | Synced):
+                    known = [layer._buffers[name] for name in (*_STATISTICS, "renorm_steps") if name in layer._buffers]
+                    if isinstance(layer.statistics, Renorm) and all(t.isfinite().all() for t in known):
+                        layer.held = Running(*(t.clone() for t in known))  # what it corrects towards in training
+                    else:
+                        layer.statistics = Batch()  # of this process alone, as it is
+            yield
+        finally:
+            for m, sync in zip(parallel, syncs, strict=True):
+                m.require_forward_param_sync = sync
 
 
 def _largest(depth: dict[str, int], group: dist.ProcessGroup | None) -> dict[str, int]:
@@ -265,14 +252,14 @@ def _pool_over_ranks(estimate: Estimator, group: dist.ProcessGroup) -> None:
         estimate.merge(packed)
 
 
-def _write(layer: _BatchNorm, population: Population, old: dict[str, Tensor]) -> None:
-    """The new statistics into the layer; the old ones where it was not reached."""
-    if not population.values:
-        return _restore(layer, old)
-    layer.reset_running_stats()  # what was skipped before is over
-    layer.running_mean.copy_(population.mean_C)  # type: ignore[union-attr]
-    layer.running_var.copy_(population.unbiased_var_C)  # type: ignore[union-attr]
-    layer.num_batches_tracked.fill_(population.batches)  # type: ignore[union-attr]
+def _write(layer: Any, population: Population) -> None:
+    """The new statistics into the layer."""
+    let_go(*(t for t in layer._buffers.values() if t is not None))
+    if layer.num_batches_tracked is not None:
+        layer.reset_running_stats()  # what was skipped before is over
+        layer.num_batches_tracked.fill_(population.batches)
+    layer.running_mean.copy_(population.mean_C)
+    layer.running_var.copy_(population.unbiased_var_C)
 
 
 def _shift(name: str, population: Population, old: dict[str, Tensor]) -> Shift:
