@@ -77,7 +77,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
     values: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor's id: it, and what it held
     copies: dict[int, Tensor] = {}
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             for one in kept:
                 for t in one.buffers.values():
                     if t is not None:
@@ -101,7 +101,8 @@ def let_go(*tensors: Tensor) -> None:
     """
     for t in tensors:
         if t._use_count() > _FREE:
-            torch._C._swap_tensor_impl(t, t.clone())
+            with torch.inference_mode(False):  # its tensors are refused in training
+                torch._C._swap_tensor_impl(t, t.clone())
 
 
 def check_materialized(model: nn.Module, verb: str) -> None:
