@@ -324,7 +324,9 @@ def test_layers_that_do_not_update_are_left_alone(kind, use, stop):
     stop(model[1])
     before = {key: t for key, t in state(model[1]).items() if "running" in key}
     expected = nn.BatchNorm1d(6).double()
+    model[1].train(use != "recalibrate")  # which runs it as in evaluation
     hidden = model[:3](x)
+    model.train()
     expected.load_state_dict(model[3].state_dict())
     if use == "recalibrate":
         assert [row.layer for row in bn.recalibrate(model, [x])] == ["3"]
