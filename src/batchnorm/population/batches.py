@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,35 +34,24 @@ def refuse_one_batch(batches: Iterable[Any], name: str) -> None:
 
 
 def placed(batch: Any, device: Any) -> Any:
-    """The batch on the device: tensors, whatever has ``.to``, and those in mappings, sequences and dataclasses."""
-    move = getattr(batch, "to", None)
-    if callable(move) and not isinstance(batch, type):
-        moved = move(device)
+    """The batch on the device: tensors, whatever else has ``.to``, and those in mappings, sequences and dataclasses."""
+    if _moves(batch):
+        moved = batch.to(device)
         return batch if moved is None else moved  # it moved itself
     if isinstance(batch, Mapping):
-        items = {key: placed(value, device) for key, value in batch.items()}
-        if isinstance(batch, defaultdict):
-            return defaultdict(batch.default_factory, items)
-        return type(batch)(items) if type(batch) in (OrderedDict, dict) else _like(batch, items)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(placed(value, device) for value in batch))
+        moved = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+        for key, value in batch.items():
+            moved[key] = placed(value, device)
+        return moved
     if isinstance(batch, tuple | list):
-        return type(batch)(placed(value, device) for value in batch)  # type: ignore[call-arg]
+        values = [placed(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         moved = copy.copy(batch)
         for field in dataclasses.fields(batch):
-            if hasattr(batch, field.name):  # frozen ones too
-                object.__setattr__(moved, field.name, placed(getattr(batch, field.name), device))
+            object.__setattr__(moved, field.name, placed(getattr(batch, field.name), device))  # frozen ones too
         return moved
     return batch
-
-
-def _like(batch: Any, items: dict[Any, Any]) -> Any:
-    """A mapping of the batch's class, with what else it holds."""
-    moved = copy.copy(batch)
-    for key, value in items.items():
-        moved[key] = value
-    return moved
 
 
 def call_with_inputs(model: nn.Module, batch: Any) -> Any:
@@ -73,20 +61,24 @@ def call_with_inputs(model: nn.Module, batch: Any) -> Any:
     keys by name, as transformers' models do; else it is given as it is.
 
     Raises:
-        TypeError: forward takes some of a mapping's keys, and not the others.
+        TypeError: forward takes some of a mapping's keys, and not the others, or wants more.
     """
-    inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    inputs = batch[0] if isinstance(batch, tuple | list) and not _moves(batch) else batch
     if isinstance(inputs, Mapping) and _takes_by_name(model, inputs):
         return model(**inputs)
     return model(inputs)
 
 
+def _moves(batch: Any) -> bool:
+    """Whether it is one thing that knows how to go to a device: a tensor, a graph, packed sequences."""
+    return callable(getattr(batch, "to", None)) and not isinstance(batch, type)
+
+
 def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
     inner = _unwrapped(model)
     signature = inspect.signature(inner.forward)
-    names = {
-        name for name, p in signature.parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }  # fmt: skip
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = [name for name, parameter in signature.parameters.items() if parameter.kind in by_name]
     known = [key for key in inputs if key in names]
     if not all(isinstance(key, str) for key in inputs):
         return False
@@ -95,17 +87,20 @@ def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
     except TypeError as error:
         if not known:
             return False
+        arguments = ", ".join(f"{key}=batch[{key!r}]" for key in known)
         raise TypeError(
-            f"the batch has {', '.join(map(str, inputs))}, and {type(inner).__name__}.forward takes "
-            f"{', '.join(names)} ({error}): pass forward=, a function of model and batch, for one, "
-            f"lambda model, batch: model({', '.join(f'{key}=batch[{key!r}]' for key in known)})."
+            f"the batch has {', '.join(inputs)}, and {type(inner).__name__}.forward takes {', '.join(names)} ({error}): "
+            f"pass forward=, as lambda model, batch: model({arguments})."
         ) from error
     return True
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """Of a wrapper that takes any arguments (DistributedDataParallel, torch.compile, averaged weights), what it wraps."""
-    inner = model._modules.get("_orig_mod", model._modules.get("module"))
-    kinds = {p.kind for p in inspect.signature(model.forward).parameters.values()}
-    anything = kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
-    return model if inner is None or not (anything or "_orig_mod" in model._modules) else _unwrapped(inner)
+    """Of what takes any arguments (torch.compile, DistributedDataParallel, averaged weights) the model in it."""
+    if "_orig_mod" in model._modules:
+        return _unwrapped(model._modules["_orig_mod"])  # type: ignore[arg-type]
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    inner = model._modules.get("module")
+    if inner is None or kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return model
+    return _unwrapped(inner)

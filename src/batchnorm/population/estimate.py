@@ -64,15 +64,19 @@ def recalibrate(
 
     Everything but batch normalization (dropout, say) behaves as in eval, whatever mode the model is in. Weights are
     not touched; modes, momentum, hooks and torch's random numbers are as before afterwards, on an exception also the
-    statistics. Sums are taken in float64.
+    statistics. It may run between a forward pass and its backward: buffers stay the same objects, and what that
+    backward needs keeps its values. Sums are taken in float64.
 
     Args:
         model: any module; stock ``torch.nn.BatchNorm*`` layers count too. Only running statistics change;
-            ``num_batches_tracked`` becomes the number of batches read. Layers that keep none, or whose statistics are
-            frozen, are left alone.
+            ``num_batches_tracked`` becomes the number of batches read. Layers that do not update any are left alone:
+            those that have none, are frozen, or have ``track_running_stats`` switched off. It may be wrapped:
+            ``DistributedDataParallel`` sends nothing meanwhile.
         batches: iterable of model inputs, each (N, ...); of a tuple or list, as a DataLoader gives with labels, the
             first element. Read front to back.
-        forward: ``forward(model, batch)`` runs the model on one batch; default: ``model(inputs)``.
+        forward: ``forward(model, batch)`` runs the model on one batch; default: ``model(inputs)``; a mapping, as of
+            transformers' collators, is given as keyword arguments where the model's forward takes all its keys by name
+            (labels too, where they are in it), else as it is.
         max_batches: stop after so many; default: all.
         estimator: "pooled": the same for any split of the same data into batches; "batch_mean": the paper's average.
         upstream: "batch": one pass; all layers normalize by the batch, so that a layer after another one sees what it
@@ -81,7 +85,7 @@ def recalibrate(
             of the deepest chain, and says on stderr how often that is.
         process_group: pool the values of all ranks of this group, which all must call this; the ranks may have
             different numbers of batches. Default: this process alone, no communication.
-        device: where to put batches; default: as they come.
+        device: where to put batches: tensors and whatever has ``.to``, nested ones too; default: as they come.
         progress: show a progress bar (needs rich).
 
     Returns:
@@ -90,8 +94,10 @@ def recalibrate(
     Raises:
         ValueError: ``batches`` yielded nothing, or is an iterator where it is read more than once; ``max_batches`` is
             not positive; an unknown estimator or upstream; a batch gave a layer a single value per channel, or one that
-            is not finite; a process group without ``torch.distributed.init_process_group``. Nothing has been changed
-            then.
+            is not finite; a process group without ``torch.distributed.init_process_group``; a lazy layer has no
+            channels yet. Nothing has been changed then.
+        TypeError: ``batches`` is itself a batch (a tensor, a mapping), or a mapping has keys of which forward takes
+            some only.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
