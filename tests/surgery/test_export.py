@@ -110,3 +110,17 @@ def test_what_onnxruntime_cannot_run_is_said_and_leaves_no_file(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"onnxruntime cannot take the model: \w+: "):
         write(model, torch.randn(2, 3, 6, 6).bfloat16(), tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_with_shared_tensors_are_written_under_every_name(tmp_path: Path) -> None:
+    """A head that two levels share, weights that are tied: the file loads by load_state_dict alone."""
+    from safetensors.torch import load_file
+
+    head = nn.Linear(4, 4)
+    tied = nn.Linear(4, 4)
+    tied.weight = head.weight
+    shared = nn.ModuleDict({"a": head, "b": nn.ModuleList([head]), "c": tied})
+    for file in (tmp_path / "out.safetensors", tmp_path / "out.pt"):
+        write(shared, None, file)
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        torch.testing.assert_close(state, dict(shared.state_dict()), rtol=0, atol=0)

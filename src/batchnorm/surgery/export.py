@@ -44,6 +44,11 @@ def _state_dict(model: nn.Module, example: Any, file: Path) -> str:
     if file.suffix == ".safetensors":
         with _needs("safetensors"):
             from safetensors.torch import save_file
+        seen: set[int] = set()
+        for key, t in state.items():  # of tensors that share memory each has its own there
+            memory = t.untyped_storage().data_ptr()
+            state[key] = t.clone() if memory in seen else t
+            seen.add(memory)
         save_file(state, file)
     else:
         torch.save(state, file)
