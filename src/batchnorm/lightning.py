@@ -55,8 +55,8 @@ class Recalibrate(Callback):
         report: what the last ``recalibrate`` returned; a row per layer.
 
     Raises:
-        TypeError: ``batches`` is an iterator, which is empty after once, or is itself a batch; the trainer has several training loaders (when
-            training starts).
+        TypeError: ``batches`` is an iterator, which is empty after once, or is itself a batch; the trainer has several
+            training loaders (when training starts).
         ValueError: as ``recalibrate`` does. Values that are not finite only warn, since training may recover.
 
     Example:

@@ -116,7 +116,7 @@ class Anything:
         (("--checkpoint", "in.pt", "--out", "o.pt", "--model", "mine:no"), "AttributeError"),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:nothing"), "batches yielded nothing"),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--upstream", "mean"), "Known: batch, population"),
-        (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:tensor"), "whose rows would be taken for batches"),
+        (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:tensor"), "whose rows would be taken"),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:keys"), "Sequential.forward takes input"),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:shapes"),
          "--batches mine:shapes: the model does not run on them: RuntimeError: "),

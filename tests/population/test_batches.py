@@ -143,6 +143,17 @@ def test_other_batches_are_given_as_they_are(batch: Any) -> None:
     torch.testing.assert_close(model.norm.running_mean, X.mean(0))
 
 
+def test_loaders_without_a_length() -> None:
+    class Stream(torch.utils.data.IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(X)
+
+    for batches in (torch.utils.data.DataLoader(Stream(), batch_size=5), (part for part in X.split(5))):
+        layer = bn.BatchNorm1d(4)
+        bn.recalibrate(layer, batches, progress=True)
+        torch.testing.assert_close(layer.running_mean, X.mean(0))
+
+
 def test_named_tuples_and_packed_sequences() -> None:
     model = nn.Sequential(bn.BatchNorm1d(4))
     bn.recalibrate(model, [Pair(X, "label")])

@@ -140,7 +140,7 @@ def test_buffers_that_modules_share_stay_shared() -> None:
 def _under_ddp(rank: int, world: int, kind: str) -> list[Tensor]:
     inner = network(KINDS[kind == "ours"])
     model = DistributedDataParallel(inner)
-    model(X[rank :: world]).sum().backward()
+    model(X[rank::world]).sum().backward()
     pending = model(X[rank::world]).square().sum()
     buffers, before = list(model.buffers()), copy.deepcopy(model.state_dict())
     with bn.preserve_state(model), torch.no_grad():
@@ -175,7 +175,7 @@ def test_under_distributed_data_parallel(kind: str) -> None:
 )
 def test_lazy_layers_that_were_not_run_are_named(use: Callable[[nn.Module], object]) -> None:
     net = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
-    with pytest.raises(ValueError, match=r"1 \(LazyBatchNorm1d\) does not know its number of channels.*run the model once"):
+    with pytest.raises(ValueError, match=r"1 \(LazyBatchNorm1d\) does not know its number .*run the model once"):
         use(net)
     assert net.training
     assert isinstance(net(X.float()), Tensor)

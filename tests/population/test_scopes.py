@@ -303,7 +303,7 @@ def test_settings_come_back(change, frozen):
     assert [p.requires_grad for p in layer.parameters()] == [p.requires_grad for p in twin.parameters()]
 
 
-# ---- layers that do not update -----------------------------------------------------------------------------------------
+# ---- layers that do not update ---------------------------------------------------------------------------------------
 
 
 def without_mean_and_variance(layer):

@@ -185,7 +185,7 @@ mse = nn.functional.mse_loss
         (Output, {"forward": lambda m, b: m(b[0]).loss.item()}, TypeError, "got a float: return a tensor"),
         (Output, {"forward": lambda m, b: m(b[0]).loss.detach()}, ValueError, "no gradient flows"),
         (lambda y: y, {"loss": partial(mse, reduction="none")}, ValueError,
-         r"one number, got one of shape \(8, 1\): reduction=\"mean\""),
+         r"one number, got one of shape \(8, 1\): pass reduction=.mean."),
     ],
 )  # fmt: skip
 def test_losses_that_no_step_can_be_made_on(pack: Any, options: Any, error: Any, words: str) -> None:

@@ -27,9 +27,10 @@ def refuse_one_batch(batches: Iterable[Any], name: str) -> None:
             "[tensor] for one batch, tensor.split(size) for several."
         )
     if isinstance(batches, Mapping | str):
+        parts = "keys" if isinstance(batches, Mapping) else "letters"
         raise TypeError(
-            f"{name} is a {type(batches).__name__}, whose {'keys' if isinstance(batches, Mapping) else 'letters'} would "
-            "be taken for batches: pass [batch] for one batch, or a DataLoader."
+            f"{name} is a {type(batches).__name__}, whose {parts} would be taken for batches: pass [batch] for "
+            "one batch, or a DataLoader."
         )
 
 
@@ -89,8 +90,8 @@ def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
             return False
         arguments = ", ".join(f"{key}=batch[{key!r}]" for key in known)
         raise TypeError(
-            f"the batch has {', '.join(inputs)}, and {type(inner).__name__}.forward takes {', '.join(names)} ({error}): "
-            f"pass forward=, as lambda model, batch: model({arguments})."
+            f"the batch has {', '.join(inputs)}, and {type(inner).__name__}.forward takes {', '.join(names)} "
+            f"({error}). Pass forward=: lambda model, batch: model({arguments})."
         ) from error
     return True
 

@@ -24,7 +24,6 @@ from batchnorm.population.depth import depths, stages
 from batchnorm.population.estimators import ESTIMATORS, Estimator, Population, batch_in_buffers
 from batchnorm.population.kept import check_materialized, let_go, set_aside
 
-
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -189,7 +188,7 @@ class _Reader:
                 for layer in estimate.layers:
                     layer.train()
                     for name in _STATISTICS:  # nothing of an earlier batch is left, were it NaN (0 * NaN is NaN)
-                        layer._buffers[name].zero_()
+                        getattr(layer, name).zero_()
                 self.read = 0
                 for batch in self._shown(islice(self.batches, self.most)):
                     self.forward(model, self._placed(batch))
@@ -211,7 +210,11 @@ class _Reader:
             from rich.progress import track
         except ImportError as error:
             raise ImportError("progress=True shows a bar of rich: pip install rich") from error
-        sizes = [size for size in (self.most, getattr(self.batches, "__len__", lambda: None)()) if size is not None]
+        try:
+            size: int | None = len(self.batches)  # type: ignore[arg-type]
+        except TypeError:  # a generator, or a DataLoader of one
+            size = None
+        sizes = [n for n in (self.most, size) if n is not None]
         return track(batches, "recalibrate", total=min(sizes, default=None))
 
 
@@ -228,7 +231,7 @@ def _set_up(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
             model.eval()
             for layer in layers.values():
                 if isinstance(layer, FusedBatchNorm) and isinstance(layer.statistics, Renorm | Synced):
-                    known = [layer._buffers[name] for name in (*_STATISTICS, "renorm_steps") if name in layer._buffers]
+                    known: list[Any] = [layer._buffers.get(name) for name in (*_STATISTICS, "renorm_steps")]
                     if isinstance(layer.statistics, Renorm) and all(t.isfinite().all() for t in known):
                         layer.held = Running(*(t.clone() for t in known))  # what it corrects towards in training
                     else:

@@ -34,7 +34,7 @@ class Population(NamedTuple):
 
 
 @contextmanager
-def batch_in_buffers(layers: Sequence[nn.Module]) -> Iterator[None]:
+def batch_in_buffers(layers: Sequence[Any]) -> Iterator[None]:
     """In train, layers leave the statistics of their last batch in their buffers, whether they are finite or not."""
     before = [dict(vars(layer)) for layer in layers]
     try:

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # torch's containers and the mode
-_FREE = torch.empty(0)._use_count()  # of a tensor that Python alone holds
+_FREE = torch.empty(0)._use_count()  # type: ignore[attr-defined]  # of a tensor that Python alone holds
 
 
 class Kept:
@@ -100,7 +100,7 @@ def let_go(*tensors: Tensor) -> None:
     no backward holds keeps its memory, which a CUDA graph may read.
     """
     for t in tensors:
-        if t._use_count() > _FREE:
+        if t._use_count() > _FREE:  # type: ignore[attr-defined]
             with torch.inference_mode(False):  # its tensors are refused in training
                 torch._C._swap_tensor_impl(t, t.clone())
 

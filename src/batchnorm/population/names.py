@@ -8,9 +8,9 @@ Comes from: ``checkpoint``. Goes to: which name of the file is which of the mode
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from itertools import takewhile
 from typing import NamedTuple
 
 from torch import Tensor
@@ -54,10 +54,10 @@ def fit(of_file: Iterable[str], of_model: Collection[str], prefix: str | None = 
     hits: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
     for length in range(len(common) + 1):
         short = {name[length:] for name in ours}
-        for name in theirs:
-            for i in range(len(name)):
-                if name[i:] in short and (given is None or name[:i] == given):
-                    hits[name[:i], common[:length]] += 1
+        for parts in theirs:
+            for i in range(len(parts)):
+                if parts[i:] in short and (given is None or parts[:i] == given):
+                    hits[parts[:i], common[:length]] += 1
     hits.setdefault((given or (), ()), 0)
     most = max(hits.values())
     best = [prefixes for prefixes, count in hits.items() if count == most]
@@ -93,4 +93,6 @@ def _prefix(parts: tuple[str, ...]) -> str:
 
 def _common(names: Collection[tuple[str, ...]]) -> tuple[str, ...]:
     """Before the last part of each name, what all have in common."""
-    return tuple(os.path.commonprefix([list(name[:-1]) for name in names])) if names else ()
+    heads = [name[:-1] for name in names]
+    pairs = zip(min(heads, default=()), max(heads, default=()), strict=False)
+    return tuple(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

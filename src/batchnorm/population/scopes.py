@@ -142,7 +142,7 @@ class _Gathered:
         vars(self.layer).update(self.settings)
 
     def before(self, layer: Any, inputs: Any) -> None:
-        """Give the forward pass buffers of its own, unless what it would update is another one's (``preserve_state``)."""
+        """Give the forward pass buffers of its own, unless others are in place (of ``preserve_state``, say)."""
         mine = layer._buffers["running_mean"] is self.own["running_mean"]
         self.gathers = mine and layer.training and updates_running_statistics(layer)
         if self.gathers:

@@ -82,8 +82,8 @@ def find_learning_rate(
         model: any module; a copy in train mode is trained.
         batches: ``(inputs, targets)``, as a DataLoader gives them; read again from the front where they are too few.
             Inputs in a tuple or list are positional arguments, in a dict keyword arguments.
-        loss: ``loss(model(inputs), targets)``, a scalar; it may be negative. Of a model that returns more than a tensor:
-            ``lambda output, targets: torch.nn.functional.cross_entropy(output.logits, targets)``, say.
+        loss: ``loss(model(inputs), targets)``, a scalar; it may be negative. For a model that returns more than a
+            tensor: ``lambda output, targets: torch.nn.functional.cross_entropy(output.logits, targets)``, say.
         forward: ``forward(model, batch)`` runs the model on a batch of any kind, and returns the loss instead.
         optimizer: ``optimizer(parameters, lr=...)``; default: SGD with momentum 0.9. With weight decay or other
             settings: ``functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4)``.
@@ -169,8 +169,8 @@ def _scalar(value: Any) -> Tensor:
         raise TypeError(f"the loss is one number in a tensor, got a {type(value).__name__}: {advice}.")
     if value.numel() != 1:
         raise ValueError(
-            f"the loss is one number, got one of shape {tuple(value.shape)}: reduction=\"mean\" in the loss of torch, or "
-            ".mean()."
+            f'the loss is one number, got one of shape {tuple(value.shape)}: pass reduction="mean" to the loss, or '
+            "take its .mean()."
         )
     if not value.requires_grad:
         raise ValueError("no gradient flows from the loss to the model: is it detached, or from torch.no_grad()?")
