@@ -34,7 +34,8 @@ class Kept:
         self.buffers, self.not_saved = dict(module._buffers), set(module._non_persistent_buffers_set)
         self.scripted = isinstance(module, torch.jit.ScriptModule)  # can neither gain nor lose buffers
         self.normalizes = isinstance(module, _BatchNorm)
-        self.attributes = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+        held = vars(module) if self.normalizes else {}
+        self.attributes = {k: v for k, v in held.items() if k not in _OF_EVERY_MODULE}
         self.wanted = [(p, p.requires_grad) for p in module.parameters()] if self.normalizes else []
 
     def tensors(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
@@ -80,11 +81,14 @@ def set_aside(model: nn.Module) -> Iterator[None]:
         with torch.inference_mode(False), torch.no_grad():
             for one in kept:
                 for t in one.buffers.values():
-                    if t is not None:
-                        values.setdefault(id(t), (t, t.clone()))
+                    if t is not None and id(t) not in values:
+                        values[id(t)] = (t, t.clone())
                 for place, name, t in one.tensors():
-                    values.setdefault(id(t), (t, t.clone()))
-                    place[name] = copies.setdefault(id(t), values[id(t)][1].clone())
+                    if id(t) not in values:
+                        values[id(t)] = (t, t.clone())
+                    if id(t) not in copies:
+                        copies[id(t)] = t.clone()
+                    place[name] = copies[id(t)]
         yield
     finally:
         for one in kept:

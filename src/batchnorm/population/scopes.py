@@ -150,9 +150,9 @@ class _Gathered:
                 if t is not None:
                     layer._buffers[name] = torch.zeros_like(t) if name.startswith("running") else t.clone()
             self.pooled.use([layer])
-            layer.momentum = 1.0
+            vars(layer)["momentum"] = 1.0
             if self.guarded is not None:
-                layer.guarded, layer.counts = False, []
+                vars(layer).update(guarded=False, counts=[])
         elif layer.momentum == _WAITS:
             layer.momentum, self.lent = self.momentum, True
 
@@ -164,7 +164,7 @@ class _Gathered:
                 self.pooled.read()
             layer._buffers.update(self.own)
             if self.guarded is not None:
-                layer.guarded, layer.counts = self.guarded, None
+                vars(layer).update(guarded=self.guarded, counts=None)
         if self.gathers or self.lent:
             layer.momentum, self.gathers, self.lent = _WAITS, False, False
 
