@@ -141,6 +141,10 @@ def nan(y: Tensor, t: Tensor) -> Tensor:
         ({"loss": nan}, r"not finite at step 1 of the range test, at a learning rate of 1e-05"),
         ({"lowest": 5.0, "highest": 5e4}, r"the loss diverged at step \d of the range test, at a learning rate of"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS needs a closure"),
+        (
+            {"model": nn.Sequential(nn.LazyLinear(1))},
+            r"0 \(LazyLinear\) does not know .*run the model once",
+        ),
         ({"loss": lambda y, t: 1 + 0 * y.sum()}, "the loss did not fall at learning rates from 1e-05"),
     ],
 )

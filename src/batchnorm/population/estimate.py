@@ -94,7 +94,7 @@ def recalibrate(
         ValueError: ``batches`` yielded nothing, or is an iterator where it is read more than once; ``max_batches`` is
             not positive; an unknown estimator or upstream; a batch gave a layer a single value per channel, or one that
             is not finite; a process group without ``torch.distributed.init_process_group``; a lazy layer has no
-            channels yet. Nothing has been changed then.
+            shape yet. Nothing has been changed then.
         TypeError: ``batches`` is itself a batch (a tensor, a mapping), or a mapping has keys of which forward takes
             some only.
 

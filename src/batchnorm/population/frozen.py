@@ -31,7 +31,7 @@ def freeze(model: nn.Module, *, running_stats: bool = True, affine: bool = False
         TypeError: a layer is torch's own (or a subclass of it), which ``model.train()`` would set going again: turn the
             model into ours first, by ``from_torch``.
         ValueError: nothing to freeze: no layer, layers without running statistics, or neither of the two wanted; a lazy
-            layer has no channels yet. Whatever is raised, nothing has been changed then.
+            layer has no shape yet. Whatever is raised, nothing has been changed then.
 
     Example:
         >>> import torch, batchnorm as bn

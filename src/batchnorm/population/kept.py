@@ -109,16 +109,18 @@ def let_go(*tensors: Tensor) -> None:
                 torch._C._swap_tensor_impl(t, t.clone())
 
 
-def check_materialized(model: nn.Module, verb: str) -> None:
-    """Refuses layers that do not know their channels yet.
+def check_materialized(model: nn.Module, verb: str, *, weights: bool = False) -> None:
+    """Refuses layers that do not know their shapes yet.
 
     Raises:
-        ValueError: a buffer, or a batch normalization layer's parameter, has no shape yet.
+        ValueError: a buffer, a batch normalization layer's parameter, or with ``weights`` any one, has no shape yet.
     """
     for name, module in model.named_modules():
-        own = [*module._buffers.values(), *(module._parameters.values() if isinstance(module, _BatchNorm) else ())]
+        own = list(module._buffers.values())
+        if weights or isinstance(module, _BatchNorm):
+            own += module._parameters.values()
         if any(is_lazy(t) for t in own):
             raise ValueError(
-                f"{verb}: {name or 'the model'} ({type(module).__name__}) does not know its number of channels yet: "
-                "run the model once, on an example, before."
+                f"{verb}: {name or 'the model'} ({type(module).__name__}) does not know its shapes yet: run the model "
+                "once, on an example, before."
             )

@@ -43,7 +43,7 @@ def preserve_state(model: Model) -> Iterator[Model]:
         model: any module; given to the ``with`` statement again.
 
     Raises:
-        ValueError: a lazy layer has no channels yet: run the model once before.
+        ValueError: a lazy layer has no shape yet: run the model once before.
 
     Example:
         >>> import torch, batchnorm as bn
@@ -80,7 +80,7 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
         model: any module; stock ``torch.nn.BatchNorm*`` layers count too. Given to the ``with`` statement again.
 
     Raises:
-        ValueError: a lazy layer has no channels yet: run the model once before.
+        ValueError: a lazy layer has no shape yet: run the model once before.
 
     Example:
         >>> import torch, batchnorm as bn

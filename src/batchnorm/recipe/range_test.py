@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.population.batches import refuse_one_batch
+from batchnorm.population.kept import check_materialized
 from batchnorm.surgery.copied import copied
 from batchnorm.surgery.watch import arguments
 
@@ -97,7 +98,8 @@ def find_learning_rate(
     Raises:
         ValueError: ``batches`` yielded nothing, or less than ``steps`` and cannot be read again; rates that do not
             grow; fewer than 10 steps; the loss diverged or was not finite before the tenth step, or never fell; an
-            optimizer whose step needs a closure, LBFGS; a loss per example, or one without a gradient.
+            optimizer whose step needs a closure, LBFGS; a loss per example, or one without a gradient; a lazy layer
+            has no shape yet: run the model once before.
         TypeError: not a module; a batch that is not ``(inputs, targets)``, without ``forward``; ``batches`` is itself a
             batch (a tensor, a mapping); a loss that is no tensor, or does not take the model's output.
 
@@ -212,6 +214,7 @@ def _copied(model: nn.Module) -> Iterator[nn.Module]:
     """A copy to train; torch's random numbers are as before afterwards."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"find_learning_rate takes a torch.nn.Module, got {type(model).__name__}.")
+    check_materialized(model, "find_learning_rate", weights=True)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices), torch.enable_grad():
         yield copied(model).train()
