@@ -251,7 +251,84 @@ def test_without_training_batches_it_says_so(tmp_path: Path) -> None:
     assert_population(module.net.state_dict())
 
 
+class Hooks:
+    """Each does its part of what a training batch is; those of validation are no lists."""
+
+    def on_before_batch_transfer(self, batch: Any, index: int) -> Any:
+        return [batch[0] / 2] if isinstance(batch, list) else batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
+        return [batch[0].to(device) + 5] if isinstance(batch, list) else batch
+
+    def on_after_batch_transfer(self, batch: Any, index: int) -> Any:
+        module = self.trainer.lightning_module  # type: ignore[attr-defined]
+        in_training = self.trainer.training and module.training and module.net.training  # type: ignore[attr-defined]
+        return [batch[0] * 7] if isinstance(batch, list) and in_training else batch
+
+
+class Hooked(Hooks, Regression):
+    pass
+
+
+class Data(Hooks, pl.LightningDataModule):
+    pass
+
+
+@pytest.mark.parametrize("given", ["loader", "batches", "forward"])
+@pytest.mark.parametrize("hooks", ["module", "data"])
+def test_batches_go_the_way_of_training(tmp_path: Path, hooks: str, given: str) -> None:
+    """Before validation too, when trainer and modules are in evaluation."""
+    options: dict[str, Any] = {
+        "loader": {},
+        "batches": {"batches": [[part] for part in X.split(20)]},
+        "forward": {"forward": lambda module, batch: module(batch[0])},
+    }[given]
+    module, data = (Hooked(), pl.LightningDataModule()) if hooks == "module" else (Regression(), Data())
+    data.train_dataloader, data.val_dataloader = train_loader, val_loader  # type: ignore[method-assign]
+    trainer(tmp_path, Recalibrate(**options), max_epochs=1).fit(module, datamodule=data)
+    for state in (module.seen[-1], module.net.state_dict()):
+        assert_population(state, (X / 2 + 5) * 7)
+
+
+class Graphs:
+    """As of PyG: knows how to go to a device."""
+
+    def __init__(self, x: Tensor, moved: bool = False) -> None:
+        self.x, self.moved = x, moved
+
+    def to(self, *_: Any, **__: Any) -> "Graphs":
+        return Graphs(self.x, True)
+
+
+def test_batches_that_are_objects_or_mappings(tmp_path: Path) -> None:
+    class OnGraphs(Regression):
+        def forward(self, x: Any) -> Tensor:
+            assert x.moved
+            return super().forward(x.x)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return self(batch).square().mean()
+
+    class ByName(Regression):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x * scale)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return self(**batch).square().mean()
+
+    for kind, collate in (
+        (OnGraphs, lambda rows: Graphs(torch.stack(rows))),
+        (ByName, lambda rows: {"x": torch.stack(rows), "scale": torch.tensor(1.0)}),
+    ):
+        module = kind()
+        loader = DataLoader(X, batch_size=20, collate_fn=collate)  # type: ignore[arg-type]
+        trainer(tmp_path, Recalibrate(), max_epochs=1).fit(module, loader)
+        assert_population(module.net.state_dict())
+
+
 def test_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"batches is a Tensor of shape \(60, 4\), whose rows"):
+        Recalibrate(batches=X)
     with pytest.raises(TypeError, match=r"several times, got an iterator \(list_iterator\)"):
         Recalibrate(batches=iter([X]))
     with pytest.raises(ValueError, match='unknown estimator "ema"'):

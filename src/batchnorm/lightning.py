@@ -19,7 +19,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
 
-from batchnorm.population.estimate import NotFinite, Shift, call_with_inputs, check, recalibrate
+from batchnorm.population.batches import call_with_inputs
+from batchnorm.population.estimate import NotFinite, Shift, check, recalibrate
 
 
 class Recalibrate(Callback):
@@ -42,17 +43,20 @@ class Recalibrate(Callback):
     Args:
         max_batches: read so many; default: all, up to ``limit_train_batches``. A loader without an end needs it.
         batches: what to read, anew each time: a list or a DataLoader. Default: the trainer's training batches, with
-            their shuffling and augmentation. They are put on the module's device.
-        forward: ``forward(module, batch)`` runs the module on one batch, under the trainer's precision; default:
-            ``module(inputs)``, the first element of a batch that is a tuple or list.
+            their shuffling and augmentation. Both go the way of a training batch: precision, the device, and the
+            hooks ``on_before_batch_transfer``, ``transfer_batch_to_device``, ``on_after_batch_transfer`` of the module
+            or DataModule, for which ``trainer.training`` and the modules' modes are those of training.
+        forward: ``forward(module, batch)`` runs the module on such a batch, under the trainer's precision; default:
+            ``module(inputs)``, the first element of a batch that is a tuple or list; a mapping as keyword arguments
+            where the module's forward takes its keys (see ``batchnorm.recalibrate``).
         estimator, upstream, progress: as in ``batchnorm.recalibrate``.
 
     Attributes:
         report: what the last ``recalibrate`` returned; a row per layer.
 
     Raises:
-        TypeError: ``batches`` is an iterator, which is empty after once; the trainer has several training loaders (when
-            training starts).
+        TypeError: ``batches`` is an iterator, which is empty after once, or is itself a batch; the trainer has several
+            training loaders (when training starts).
         ValueError: as ``recalibrate`` does. Values that are not finite only warn, since training may recover.
 
     Example:
@@ -76,12 +80,13 @@ class Recalibrate(Callback):
                 f"Recalibrate reads the batches several times, got an iterator ({type(batches).__name__}), which is "
                 "empty after once: pass a list or a DataLoader."
             )
-        check((), max_batches, estimator, upstream, None)
+        check(() if batches is None else batches, max_batches, estimator, upstream, None)
         self.max_batches, self.batches = max_batches, batches
         self.forward = forward or call_with_inputs
         self.options: dict[str, Any] = {"estimator": estimator, "upstream": upstream, "progress": progress}
         self.report: list[Shift] = []
         self._due = False  # a batch was trained on since the last time
+        self._modes: dict[nn.Module, bool] = {}  # of the modules, in training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses now what would otherwise end training at its first validation."""
@@ -89,6 +94,8 @@ class Recalibrate(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The statistics are about to be of the past."""
+        if not self._due:
+            self._modes = {m: m.training for m in pl_module.modules()}
         self._due = True
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,10 +118,11 @@ class Recalibrate(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """For what the user does with the model next."""
         self._run(trainer, pl_module, self._due)
+        self._modes = {}
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A checkpoint saved now is of one process, and must not wait for the others."""
-        self._due = False
+        self._due, self._modes = False, {}
 
     def _run(self, trainer: Trainer, module: LightningModule, due: bool) -> None:
         if not due:
@@ -127,11 +135,14 @@ class Recalibrate(Callback):
                     "pass batches=."
                 )
             return
-        precision = trainer.precision_plugin
 
         def forward(module: nn.Module, batch: Any) -> Any:
-            with precision.forward_context():
-                return self.forward(module, precision.convert_input(batch))
+            with _as_in_training(trainer, self._modes or {module: True}):
+                batch = _prepared(trainer, batch)
+            if batch is None:  # training passes over it too
+                return None
+            with trainer.precision_plugin.forward_context():
+                return self.forward(module, batch)
 
         with isolate_rng(), _generators_kept(batches):
             try:
@@ -141,7 +152,6 @@ class Recalibrate(Callback):
                     forward=forward,
                     max_batches=most,
                     process_group=dist.group.WORLD if trainer.world_size > 1 else None,
-                    device=module.device,
                     **self.options,
                 )
             except NotFinite as error:
@@ -163,6 +173,31 @@ class Recalibrate(Callback):
             loader._iterator = None
         limits = [n for n in (self.max_batches, trainer.num_training_batches) if n is not None and n != float("inf")]
         return loader, min(map(int, limits), default=None)
+
+
+def _prepared(trainer: Trainer, batch: Any) -> Any:
+    """The way of a training batch: precision, ``on_before_batch_transfer``, to the device, ``on_after_batch_transfer``.
+
+    Hooks of the module or the DataModule, as in Lightning's training loop.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+@contextmanager
+def _as_in_training(trainer: Trainer, modes: dict[nn.Module, bool]) -> Iterator[None]:
+    """Hooks ask ``trainer.training`` or ``self.training``, and augment then."""
+    stage, now = trainer.state.stage, [(module, module.training) for module in modes]
+    try:
+        trainer.training = True
+        for module, training in modes.items():
+            module.training = training
+        yield
+    finally:
+        trainer.state.stage = stage
+        for module, training in now:
+            module.training = training
 
 
 @contextmanager

@@ -62,6 +62,7 @@ def test_weights_load_into_the_folded_model(folder: Path, out: str) -> None:
     assert done.returncode == 0, done.stderr
     assert f"{out}: 1 layers folded, 1 left alone. Load it into bn.fold(your_model().eval(), example)." in done.stdout
     assert "3: left alone: " in done.stdout
+    assert 'in.pt: left off: "module." before the file\'s names' in done.stdout
     assert done.stderr == ""
     state = load_file(folder / out) if out.endswith("safetensors") else torch.load(folder / out, weights_only=True)
     torch.manual_seed(1)

@@ -35,6 +35,15 @@ def nothing():
 
 def number():
     return 3
+
+def tensor():
+    return torch.randn(60, 4)
+
+def keys():
+    return [{"input": torch.randn(60, 4), "label": 1}]
+
+def shapes():
+    return [torch.randn(60, 5)]
 """
 
 
@@ -55,7 +64,7 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "net."])
 @pytest.mark.parametrize("place", [None, "state_dict", "weights"])
 def test_running_statistics_alone_are_exchanged(tmp_path: Path, place: str | None, prefix: str) -> None:
     state = {prefix + key: t for key, t in network().state_dict().items()}
@@ -65,6 +74,7 @@ def test_running_statistics_alone_are_exchanged(tmp_path: Path, place: str | Non
     done = run(tmp_path, "--checkpoint", "in.pt", "--out", "out.pt", *key)
     assert done.returncode == 0, done.stderr
     assert "1 layers recalibrated, on up to 60 values" in done.stdout
+    assert ("left off: " in done.stdout) is bool(prefix)
     new = torch.load(tmp_path / "out.pt", weights_only=True)
     if place is not None:
         assert (new["epoch"], new["optimizer"]) == (7, {"state": {}})
@@ -106,6 +116,11 @@ class Anything:
         (("--checkpoint", "in.pt", "--out", "o.pt", "--model", "mine:no"), "AttributeError"),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:nothing"), "batches yielded nothing"),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--upstream", "mean"), "Known: batch, population"),
+        (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:tensor"), "whose rows would be taken"),
+        (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:keys"), "Sequential.forward takes input"),
+        (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:shapes"),
+         "--batches mine:shapes: the model does not run on them: RuntimeError: "),
+        (("--checkpoint", "in.pt", "--out", "o.pt", "--prefix", "net"), "does not fit Sequential: missing"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_ends_in_one_line_and_writes_nothing(

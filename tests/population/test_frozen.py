@@ -131,3 +131,34 @@ def test_what_cannot_be_frozen_is_named_and_nothing_is_changed(model, options, e
     with pytest.raises(error, match=words):
         bn.freeze(model, **options)
     assert repr(model) == before
+
+
+class Stubborn(bn.BatchNorm2d):
+    """Cannot be frozen, and says so when the others already are."""
+
+    def set_frozen(self, statistics, affine):
+        raise RuntimeError("not this one")
+
+
+def test_all_layers_are_frozen_or_none():
+    model = nn.Sequential(network(), Stubborn(4))
+    bn.freeze(model[0][3], affine=True)
+    before, wanted = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    text = repr(model)
+    with pytest.raises(RuntimeError, match="not this one"):
+        bn.freeze(model, affine=True)
+    assert repr(model) == text
+    assert [p.requires_grad for p in model.parameters()] == wanted
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    bn.unfreeze(model[0])
+    assert model[0][3].weight.requires_grad
+
+
+def test_statistics_that_are_not_tracked_any_more_can_be_frozen():
+    """They are there, and evaluation reads them."""
+    model = network()
+    model(X)
+    expected = model.eval()(X)
+    model[1].track_running_stats = False
+    bn.freeze(model)
+    torch.testing.assert_close(model.train()(X), expected)

@@ -137,18 +137,18 @@ def test_a_channel_that_would_not_be_finite_keeps_mean_and_variance(kind, moment
         if step != 1:
             clean(batch)
     kept, others = [1], [0, 2]
-    counts = kind is bn.BatchNorm1d
-    if momentum is not None or counts:  # torch's own layer does not know how many its average is over
-        for name in ("running_mean", "running_var"):
-            torch.testing.assert_close(getattr(layer, name)[kept], getattr(clean, name)[kept])
-    large = kind(3, momentum=momentum)
-    for batch in x:
-        large(batch)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(layer, name)[kept], getattr(clean, name)[kept])
+    large = clean  # in the plain average, which has one count for all channels, the batch enters in none
+    if momentum is not None:
+        large = kind(3, momentum=momentum)
+        for batch in x:
+            large(batch)
     torch.testing.assert_close(layer.running_var[others], large.running_var[others])
     assert layer.running_mean.isfinite().all()
     assert layer.running_var.isfinite().all()
-    assert layer.num_batches_tracked == 3
-    if counts:
+    assert layer.num_batches_tracked == large.num_batches_tracked
+    if kind is bn.BatchNorm1d:
         assert layer.skipped_batches.tolist() == [0, 1, 0]
 
 
@@ -190,3 +190,151 @@ def test_an_exception_leaves_the_count_too():
     with pytest.raises(OSError, match="full"):
         train()
     assert layer.skipped_batches.tolist() == counts
+
+
+# ---- scopes within one another ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_look_while_statistics_accumulate_is_not_counted(kind):
+    layer, x = kind(3).double(), torch.randn(12, 3).double()
+    with bn.accumulate_statistics(layer):
+        layer(x[:4])
+        with bn.preserve_state(layer):
+            layer(x * 9 + 5)
+            torch.testing.assert_close(layer.running_mean, 0.1 * (x * 9 + 5).mean(0))  # by its own momentum
+            y = layer.eval()(x)
+            torch.testing.assert_close(y, (x - layer.running_mean) / (layer.running_var + layer.eps).sqrt())
+        layer(x[4:])
+    torch.testing.assert_close(layer.running_mean, 0.1 * x.mean(0))
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_and_recalibrate_while_statistics_accumulate(kind):
+    layer, x, other = kind(3).double(), torch.randn(12, 3).double(), torch.randn(9, 3).double() + 4
+    layer(x)
+    layer.running_mean.fill_(2)
+    with bn.accumulate_statistics(layer):
+        layer(x[:4])
+        torch.testing.assert_close(layer.eval()(x), (x - 2) / (layer.running_var + layer.eps).sqrt())
+        bn.recalibrate(layer, [other])
+        torch.testing.assert_close(layer.running_mean, other.mean(0))
+        layer.train()(x[4:])
+    torch.testing.assert_close(layer.running_mean, 0.9 * other.mean(0) + 0.1 * x.mean(0))
+    assert layer.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_within_a_block_adds_to_the_outer_one(kind):
+    layer, x = kind(3).double(), torch.randn(12, 3).double()
+    with bn.accumulate_statistics(layer):
+        layer(x[:4])
+        with bn.accumulate_statistics(layer):
+            layer(x[4:])
+        assert layer.running_mean.eq(0).all()
+    torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * x.var(0))
+    assert (layer.momentum, layer.num_batches_tracked) == (0.1, 1)
+    with bn.preserve_state(layer), bn.preserve_state(layer):
+        layer(x)
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forward_that_fails_and_is_caught_counts_nothing(kind):
+    """Out of memory, say: the batch is left out, and training goes on."""
+    layer, x = kind(3).double(), torch.randn(12, 3).double()
+    with bn.accumulate_statistics(layer):
+        with pytest.raises(ValueError, match="more than 1 value"):
+            layer(x[:1])
+        assert layer.running_var.eq(1).all()
+        layer(x)
+    torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * x.var(0))
+
+
+def test_compiled_before_the_block():
+    for kind in KINDS:
+        torch._dynamo.reset()
+        model, x = network(kind), torch.randn(12, 4).double()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled(x)
+        model[1].reset_running_stats()
+        with bn.accumulate_statistics(model):
+            for part in x.split(6):
+                compiled(part).sum().backward()
+        torch.testing.assert_close(model[1].running_mean, 0.3 * model[0](x).mean(0))
+        assert model[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        bn.freeze,
+        lambda layer: bn.freeze(layer, affine=True),
+        bn.unfreeze,
+        lambda layer: setattr(layer, "statistics", bn.Renorm()),
+        lambda layer: setattr(layer, "statistics", bn.Ghost(4)),
+        lambda layer: setattr(layer, "momentum", None),
+        lambda layer: setattr(layer, "track_running_stats", False),
+        lambda layer: layer.bias.requires_grad_(True),
+        lambda layer: layer(torch.full((8, 3), torch.nan)),
+    ],
+    ids=["freeze", "affine", "unfreeze", "Renorm", "Ghost", "momentum", "track", "requires_grad", "nan"],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_settings_come_back(change, frozen):
+    layer, twin, x = bn.BatchNorm1d(3), bn.BatchNorm1d(3), torch.randn(8, 3)
+    for one in (layer, twin):
+        one.bias.requires_grad_(False)
+        if frozen:
+            bn.freeze(one, affine=True)
+    with bn.preserve_state(layer):
+        change(layer)
+        layer(x)
+    assert repr(layer) == repr(twin)
+    for one in (layer, twin):
+        one.train()(x)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing was skipped
+        layer.eval()
+    for one in (layer, twin):
+        bn.unfreeze(one)
+    assert [p.requires_grad for p in layer.parameters()] == [p.requires_grad for p in twin.parameters()]
+
+
+# ---- layers that do not update ---------------------------------------------------------------------------------------
+
+
+def without_mean_and_variance(layer):
+    layer.running_mean = layer.running_var = None
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [lambda layer: setattr(layer, "track_running_stats", False), without_mean_and_variance],
+    ids=["track_running_stats", "buffers"],
+)
+@pytest.mark.parametrize("use", ["accumulate_statistics", "recalibrate"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_do_not_update_are_left_alone(kind, use, stop):
+    """As virtual adversarial training and adaptation at test time switch them off."""
+    model, x = network(kind), torch.randn(24, 4).double()
+    model(x)
+    stop(model[1])
+    before = {key: t for key, t in state(model[1]).items() if "running" in key}
+    expected = nn.BatchNorm1d(6).double()
+    model[1].train(use != "recalibrate")  # which runs it as in evaluation
+    hidden = model[:3](x)
+    model.train()
+    expected.load_state_dict(model[3].state_dict())
+    if use == "recalibrate":
+        assert [row.layer for row in bn.recalibrate(model, [x])] == ["3"]
+        torch.testing.assert_close(model[3].running_mean, hidden.mean(0))
+    else:
+        with bn.accumulate_statistics(model):
+            for part in x.split(24):
+                model(part)
+        expected(hidden)
+        torch.testing.assert_close(model[3].running_mean, expected.running_mean)
+    assert same({key: t for key, t in state(model[1]).items() if "running" in key}, before)

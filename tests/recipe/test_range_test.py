@@ -141,6 +141,10 @@ def nan(y: Tensor, t: Tensor) -> Tensor:
         ({"loss": nan}, r"not finite at step 1 of the range test, at a learning rate of 1e-05"),
         ({"lowest": 5.0, "highest": 5e4}, r"the loss diverged at step \d of the range test, at a learning rate of"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS needs a closure"),
+        (
+            {"model": nn.Sequential(nn.LazyLinear(1))},
+            r"0 \(LazyLinear\) does not know .*run the model once",
+        ),
         ({"loss": lambda y, t: 1 + 0 * y.sum()}, "the loss did not fall at learning rates from 1e-05"),
     ],
 )
@@ -151,3 +155,57 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
         bn.find_learning_rate(**arguments)
     with pytest.raises(TypeError, match=r"takes a torch.nn.Module"):
         bn.find_learning_rate(len, batches)  # type: ignore[arg-type]
+
+
+class Output:
+    """As of transformers' models."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.loss = logits, logits.square().mean()
+
+
+class Returns(nn.Module):
+    """Its output in a container."""
+
+    def __init__(self, pack: Any) -> None:
+        super().__init__()
+        self.linear, self.pack = nn.Linear(1, 1), pack
+
+    def forward(self, x: Tensor) -> Any:
+        return self.pack(self.linear(x))
+
+
+PAIR = (torch.ones(8, 1), torch.zeros(8, 1))
+mse = nn.functional.mse_loss
+
+
+@pytest.mark.parametrize(
+    ("pack", "options", "error", "words"),
+    [
+        (Output, {"loss": mse}, TypeError, "model returned a Output, which the loss does not take.*pass loss="),
+        (lambda y: {"logits": y}, {"loss": mse}, TypeError, "model returned a dict, which.*output.logits"),
+        (lambda y: (y, y), {"loss": mse}, TypeError, r"model returned a tuple, which.*output\[0\]"),
+        (Output, {"forward": lambda m, b: m(b[0])}, TypeError, "got a Output: return its .loss"),
+        (Output, {"forward": lambda m, b: m(b[0]).loss.item()}, TypeError, "got a float: return a tensor"),
+        (Output, {"forward": lambda m, b: m(b[0]).loss.detach()}, ValueError, "no gradient flows"),
+        (lambda y: y, {"loss": partial(mse, reduction="none")}, ValueError,
+         r"one number, got one of shape \(8, 1\): pass reduction=.mean."),
+    ],
+)  # fmt: skip
+def test_losses_that_no_step_can_be_made_on(pack: Any, options: Any, error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        bn.find_learning_rate(Returns(pack), [PAIR], **options)
+
+
+def test_outputs_and_losses_that_are_read_by_the_user() -> None:
+    torch.manual_seed(0)
+    plain = Returns(lambda y: y)
+    expected = bn.find_learning_rate(plain, [PAIR], mse).losses
+    for pack, options in (
+        (Output, {"loss": lambda output, targets: mse(output.logits, targets)}),
+        (Output, {"forward": lambda model, batch: model(batch[0]).loss}),
+        (lambda y: (y,), {"loss": lambda output, targets: mse(output[0], targets).reshape(1)}),
+    ):
+        model = Returns(pack)
+        model.load_state_dict(plain.state_dict())
+        assert bn.find_learning_rate(model, [PAIR], **options).losses == pytest.approx(expected)

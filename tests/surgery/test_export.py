@@ -185,3 +185,17 @@ def test_tied_weights_are_saved_under_each_of_their_names(tmp_path: Path, suffix
     write(model, torch.randn(2, 4), file := tmp_path / f"m{suffix}")
     state = torch.load(file, weights_only=True) if suffix == ".pt" else load_file(file)
     torch.testing.assert_close(state, dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_weights_with_shared_tensors_are_written_under_every_name(tmp_path: Path) -> None:
+    """A head that two levels share, weights that are tied: the file loads by load_state_dict alone."""
+    from safetensors.torch import load_file
+
+    head = nn.Linear(4, 4)
+    tied = nn.Linear(4, 4)
+    tied.weight = head.weight
+    shared = nn.ModuleDict({"a": head, "b": nn.ModuleList([head]), "c": tied})
+    for file in (tmp_path / "out.safetensors", tmp_path / "out.pt"):
+        write(shared, None, file)
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        torch.testing.assert_close(state, dict(shared.state_dict()), rtol=0, atol=0)

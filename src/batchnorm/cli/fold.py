@@ -16,11 +16,10 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from batchnorm.cli.given import check_files, made, model_of
+from batchnorm.cli.given import check_files, made, model_of, user_code
 from batchnorm.population.checkpoint import Checkpoint
 from batchnorm.surgery import fold as run
 from batchnorm.surgery.export import FORMATS, write
-from batchnorm.surgery.report import one_line
 
 
 def fold(
@@ -33,6 +32,10 @@ def fold(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where a file is, the input too.")] = False,
     key: Annotated[
         str | None, typer.Option(help="Where the model's state is in the checkpoint.", show_default="it is looked for")
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="What stands before the model's names there: net., say.", show_default="it is looked for"),
     ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="The largest error beside float64.", show_default="by dtype: 1e-4 in float32")
@@ -50,13 +53,17 @@ def fold(
         if out.suffix not in FORMATS:
             raise ValueError(f"--out {out}: a file that ends in one of {', '.join(FORMATS)}.")
         network = model_of(model)
-        Checkpoint(checkpoint, key).load_into(network)
+        content = Checkpoint(checkpoint, key, prefix)
+        content.load_into(network)
         inputs = _example(example, network)
-        folded: Any = _folded(network.eval(), inputs, tolerance, example)
+        with user_code(f"--example {example}: the model does not run on it"):
+            folded: Any = run(network.eval(), inputs, tolerance=tolerance)
         found = write(folded, inputs, out, tolerance)
     except ValueError as error:
         print(f"fold: {error}", file=sys.stderr)
         sys.exit(2)
+    if content.said:
+        console.print(content.said, highlight=False, markup=False)
     for row in folded.batchnorm_report:
         if row.done != "folded":
             console.print(f"{row.layer}: {row.done}: {row.why}", highlight=False)
@@ -70,12 +77,3 @@ def _example(given: str, model: nn.Module) -> Any:
         return made("--example", given)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     return torch.randn(*map(int, given.split("x")), generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def _folded(model: nn.Module, inputs: Any, tolerance: float | None, given: str) -> nn.Module:
-    try:
-        return run(model, inputs, tolerance=tolerance)
-    except ValueError:
-        raise
-    except Exception as error:  # whatever the user's forward raises
-        raise ValueError(f"--example {given}: the model does not run on it: {one_line(error)}") from error

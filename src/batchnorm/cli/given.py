@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ def check_files(checkpoint: Path, out: Path, overwrite: bool) -> None:
         raise ValueError(f"--out {out} is there already: name another one, or pass --overwrite.")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: there is no directory {out.absolute().parent}.")
+
+
+@contextmanager
+def user_code(what: str) -> Iterator[None]:
+    """Whatever the user's code raises in there, as one line that begins so. A ValueError speaks for itself."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{what}: {type(error).__name__}: {first}") from error
 
 
 def made(option: str, spec: str) -> Any:

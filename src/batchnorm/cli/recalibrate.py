@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm.cli.given import check_files, made, model_of
+from batchnorm.cli.given import check_files, made, model_of, user_code
 from batchnorm.population import recalibrate as run
 from batchnorm.population.checkpoint import Checkpoint
 from batchnorm.population.estimate import Shift
@@ -31,6 +31,10 @@ def recalibrate(
     key: Annotated[
         str | None, typer.Option(help="Where the model's state is in the checkpoint.", show_default="it is looked for")
     ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="What stands before the model's names there: net., say.", show_default="it is looked for"),
+    ] = None,
     max_batches: Annotated[int | None, typer.Option(help="Read so many.", show_default="all")] = None,
     estimator: Annotated[str, typer.Option(help="pooled, or batch_mean.")] = "pooled",
     upstream: Annotated[str, typer.Option(help="batch, or population (reads the batches once per depth).")] = "batch",
@@ -42,14 +46,16 @@ def recalibrate(
         check_files(checkpoint, out, overwrite)
         if out.suffix != checkpoint.suffix and ".safetensors" in (out.suffix, checkpoint.suffix):
             raise ValueError(f"--out {out}: {checkpoint.suffix} stays {checkpoint.suffix}, its format is kept.")
-        content = Checkpoint(checkpoint, key)
-        network = model_of(model)
+        network = model_of(model)  # first: the user's file may allow objects in checkpoints
+        content = Checkpoint(checkpoint, key, prefix)
         content.load_into(network)
         network.to(torch.device(device))
-        report = run(
-            network, made("--batches", batches), max_batches=max_batches, estimator=estimator, upstream=upstream,
-            device=device, progress=sys.stderr.isatty(),
-        )  # fmt: skip
+        given = made("--batches", batches)
+        with user_code(f"--batches {batches}: the model does not run on them"):
+            report = run(
+                network, given, max_batches=max_batches, estimator=estimator, upstream=upstream, device=device,
+                progress=sys.stderr.isatty(),
+            )  # fmt: skip
         if not report:
             raise ValueError(f"--model {model}: no layer with running statistics was reached.")
     except ValueError as error:
@@ -58,6 +64,8 @@ def recalibrate(
     content.update_from(network)
     content.write(out)
     console.print(table_of(report))
+    if content.said:
+        console.print(content.said, highlight=False, markup=False)
     console.print(
         f"{out}: {len(report)} layers recalibrated, on up to {max(row.values for row in report):,} values each"
     )

@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree
 
 from batchnorm.nn import Batch, Renorm, Synced
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.statistics import Running
+from batchnorm.nn.tracking import updates_running_statistics
+from batchnorm.population.batches import call_with_inputs, placed, refuse_one_batch
 from batchnorm.population.depth import depths, stages
-from batchnorm.population.estimators import ESTIMATORS, Estimator, Population, batch_in_buffers, frozen
+from batchnorm.population.estimators import ESTIMATORS, Estimator, Population, batch_in_buffers
+from batchnorm.population.kept import check_materialized, let_go, set_aside
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 class NotFinite(ValueError):
@@ -60,15 +63,19 @@ def recalibrate(
 
     Everything but batch normalization (dropout, say) behaves as in eval, whatever mode the model is in. Weights are
     not touched; modes, momentum, hooks and torch's random numbers are as before afterwards, on an exception also the
-    statistics. Sums are taken in float64.
+    statistics. It may run between a forward pass and its backward: buffers stay the same objects, and what that
+    backward needs keeps its values. Sums are taken in float64.
 
     Args:
         model: any module; stock ``torch.nn.BatchNorm*`` layers count too. Only running statistics change;
-            ``num_batches_tracked`` becomes the number of batches read. Layers that keep none, or whose statistics are
-            frozen, are left alone.
+            ``num_batches_tracked`` becomes the number of batches read. Layers that do not update any are left alone:
+            those that have none, are frozen, or have ``track_running_stats`` switched off. It may be wrapped:
+            ``DistributedDataParallel`` sends nothing meanwhile.
         batches: iterable of model inputs, each (N, ...); of a tuple or list, as a DataLoader gives with labels, the
             first element. Read front to back.
-        forward: ``forward(model, batch)`` runs the model on one batch; default: ``model(inputs)``.
+        forward: ``forward(model, batch)`` runs the model on one batch; default: ``model(inputs)``; a mapping, as of
+            transformers' collators, is given as keyword arguments where the model's forward takes all its keys by name
+            (labels too, where they are in it), else as it is.
         max_batches: stop after so many; default: all.
         estimator: "pooled": the same for any split of the same data into batches; "batch_mean": the paper's average.
         upstream: "batch": one pass; all layers normalize by the batch, so that a layer after another one sees what it
@@ -77,7 +84,7 @@ def recalibrate(
             of the deepest chain, and says on stderr how often that is.
         process_group: pool the values of all ranks of this group, which all must call this; the ranks may have
             different numbers of batches. Default: this process alone, no communication.
-        device: where to put batches; default: as they come.
+        device: where to put batches: tensors and whatever has ``.to``, nested ones too; default: as they come.
         progress: show a progress bar (needs rich).
 
     Returns:
@@ -86,8 +93,10 @@ def recalibrate(
     Raises:
         ValueError: ``batches`` yielded nothing, or is an iterator where it is read more than once; ``max_batches`` is
             not positive; an unknown estimator or upstream; a batch gave a layer a single value per channel, or one that
-            is not finite; a process group without ``torch.distributed.init_process_group``. Nothing has been changed
-            then.
+            is not finite; a process group without ``torch.distributed.init_process_group``; a lazy layer has no
+            shape yet. Nothing has been changed then.
+        TypeError: ``batches`` is itself a batch (a tensor, a mapping), or a mapping has keys of which forward takes
+            some only.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
@@ -96,17 +105,17 @@ def recalibrate(
         ('1', 320)
     """
     check(batches, max_batches, estimator, upstream, process_group)
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and not frozen(module)
+    check_materialized(model, "recalibrate")
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if updates_running_statistics(module)
     }
     for layer in layers.values():
         if isinstance(layer, FusedBatchNorm):
             layer.tell_skipped()
     reader = _Reader(batches, max_batches, device, forward or call_with_inputs, progress)
+    old = {name: dict(layer._buffers) for name, layer in layers.items()}
     found: dict[str, Population] = {}
-    with _as_before(model, layers) as old, torch.no_grad():
+    with _set_up(model, layers), torch.no_grad():
         passes = [list(layers)]
         if upstream == "population":
             passes = stages(_largest(depths(model, layers, reader.first), process_group), layers)
@@ -126,17 +135,23 @@ def recalibrate(
                             "estimator='pooled' where only some have one value."
                         )
                     raise NotFinite(f"{which} saw values that are not finite: look at the batches and the weights.")
-                _write(layers[name], population, old[name])
                 found[name] = population
+                for key, new in zip(_STATISTICS, population[2:], strict=True):  # for the next stage
+                    layers[name]._buffers[key].copy_(new if population.values else old[name][key])
         if not any(population.values for population in found.values()) and not reader.read:
             raise ValueError("batches yielded nothing: recalibrate needs at least one batch of model inputs.")
-    return [_shift(name, found[name], old[name]) for name in layers if name in found and found[name].values]
+    reached = {name: found[name] for name in layers if name in found and found[name].values}
+    report = [_shift(name, population, old[name]) for name, population in reached.items()]
+    for name, population in reached.items():
+        _write(layers[name], population)
+    return report
 
 
 def check(
     batches: Iterable[Any], max_batches: int | None, estimator: str, upstream: str, group: dist.ProcessGroup | None
 ) -> None:
     """What ``recalibrate`` refuses before it begins."""
+    refuse_one_batch(batches, "batches")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1 (got {max_batches}).")
     for name, value, known in (("estimator", estimator, ESTIMATORS), ("upstream", upstream, ("batch", "population"))):
@@ -172,7 +187,8 @@ class _Reader:
             with batch_in_buffers(estimate.layers):
                 for layer in estimate.layers:
                     layer.train()
-                    start_afresh(layer, ())
+                    for name in _STATISTICS:  # nothing of an earlier batch is left, were it NaN (0 * NaN is NaN)
+                        getattr(layer, name).zero_()
                 self.read = 0
                 for batch in self._shown(islice(self.batches, self.most)):
                     self.forward(model, self._placed(batch))
@@ -185,7 +201,7 @@ class _Reader:
                 layer.eval()
 
     def _placed(self, batch: Any) -> Any:
-        return batch if self.device is None else _pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+        return batch if self.device is None else placed(batch, self.device)
 
     def _shown(self, batches: Iterable[Any]) -> Iterable[Any]:
         if not self.progress:
@@ -194,56 +210,36 @@ class _Reader:
             from rich.progress import track
         except ImportError as error:
             raise ImportError("progress=True shows a bar of rich: pip install rich") from error
-        sizes = [size for size in (self.most, getattr(self.batches, "__len__", lambda: None)()) if size is not None]
+        try:
+            size: int | None = len(self.batches)  # type: ignore[arg-type]
+        except TypeError:  # a generator, or a DataLoader of one
+            size = None
+        sizes = [n for n in (self.most, size) if n is not None]
         return track(batches, "recalibrate", total=min(sizes, default=None))
 
 
-def start_afresh(layer: nn.Module, inputs: Any) -> None:
-    """Nothing of an earlier batch is left, were it NaN (0 * NaN is NaN). As a forward pre-hook."""
-    if layer.training and not frozen(layer):
-        torch._foreach_zero_([layer._buffers["running_mean"], layer._buffers["running_var"]])  # type: ignore[list-item]
-
-
-def call_with_inputs(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch as a DataLoader gives it, with labels or without."""
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
-
-
 @contextmanager
-def _as_before(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """In eval; modes and random numbers come back, on an exception statistics too. Gives the old ones."""
-    modes = {module: module.training for module in model.modules()}
-    ours = {name: layer for name, layer in layers.items() if isinstance(layer, FusedBatchNorm)}
-    renewed = {name: layer for name, layer in ours.items() if isinstance(layer.statistics, Renorm | Synced)}
-    sources = {name: layer.statistics for name, layer in renewed.items()}
-    old = {name: {key: t.clone() for key, t in layer.named_buffers()} for name, layer in layers.items()}
+def _set_up(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
+    """In eval, on copies of the buffers, without a word to other processes; modes and random numbers come back."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    try:
-        with torch.random.fork_rng(devices):
+    parallel = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    syncs = [m.require_forward_param_sync for m in parallel]
+    with set_aside(model), torch.random.fork_rng(devices):
+        try:
+            for m in parallel:  # their forward would send buffers, and wait for ranks that have no batch
+                m.require_forward_param_sync = False
             model.eval()
-            for name, known in renewed.items():
-                mean, var = old[name]["running_mean"], old[name]["running_var"]
-                if isinstance(known.statistics, Renorm) and (mean + var).isfinite().all():
-                    known.held = Running(mean, var, old[name]["renorm_steps"])  # what it corrects towards in training
-                else:
-                    known._statistics = Batch()  # of this process alone, as it is
-            yield old
-    except BaseException:
-        for name, layer in layers.items():
-            _restore(layer, old[name])
-        raise
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for name, known in renewed.items():
-            known._statistics, known.held = sources[name], None
-            if "renorm_steps" in old[name]:
-                known._buffers["renorm_steps"].copy_(old[name]["renorm_steps"])  # type: ignore[union-attr]
-
-
-def _restore(layer: _BatchNorm, old: dict[str, Tensor]) -> None:
-    for key, buffer in layer.named_buffers():
-        buffer.copy_(old[key])
+            for layer in layers.values():
+                if isinstance(layer, FusedBatchNorm) and isinstance(layer.statistics, Renorm | Synced):
+                    known: list[Any] = [layer._buffers.get(name) for name in (*_STATISTICS, "renorm_steps")]
+                    if isinstance(layer.statistics, Renorm) and all(t.isfinite().all() for t in known):
+                        layer.held = Running(*(t.clone() for t in known))  # what it corrects towards in training
+                    else:
+                        layer.statistics = Batch()  # of this process alone, as it is
+            yield
+        finally:
+            for m, sync in zip(parallel, syncs, strict=True):
+                m.require_forward_param_sync = sync
 
 
 def _largest(depth: dict[str, int], group: dist.ProcessGroup | None) -> dict[str, int]:
@@ -265,14 +261,14 @@ def _pool_over_ranks(estimate: Estimator, group: dist.ProcessGroup) -> None:
         estimate.merge(packed)
 
 
-def _write(layer: _BatchNorm, population: Population, old: dict[str, Tensor]) -> None:
-    """The new statistics into the layer; the old ones where it was not reached."""
-    if not population.values:
-        return _restore(layer, old)
-    layer.reset_running_stats()  # what was skipped before is over
-    layer.running_mean.copy_(population.mean_C)  # type: ignore[union-attr]
-    layer.running_var.copy_(population.unbiased_var_C)  # type: ignore[union-attr]
-    layer.num_batches_tracked.fill_(population.batches)  # type: ignore[union-attr]
+def _write(layer: Any, population: Population) -> None:
+    """The new statistics into the layer."""
+    let_go(*(t for t in layer._buffers.values() if t is not None))
+    if layer.num_batches_tracked is not None:
+        layer.reset_running_stats()  # what was skipped before is over
+        layer.num_batches_tracked.fill_(population.batches)
+    layer.running_mean.copy_(population.mean_C)
+    layer.running_var.copy_(population.unbiased_var_C)
 
 
 def _shift(name: str, population: Population, old: dict[str, Tensor]) -> Shift:

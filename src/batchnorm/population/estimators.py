@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from batchnorm.nn.base import FusedBatchNorm, is_recomputing
+from batchnorm.nn.tracking import updates_running_statistics
 
 _WAITING = 32  # batches that are merged together: on small tensors a call costs more than its arithmetic
 
@@ -32,26 +33,22 @@ class Population(NamedTuple):
     unbiased_var_C: Tensor
 
 
-def frozen(layer: nn.Module) -> bool:
-    """Whether ``freeze`` keeps the layer's statistics."""
-    return isinstance(layer, FusedBatchNorm) and layer.frozen_statistics
-
-
 @contextmanager
-def batch_in_buffers(layers: Sequence[_BatchNorm]) -> Iterator[None]:
+def batch_in_buffers(layers: Sequence[Any]) -> Iterator[None]:
     """In train, layers leave the statistics of their last batch in their buffers, whether they are finite or not."""
-    momenta = [layer.momentum for layer in layers]
+    before = [dict(vars(layer)) for layer in layers]
     try:
         for layer in layers:
             layer.momentum = 1.0
             if isinstance(layer, FusedBatchNorm):
-                layer.counts, layer.guarded = [], False
+                layer.guarded, layer.counts = False, []
         yield
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-            if isinstance(layer, FusedBatchNorm):
-                layer.counts, layer.guarded = None, True
+        for layer, held in zip(layers, before, strict=True):
+            for name in ("momentum", "guarded", "counts"):
+                vars(layer).pop(name, None)
+                if name in held:
+                    vars(layer)[name] = held[name]
 
 
 class Estimator:
@@ -59,12 +56,16 @@ class Estimator:
 
     def __init__(self, layers: Sequence[_BatchNorm]) -> None:
         self.layers = layers
-        self.buffers: list[Any] = [getattr(m, name) for name in ("running_mean", "running_var") for m in layers]
+        self.use(layers)
         self.sizes = torch.tensor([len(t) for t in self.buffers[: len(layers)]], dtype=torch.int64)
         self.device = self.buffers[0].device if layers else torch.device("cpu")
         self.noted: dict[int, int] = {}  # values of the layers whose batch is still in their buffers
         self.waiting: list[tuple[dict[int, int], Tensor]] = []
         self.clear()
+
+    def use(self, layers: Sequence[Any]) -> None:
+        """Read the buffers that these have now."""
+        self.buffers: list[Any] = [m._buffers[name] for name in ("running_mean", "running_var") for m in layers]
 
     def clear(self) -> None:
         """As if nothing had been seen."""
@@ -78,7 +79,7 @@ class Estimator:
             for index, layer in enumerate(self.layers)
             for handle in (
                 layer.register_forward_pre_hook(partial(self._before, index)),
-                layer.register_forward_hook(partial(self._after, index)),
+                layer.register_forward_hook(partial(self.note, index)),
             )
         ]
 
@@ -86,11 +87,13 @@ class Estimator:
         if index in self.noted:  # used twice in one forward pass
             self.read()
 
-    def _after(self, index: int, layer: nn.Module, inputs: Any, output: Any) -> None:
+    def note(self, index: int, layer: Any, inputs: Any, output: Any) -> None:
+        """After a forward pass: how many values are in the layer's buffers, where those are the ones that are read."""
         x, counts = inputs[0] if inputs else output, getattr(layer, "counts", None)
         # With a mask, or of several processes, a batch has not as many values as its shape says.
         values = int(counts.pop().max()) if counts else x.numel() // max(x.shape[1], 1)
-        if values and layer.training and not frozen(layer) and not is_recomputing(layer):
+        read = layer._buffers["running_mean"] is self.buffers[index]  # others are of preserve_state
+        if values and read and layer.training and updates_running_statistics(layer) and not is_recomputing(layer):
             self.noted[index] = values
 
     def read(self) -> None:

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.nn.tracking import has_running_statistics, is_frozen
+from batchnorm.population.kept import Kept, check_materialized
 
 
 def freeze(model: nn.Module, *, running_stats: bool = True, affine: bool = False) -> None:
@@ -27,8 +29,9 @@ def freeze(model: nn.Module, *, running_stats: bool = True, affine: bool = False
 
     Raises:
         TypeError: a layer is torch's own (or a subclass of it), which ``model.train()`` would set going again: turn the
-            model into ours first, by ``from_torch``. Nothing has been changed then.
-        ValueError: nothing to freeze: no layer, layers without running statistics, or neither of the two wanted.
+            model into ours first, by ``from_torch``.
+        ValueError: nothing to freeze: no layer, layers without running statistics, or neither of the two wanted; a lazy
+            layer has no shape yet. Whatever is raised, nothing has been changed then.
 
     Example:
         >>> import torch, batchnorm as bn
@@ -42,14 +45,21 @@ def freeze(model: nn.Module, *, running_stats: bool = True, affine: bool = False
     """
     if not running_stats and not affine:
         raise ValueError("freeze: nothing to freeze with running_stats=False and affine=False.")
+    check_materialized(model, "freeze")
     layers = _layers(model, "freeze")
     if not layers:
         raise ValueError(f"freeze: no batch normalization layer in {type(model).__name__}.")
-    bare = [name for name, layer in layers.items() if layer.running_mean is None]
+    bare = [name for name, layer in layers.items() if not has_running_statistics(layer)]
     if running_stats and bare:
         raise ValueError(f"freeze: no running statistics to keep in {', '.join(bare)} (track_running_stats=False).")
-    for layer in layers.values():
-        layer.set_frozen(running_stats or layer.frozen_statistics, affine or layer.frozen_affine)
+    before = [Kept(layer) for layer in layers.values()]
+    try:
+        for layer in layers.values():
+            layer.set_frozen(running_stats or is_frozen(layer), affine or layer.frozen_affine)
+    except BaseException:  # all or nothing
+        for kept in before:
+            kept.bring_back()
+        raise
 
 
 def unfreeze(model: nn.Module) -> None:

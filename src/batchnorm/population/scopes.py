@@ -16,11 +16,15 @@ from torch.utils.hooks import RemovableHandle
 
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.statistics import Running
+from batchnorm.nn.tracking import updates_running_statistics
 from batchnorm.ops.running import blend_
-from batchnorm.population.estimate import start_afresh
-from batchnorm.population.estimators import Pooled, Population, batch_in_buffers
+from batchnorm.population.estimators import Pooled, Population
+from batchnorm.population.kept import check_materialized, let_go, set_aside
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_WAITS = -1.0  # a momentum that makes torch.compile look again, and find the hooks
+_SETTINGS = ("momentum", "guarded", "counts", "held")
 
 
 @contextmanager
@@ -28,10 +32,20 @@ def preserve_state(model: Model) -> Iterator[Model]:
     """Whatever happens inside leaves no trace in the model's buffers and modes, on an exception too.
 
     Buffers have their old values afterwards, in the same tensors; those that were added are gone; every module is in
-    the mode (train or eval) that it was in. Parameters and random number generators are not looked after.
+    the mode (train or eval) that it was in. Batch normalization layers, torch's and ours, are as before in all that can
+    be set on them: frozen or not (``freeze``, ``unfreeze``, and which of their parameters require a gradient), where
+    their statistics come from, momentum, batches skipped. Other parameters and random number generators are not looked
+    after.
+
+    Inside, the model works on copies of its buffers, so that the block may stand between a forward pass and its
+    backward, and hold a forward pass whose backward comes later. Inside ``accumulate_statistics`` what it sees is not
+    counted.
 
     Args:
         model: any module; given to the ``with`` statement again.
+
+    Raises:
+        ValueError: a lazy layer has no shape yet: run the model once before.
 
     Example:
         >>> import torch, batchnorm as bn
@@ -41,26 +55,9 @@ def preserve_state(model: Model) -> Iterator[Model]:
         >>> layer.running_mean.tolist()
         [0.0, 0.0, 0.0]
     """
-    modes = [(module, module.training) for module in model.modules()]
-    saved = [
-        (module, dict(module._buffers), set(module._non_persistent_buffers_set),
-         {name: t.detach().clone() for name, t in module._buffers.items() if t is not None})
-        for module in model.modules()
-    ]  # fmt: skip
-    try:
+    check_materialized(model, "preserve_state")
+    with set_aside(model):
         yield model
-    finally:
-        with torch.no_grad():
-            for module, buffers, not_saved, values in saved:
-                if not isinstance(module, torch.jit.ScriptModule):  # which can neither gain nor lose buffers
-                    module._buffers.clear()
-                    module._buffers.update(buffers)
-                    module._non_persistent_buffers_set.clear()
-                    module._non_persistent_buffers_set.update(not_saved)
-                for name, value in values.items():
-                    module._buffers[name].copy_(value)  # type: ignore[union-attr]
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
@@ -74,11 +71,19 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
     ends with exactly the large batch's running statistics; a layer after another one sees inputs that were normalized
     per micro-batch. An exception discards what was seen. A channel whose new statistics would not be finite keeps its
     old ones, mean and variance; our layers count that as one of their ``skipped_batches`` and say so at the next
-    ``eval()``. With momentum=None the average is over the updates that were not skipped. Inside, the running statistics
-    are not to be read.
+    ``eval()``. In the plain average (momentum=None), which has one count for all channels, such an update enters in none
+    and is not counted.
+
+    Inside, between forward passes, the running statistics are those from before, so that evaluation and ``recalibrate``
+    work there. What is seen inside ``preserve_state`` does not count; a block inside another one of the same model adds
+    to the outer one. Layers that do not update (frozen, ``track_running_stats=False``, in eval) are left alone.
+    Backward may come inside or after the block.
 
     Args:
         model: any module; stock ``torch.nn.BatchNorm*`` layers count too. Given to the ``with`` statement again.
+
+    Raises:
+        ValueError: a lazy layer has no shape yet: run the model once before.
 
     Example:
         >>> import torch, batchnorm as bn
@@ -91,52 +96,93 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
 
     Source: the sums of Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    saved = [(layer, Pooled([layer]), {name: t.clone() for name, t in layer.named_buffers()}) for layer in layers]
-    hooks = [hook for layer, pooled, _ in saved for hook in _watch(layer, pooled)]
-    done = False
+    check_materialized(model, "accumulate_statistics")
+    gathered = [_Gathered(layer) for layer in model.modules() if updates_running_statistics(layer)]
+    hooks: list[RemovableHandle] = []
     try:
-        for layer, _, old in saved:
-            if "renorm_steps" in old:  # goes on correcting towards what it had
-                layer.held = Running(old["running_mean"], old["running_var"], old["renorm_steps"])  # type: ignore[assignment]
-        with batch_in_buffers(layers):
-            yield model
-        done = True
+        for one in gathered:
+            hooks += one.hold()
+        yield model
     finally:
         for hook in hooks:
             hook.remove()
-        for layer, pooled, old in saved:
-            if "renorm_steps" in old:
-                layer.held = None  # type: ignore[assignment]
-            for name, t in layer.named_buffers():
-                t.copy_(old.get(name, t))
-            (seen,) = pooled.results()
-            if done and seen.values:
-                _move(layer, seen)
+        for one in gathered:
+            one.release()
+    for one in gathered:
+        (seen,) = one.pooled.results()
+        if seen.values:
+            _move(one.layer, seen)
 
 
-def _watch(layer: _BatchNorm, pooled: Pooled) -> list[RemovableHandle]:
-    """Each batch is read at once: DistributedDataParallel overwrites buffers before the next one."""
-    return [
-        layer.register_forward_pre_hook(start_afresh),
-        *pooled.watch(),
-        layer.register_forward_hook(lambda *_: pooled.read()),
-    ]
+class _Gathered:
+    """What one layer sees inside the block: in buffers that each forward pass has for itself.
+
+    A pending backward of torch's layers holds the buffers of its forward pass, so each gets new ones.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.own, self.momentum = layer, dict(layer._buffers), layer.momentum
+        self.settings = {name: vars(layer)[name] for name in _SETTINGS if name in vars(layer)}
+        self.guarded = getattr(layer, "guarded", None)
+        self.pooled = Pooled([layer])
+        self.gathers = self.lent = False  # this forward pass has buffers of its own; has the layer's momentum
+
+    def hold(self) -> list[RemovableHandle]:
+        """From now on; ``Renorm`` goes on correcting towards the statistics from before."""
+        self.layer.momentum = _WAITS
+        if "renorm_steps" in self.own:
+            known = [self.own[name].clone() for name in ("running_mean", "running_var", "renorm_steps")]
+            self.layer.held = Running(*known)
+        return [
+            self.layer.register_forward_pre_hook(self.before),
+            self.layer.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def release(self) -> None:
+        """As before."""
+        for name in _SETTINGS:
+            vars(self.layer).pop(name, None)
+        vars(self.layer).update(self.settings)
+
+    def before(self, layer: Any, inputs: Any) -> None:
+        """Give the forward pass buffers of its own, unless others are in place (of ``preserve_state``, say)."""
+        mine = layer._buffers["running_mean"] is self.own["running_mean"]
+        self.gathers = mine and layer.training and updates_running_statistics(layer)
+        if self.gathers:
+            for name, t in self.own.items():
+                if t is not None:
+                    layer._buffers[name] = torch.zeros_like(t) if name.startswith("running") else t.clone()
+            self.pooled.use([layer])
+            vars(layer)["momentum"] = 1.0
+            if self.guarded is not None:
+                vars(layer).update(guarded=False, counts=[])
+        elif layer.momentum == _WAITS:
+            layer.momentum, self.lent = self.momentum, True
+
+    def after(self, layer: Any, inputs: Any, output: Any) -> None:
+        """Each batch is read at once; None is the output of a forward pass that failed."""
+        if self.gathers:
+            if output is not None:
+                self.pooled.note(0, layer, inputs, output)
+                self.pooled.read()
+            layer._buffers.update(self.own)
+            if self.guarded is not None:
+                vars(layer).update(guarded=self.guarded, counts=None)
+        if self.gathers or self.lent:
+            layer.momentum, self.gathers, self.lent = _WAITS, False, False
 
 
 def _move(layer: _BatchNorm, seen: Population) -> None:
     """One update of the running statistics, in the channels where both stay finite."""
     running: Any = layer
+    mean, var = running.running_mean, running.running_var
+    let_go(mean, var)
     if "renorm_steps" in layer._buffers:
         running.renorm_steps.add_(1)
-    unbiased_var_C = seen.unbiased_var_C if seen.values > 1 else running.running_var  # one value has none
+    unbiased_var_C = seen.unbiased_var_C if seen.values > 1 else var  # one value has none
     # torch's layers have no counter; nothing that is not finite enters them either.
-    skipped = (
-        layer.counter(running.running_mean)
-        if isinstance(layer, FusedBatchNorm)
-        else torch.zeros_like(seen.mean_C, dtype=torch.int64)
-    )
-    blend_(
-        running.running_mean, running.running_var, running.num_batches_tracked, skipped, seen.mean_C, unbiased_var_C,
-        layer.momentum,
-    )  # fmt: skip
+    counter = layer.counter(mean) if isinstance(layer, FusedBatchNorm) else None
+    skipped = torch.zeros_like(mean, dtype=torch.int64) if counter is None else counter
+    batches = running.num_batches_tracked
+    momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
+    blend_(mean, var, batches, skipped, seen.mean_C, unbiased_var_C, momentum)

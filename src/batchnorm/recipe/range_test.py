@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.population.batches import refuse_one_batch
+from batchnorm.population.kept import check_materialized
 from batchnorm.surgery.copied import copied
 from batchnorm.surgery.watch import arguments
 
@@ -81,7 +83,8 @@ def find_learning_rate(
         model: any module; a copy in train mode is trained.
         batches: ``(inputs, targets)``, as a DataLoader gives them; read again from the front where they are too few.
             Inputs in a tuple or list are positional arguments, in a dict keyword arguments.
-        loss: ``loss(model(inputs), targets)``, a scalar; it may be negative.
+        loss: ``loss(model(inputs), targets)``, a scalar; it may be negative. For a model that returns more than a
+            tensor: ``lambda output, targets: torch.nn.functional.cross_entropy(output.logits, targets)``, say.
         forward: ``forward(model, batch)`` runs the model on a batch of any kind, and returns the loss instead.
         optimizer: ``optimizer(parameters, lr=...)``; default: SGD with momentum 0.9. With weight decay or other
             settings: ``functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4)``.
@@ -95,8 +98,10 @@ def find_learning_rate(
     Raises:
         ValueError: ``batches`` yielded nothing, or less than ``steps`` and cannot be read again; rates that do not
             grow; fewer than 10 steps; the loss diverged or was not finite before the tenth step, or never fell; an
-            optimizer whose step needs a closure, LBFGS.
-        TypeError: not a module; a batch that is not ``(inputs, targets)``, without ``forward``.
+            optimizer whose step needs a closure, LBFGS; a loss per example, or one without a gradient; a lazy layer
+            has no shape yet: run the model once before.
+        TypeError: not a module; a batch that is not ``(inputs, targets)``, without ``forward``; ``batches`` is itself a
+            batch (a tensor, a mapping); a loss that is no tensor, or does not take the model's output.
 
     Example:
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
@@ -113,6 +118,7 @@ def find_learning_rate(
         raise ValueError(f"rates must grow from above 0: lowest < highest (got {lowest:g} and {highest:g}).")
     if steps < LEAST:
         raise ValueError(f"steps must be at least {LEAST} to tell a slope (got {steps}).")
+    refuse_one_batch(batches, "batches")
     rates, losses = [], []
     with _copied(model) as trained:
         make = optimizer or (lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9))
@@ -124,7 +130,7 @@ def find_learning_rate(
             for group in stepper.param_groups:
                 group["lr"] = rate
             stepper.zero_grad()
-            value = _loss(trained, batch, loss) if forward is None else forward(trained, batch)
+            value = _scalar(_loss(trained, batch, loss) if forward is None else forward(trained, batch))
             value.backward()
             stepper.step()
             rates.append(rate)
@@ -145,7 +151,32 @@ def _loss(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor]) -> T
         )
     inputs, targets = batch
     positional, named = arguments(inputs)
-    return loss(model(*positional, **named), targets)
+    output = model(*positional, **named)
+    try:
+        return loss(output, targets)
+    except (TypeError, AttributeError) as error:
+        if isinstance(output, Tensor):
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        raise TypeError(
+            f"the model returned a {type(output).__name__}, which the loss does not take ({first}): pass loss=, a "
+            "function of (output, targets), that reads output.logits, say, or output[0]."
+        ) from error
+
+
+def _scalar(value: Any) -> Tensor:
+    """A loss that a step can be made on."""
+    if not isinstance(value, Tensor):
+        advice = "return its .loss" if hasattr(value, "loss") else "return a tensor"
+        raise TypeError(f"the loss is one number in a tensor, got a {type(value).__name__}: {advice}.")
+    if value.numel() != 1:
+        raise ValueError(
+            f'the loss is one number, got one of shape {tuple(value.shape)}: pass reduction="mean" to the loss, or '
+            "take its .mean()."
+        )
+    if not value.requires_grad:
+        raise ValueError("no gradient flows from the loss to the model: is it detached, or from torch.no_grad()?")
+    return value.squeeze()
 
 
 def smooth(losses: list[float]) -> list[float]:
@@ -183,6 +214,7 @@ def _copied(model: nn.Module) -> Iterator[nn.Module]:
     """A copy to train; torch's random numbers are as before afterwards."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"find_learning_rate takes a torch.nn.Module, got {type(model).__name__}.")
+    check_materialized(model, "find_learning_rate", weights=True)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices), torch.enable_grad():
         yield copied(model).train()

@@ -1,0 +1,107 @@
+"""Batches as DataLoaders give them: put on a device, given to a model.
+
+Comes from: the user's DataLoader or list. Goes to: ``recalibrate``, the Lightning callback, the range test.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def refuse_one_batch(batches: Iterable[Any], name: str) -> None:
+    """Refuses what is a batch itself, whose rows or keys would be taken for batches.
+
+    Raises:
+        TypeError: a tensor or array, a mapping, a text.
+    """
+    if isinstance(batches, Tensor) or hasattr(batches, "__array__"):
+        shape = tuple(batches.shape)  # type: ignore[union-attr]
+        raise TypeError(
+            f"{name} is a {type(batches).__name__} of shape {shape}, whose rows would be taken for batches: pass "
+            "[tensor] for one batch, tensor.split(size) for several."
+        )
+    if isinstance(batches, Mapping | str):
+        parts = "keys" if isinstance(batches, Mapping) else "letters"
+        raise TypeError(
+            f"{name} is a {type(batches).__name__}, whose {parts} would be taken for batches: pass [batch] for "
+            "one batch, or a DataLoader."
+        )
+
+
+def placed(batch: Any, device: Any) -> Any:
+    """The batch on the device: tensors, whatever else has ``.to``, and those in mappings, sequences and dataclasses."""
+    if _moves(batch):
+        moved = batch.to(device)
+        return batch if moved is None else moved  # it moved itself
+    if isinstance(batch, Mapping):
+        moved = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+        for key, value in batch.items():
+            moved[key] = placed(value, device)
+        return moved
+    if isinstance(batch, tuple | list):
+        values = [placed(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        moved = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            object.__setattr__(moved, field.name, placed(getattr(batch, field.name), device))  # frozen ones too
+        return moved
+    return batch
+
+
+def call_with_inputs(model: nn.Module, batch: Any) -> Any:
+    """The model on a batch as a DataLoader gives it: of a tuple or list (inputs, labels) its first element.
+
+    A mapping (of transformers' collators, say) is given as keyword arguments where the model's forward takes all of its
+    keys by name, as transformers' models do; else it is given as it is.
+
+    Raises:
+        TypeError: forward takes some of a mapping's keys, and not the others, or wants more.
+    """
+    inputs = batch[0] if isinstance(batch, tuple | list) and not _moves(batch) else batch
+    if isinstance(inputs, Mapping) and _takes_by_name(model, inputs):
+        return model(**inputs)
+    return model(inputs)
+
+
+def _moves(batch: Any) -> bool:
+    """Whether it is one thing that knows how to go to a device: a tensor, a graph, packed sequences."""
+    return callable(getattr(batch, "to", None)) and not isinstance(batch, type)
+
+
+def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
+    inner = _unwrapped(model)
+    signature = inspect.signature(inner.forward)
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names = [name for name, parameter in signature.parameters.items() if parameter.kind in by_name]
+    known = [key for key in inputs if key in names]
+    if not all(isinstance(key, str) for key in inputs):
+        return False
+    try:
+        signature.bind(**inputs)
+    except TypeError as error:
+        if not known:
+            return False
+        arguments = ", ".join(f"{key}=batch[{key!r}]" for key in known)
+        raise TypeError(
+            f"the batch has {', '.join(inputs)}, and {type(inner).__name__}.forward takes {', '.join(names)} "
+            f"({error}). Pass forward=: lambda model, batch: model({arguments})."
+        ) from error
+    return True
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Of what takes any arguments (torch.compile, DistributedDataParallel, averaged weights) the model in it."""
+    if "_orig_mod" in model._modules:
+        return _unwrapped(model._modules["_orig_mod"])  # type: ignore[arg-type]
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    inner = model._modules.get("module")
+    if inner is None or kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return model
+    return _unwrapped(inner)

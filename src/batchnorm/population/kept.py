@@ -1,0 +1,126 @@
+"""A model's state set aside, and brought back; tensors let go before they change.
+
+A pending backward holds tensors of earlier forward passes: torch's batch normalization its running statistics, other
+modules whatever buffers they read. Copying into those would end in "modified by an inplace operation", so state is set
+aside by exchanging tensors.
+
+Comes from: ``scopes``, ``estimate``, ``frozen``. Goes to: the model's modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # torch's containers and the mode
+_FREE = torch.empty(0)._use_count()  # type: ignore[attr-defined]  # of a tensor that Python alone holds
+
+
+class Kept:
+    """What a module holds besides parameters, by reference: mode and buffers; of batch normalization, everything.
+
+    That is what was set on it (frozen, momentum, where statistics come from, what was counted), under whatever name,
+    and which of its parameters require a gradient.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.training = module, module.training
+        self.buffers, self.not_saved = dict(module._buffers), set(module._non_persistent_buffers_set)
+        self.scripted = isinstance(module, torch.jit.ScriptModule)  # can neither gain nor lose buffers
+        self.normalizes = isinstance(module, _BatchNorm)
+        held = vars(module) if self.normalizes else {}
+        self.attributes = {k: v for k, v in held.items() if k not in _OF_EVERY_MODULE}
+        self.wanted = [(p, p.requires_grad) for p in module.parameters()] if self.normalizes else []
+
+    def tensors(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """Each tensor that may be exchanged: where it is, under which name."""
+        places = [] if self.scripted else [(self.module._buffers, self.buffers)]
+        if self.normalizes:
+            places.append((vars(self.module), self.attributes))
+        for place, held in places:
+            for name, t in held.items():
+                if isinstance(t, Tensor) and not t.requires_grad:  # a pruned weight is computed anew
+                    yield place, name, t
+
+    def bring_back(self) -> None:
+        """As it was: the same objects, and nothing that was added."""
+        self.module.training = self.training
+        if not self.scripted:
+            for now, before in (
+                (self.module._buffers, self.buffers),
+                (self.module._non_persistent_buffers_set, self.not_saved),
+            ):
+                now.clear()
+                now.update(before)  # type: ignore[arg-type]
+        if self.normalizes:
+            held = vars(self.module)
+            for name in held.keys() - self.attributes.keys() - _OF_EVERY_MODULE:
+                del held[name]
+            held.update(self.attributes)
+        for p, wanted in self.wanted:
+            p.requires_grad_(wanted)
+
+
+@contextmanager
+def set_aside(model: nn.Module) -> Iterator[None]:
+    """Inside the model works on copies of its buffers. Afterwards it has its own again, with the values that they had.
+
+    Buffers that modules share are shared inside too. Somebody else may hold the model's own, and change them
+    meanwhile: DistributedDataParallel, which broadcasts them, or another model that shares them.
+    """
+    kept = [Kept(module) for module in model.modules()]
+    values: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor's id: it, and what it held
+    copies: dict[int, Tensor] = {}
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for one in kept:
+                for t in one.buffers.values():
+                    if t is not None and id(t) not in values:
+                        values[id(t)] = (t, t.clone())
+                for place, name, t in one.tensors():
+                    if id(t) not in values:
+                        values[id(t)] = (t, t.clone())
+                    if id(t) not in copies:
+                        copies[id(t)] = t.clone()
+                    place[name] = copies[id(t)]
+        yield
+    finally:
+        for one in kept:
+            one.bring_back()
+        for t, value in values.values():
+            t.data.copy_(value)  # not noticed by a pending backward, which saw these values
+
+
+def let_go(*tensors: Tensor) -> None:
+    """Before they are changed in place: what a pending backward holds keeps its values, in a tensor of its own.
+
+    The objects stay, since others hold those too: the module, DistributedDataParallel, a user's list. And a tensor that
+    no backward holds keeps its memory, which a CUDA graph may read.
+    """
+    for t in tensors:
+        if t._use_count() > _FREE:  # type: ignore[attr-defined]
+            with torch.inference_mode(False):  # its tensors are refused in training
+                torch._C._swap_tensor_impl(t, t.clone())
+
+
+def check_materialized(model: nn.Module, verb: str, *, weights: bool = False) -> None:
+    """Refuses layers that do not know their shapes yet.
+
+    Raises:
+        ValueError: a buffer, a batch normalization layer's parameter, or with ``weights`` any one, has no shape yet.
+    """
+    for name, module in model.named_modules():
+        own = list(module._buffers.values())
+        if weights or isinstance(module, _BatchNorm):
+            own += module._parameters.values()
+        if any(is_lazy(t) for t in own):
+            raise ValueError(
+                f"{verb}: {name or 'the model'} ({type(module).__name__}) does not know its shapes yet: run the model "
+                "once, on an example, before."
+            )

@@ -1,0 +1,203 @@
+"""A checkpoint is loaded under whatever wrapper it was saved, and gets the statistics under the names that it has."""
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+import batchnorm as bn
+from batchnorm.population.checkpoint import Checkpoint
+
+X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), bn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+
+
+class Holds(nn.Module):
+    """The network under a name, as in a LightningModule."""
+
+    def __init__(self, name: str, *others: str) -> None:
+        super().__init__()
+        self.add_module(name, network())
+        for other in others:
+            self.add_module(other, nn.Linear(2, 2))
+
+
+def other_weights(model: nn.Module) -> nn.Module:
+    for p in model.parameters():
+        p.data.add_(1)
+    return model
+
+
+def round_trip(saved: nn.Module, model: nn.Module, file: Path, **options: Any) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """Saved, loaded into the model, recalibrated, written; what is in the file then."""
+    torch.save(saved.state_dict(), file)
+    content = Checkpoint(file, **options)
+    content.load_into(model)
+    bn.recalibrate(model, [X], forward=lambda m, x: next(c for c in m.modules() if isinstance(c, nn.Sequential))(x))
+    content.update_from(model)
+    content.write(file)
+    return content, torch.load(file, weights_only=True)
+
+
+def compiled_inside(model: nn.Module) -> nn.Module:
+    model[2] = torch.compile(model[2], backend="eager")  # type: ignore[index, operator]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("saved", "made", "left_off"),
+    [
+        (network, network, ""),
+        (lambda: Holds("net"), network, '"net." before the file\'s names'),
+        (lambda: Holds("net", "loss"), network, '"net." before the file\'s names'),
+        (lambda: Holds("backbone"), lambda: Holds("module"),
+         '"backbone." before the file\'s names, "module." before the model\'s names'),
+        (network, lambda: Holds("net"), '"net." before the model\'s names'),
+        (lambda: Holds("a"), lambda: Holds("a"), ""),
+        (lambda: nn.ModuleDict({"x": nn.ModuleDict({"y": network()})}), network, '"x.y." before the file\'s names'),
+        (lambda: torch.compile(network()), network, '"_orig_mod." in names'),
+        (lambda: compiled_inside(network()), network, '"_orig_mod." in names'),
+        (network, lambda: torch.compile(network(), backend="eager"), '"_orig_mod." in names'),
+        (lambda: nn.ModuleDict({"module": torch.compile(network())}), network,
+         '"module." before the file\'s names, "_orig_mod." in names'),
+    ],
+)  # fmt: skip
+def test_what_wrappers_put_before_names_is_left_off_and_said(
+    saved: Callable[[], Any], made: Callable[[], Any], left_off: str, tmp_path: Path
+) -> None:
+    source, model, file = other_weights(saved()), made(), tmp_path / "model.pt"
+    before = copy.deepcopy(source.state_dict())
+    content, after = round_trip(source, model, file)
+    assert content.said == (f"{file}: left off: {left_off}" if left_off else "")
+    assert list(after) == list(before)
+    for key, t in before.items():
+        statistics = key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+        assert torch.equal(after[key], t) is not statistics, key
+    first = next(m for m in source.modules() if isinstance(m, nn.Linear) and m.in_features == 3)
+    (key,) = (key for key in after if key.endswith("1.running_mean") and "2." not in key)
+    torch.testing.assert_close(after[key], first(X).mean(0))
+
+
+def test_several_sets_of_names_that_fit_are_for_the_user_to_choose(tmp_path: Path) -> None:
+    both = nn.ModuleDict({"student": network(), "teacher": other_weights(network())})
+    torch.save(both.state_dict(), tmp_path / "both.pt")
+    model = network()
+    with pytest.raises(ValueError, match=r"several sets of names that fit Sequential, under student., teacher.: name"):
+        Checkpoint(tmp_path / "both.pt").load_into(model)
+    for prefix in ("teacher", "teacher."):
+        _, after = round_trip(both, model, tmp_path / "both.pt", prefix=prefix)
+        assert torch.equal(model[0].weight, both["teacher"][0].weight)
+        assert torch.equal(after["student.1.running_mean"], both["student"][1].running_mean)
+        torch.testing.assert_close(after["teacher.1.running_mean"], model[0](X).mean(0))
+    with pytest.raises(ValueError, match=r"missing: 0.bias, .*; not in the model: student.0.bias"):
+        Checkpoint(tmp_path / "both.pt", prefix="").load_into(model)
+    with pytest.raises(ValueError, match=r"does not fit Sequential: missing"):
+        Checkpoint(tmp_path / "both.pt", prefix="ema").load_into(model)
+
+
+def test_a_name_too_many_or_too_few_under_the_prefix_is_refused(tmp_path: Path) -> None:
+    state = {f"net.{key}": t for key, t in network().state_dict().items()}
+    for change, words in (
+        ({"net.3.weight": torch.ones(1)}, r'not in the model: net.3.weight \(left off: "net." before the file'),
+        ({"net.0.bias": None}, r"missing: 0.bias"),
+        ({"net.0.bias": torch.ones(9)}, r"size mismatch for 0.bias"),
+    ):
+        changed = {key: t for key, t in (state | change).items() if t is not None}  # type: ignore[operator]
+        torch.save(changed, tmp_path / "in.pt")
+        with pytest.raises(ValueError, match=words):
+            Checkpoint(tmp_path / "in.pt").load_into(network())
+
+
+class Shared(nn.Module):
+    """One head for two levels, and a weight that is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+        self.heads = nn.ModuleList([self.net, self.net])
+        self.out, self.back = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.back.weight = self.out.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.back(self.out(self.heads[1](x)))
+        return y
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_shared_modules_and_tied_weights(suffix: str, tmp_path: Path) -> None:
+    """safetensors' own save_model leaves out all names of a tensor but one."""
+    source, model, file = other_weights(Shared()), Shared(), tmp_path / f"in{suffix}"
+    if suffix == ".pt":
+        torch.save(source.state_dict(), file)
+    else:
+        save_model(source, str(file))
+    content = Checkpoint(file)
+    content.load_into(model)
+    torch.testing.assert_close(model.state_dict(), source.state_dict(), rtol=0, atol=0)
+    bn.recalibrate(model, [X])
+    content.update_from(model)
+    content.write(file)
+    again = Shared()
+    if suffix == ".pt":
+        again.load_state_dict(torch.load(file, weights_only=True))
+    else:
+        load_model(again, str(file), strict=False)  # which takes the shared counters for unexpected
+    torch.testing.assert_close(again.net[1].running_mean, source.net[0](X).mean(0))
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_files_from_before_num_batches_tracked_stay_without(tmp_path: Path) -> None:
+    state = {key: t for key, t in network().state_dict().items() if "num_batches" not in key}
+    torch.save(state, tmp_path / "old.pt")
+    content, model = Checkpoint(tmp_path / "old.pt"), network()
+    content.load_into(model)
+    bn.recalibrate(model, [X])
+    content.update_from(model)
+    content.write(tmp_path / "new.pt")
+    new = torch.load(tmp_path / "new.pt", weights_only=True)
+    assert new.keys() == state.keys()
+    torch.testing.assert_close(new["1.running_mean"], model[0](X).mean(0))
+
+
+class Settings:
+    """Of the user's."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"args": argparse.Namespace(lr=0.1)}, "argparse.Namespace"),
+        ({"settings": Settings()}, f"{__name__}.Settings"),
+        (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+    ],
+    ids=["Namespace", "user", "module"],
+)
+def test_objects_that_are_refused_are_named(content: Any, named: str, zipped: bool, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "in.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="may run code") as refused:
+        Checkpoint(tmp_path / "in.pt")
+    assert named in str(refused.value)
+    assert "save model.state_dict() by itself" in str(refused.value)
+    assert "\x1b" not in str(refused.value)
+    if zipped:
+        assert f"add_safe_globals([{named}])" in str(refused.value)
+
+
+def test_objects_that_the_user_allows_are_kept(tmp_path: Path) -> None:
+    torch.save({"model": network().state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "in.pt")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = Checkpoint(tmp_path / "in.pt")
+        content.load_into(network())
+        content.write(tmp_path / "out.pt")
+        assert torch.load(tmp_path / "out.pt", weights_only=True)["args"].lr == 0.1
