@@ -71,8 +71,8 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
     ends with exactly the large batch's running statistics; a layer after another one sees inputs that were normalized
     per micro-batch. An exception discards what was seen. A channel whose new statistics would not be finite keeps its
     old ones, mean and variance; our layers count that as one of their ``skipped_batches`` and say so at the next
-    ``eval()``. In the plain average (momentum=None), which has one count for all channels, such an update enters in none
-    and is not counted.
+    ``eval()``. In the plain average (momentum=None), which has one count for all channels, such an update enters in
+    none and is not counted.
 
     Inside, between forward passes, the running statistics are those from before, so that evaluation and ``recalibrate``
     work there. What is seen inside ``preserve_state`` does not count; a block inside another one of the same model adds
