@@ -60,7 +60,7 @@ def fold(
             folded: Any = run(network.eval(), inputs, tolerance=tolerance)
         with user_code(f"--out {out}: cannot be written"):
             found = write(folded, inputs, out, tolerance)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"fold: {error}", file=sys.stderr)
         sys.exit(2)
     if content.said:

@@ -62,7 +62,7 @@ def recalibrate(
         content.update_from(network)
         with user_code(f"--out {out}: cannot be written"):
             content.write(out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"recalibrate: {error}", file=sys.stderr)
         sys.exit(2)
     console.print(table_of(report))
