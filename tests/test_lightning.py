@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -326,6 +327,49 @@ def test_batches_that_are_objects_or_mappings(tmp_path: Path) -> None:
         assert_population(module.net.state_dict())
 
 
+class OfTwo(Regression):
+    """Trained on a labelled loader beside another one, as semi-supervised training is."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        x = first_of(batch)
+        return loss(self(x), x)
+
+
+def first_of(batch: Any) -> Tensor:
+    x: Tensor = batch["a"][0] if isinstance(batch, dict) else batch[0][0]
+    return x
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("loaders", "mode"), [({"a": 20, "b": 10}, "max_size_cycle"), ([20, 30], "min_size"), ([20], "max_size")]
+)
+def test_several_loaders_read_together(given: bool, loaders: Any, mode: Any, tmp_path: Path) -> None:
+    """As training_step gets them; the random order of the epochs stays."""
+
+    def combined(shuffle: bool = True) -> CombinedLoader:
+        def one(size: int) -> DataLoader[Any]:
+            generator = torch.Generator().manual_seed(1)
+            return DataLoader(TensorDataset(X), batch_size=size, shuffle=shuffle, generator=generator)
+
+        made = {k: one(n) for k, n in loaders.items()} if isinstance(loaders, dict) else [one(n) for n in loaders]
+        return CombinedLoader(made, mode)
+
+    def forward(module: Any, batch: Any) -> Tensor:
+        return module(first_of(batch))  # type: ignore[no-any-return]
+
+    plain = OfTwo()
+    trainer(tmp_path).fit(plain, combined(), val_loader())
+    module = OfTwo()
+    callback = Recalibrate(batches=combined() if given else None, forward=forward)
+    trainer(tmp_path, callback).fit(module, combined(), val_loader())
+    for name, p in plain.named_parameters():
+        assert torch.equal(p, module.get_parameter(name))
+    assert callback.report[0].values == {"min_size": 40, "max_size": 60, "max_size_cycle": 120}[mode]
+    if mode == "max_size":
+        assert_population(module.net.state_dict())
+
+
 def test_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"batches is a Tensor of shape \(60, 4\), whose rows"):
         Recalibrate(batches=X)
@@ -335,5 +379,5 @@ def test_refused(tmp_path: Path) -> None:
         Recalibrate(estimator="ema")
     with pytest.raises(ValueError, match="max_batches must be at least 1"):
         Recalibrate(0)
-    with pytest.raises(TypeError, match="one training loader, the trainer has 2: pass batches="):
+    with pytest.raises(TypeError, match="takes batches of 2 training loaders: pass forward="):
         trainer(tmp_path, Recalibrate()).fit(Regression(), [train_loader(), train_loader()])

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader
@@ -42,10 +42,11 @@ class Recalibrate(Callback):
 
     Args:
         max_batches: read so many; default: all, up to ``limit_train_batches``. A loader without an end needs it.
-        batches: what to read, anew each time: a list or a DataLoader. Default: the trainer's training batches, with
-            their shuffling and augmentation. Both go the way of a training batch: precision, the device, and the
-            hooks ``on_before_batch_transfer``, ``transfer_batch_to_device``, ``on_after_batch_transfer`` of the module
-            or DataModule, for which ``trainer.training`` and the modules' modes are those of training.
+        batches: what to read, anew each time: a list, a DataLoader or a CombinedLoader. Default: the trainer's training
+            batches, with their shuffling and augmentation; of several loaders together, for which ``forward`` is
+            needed. All go the way of a training batch: precision, the device, and the hooks
+            ``on_before_batch_transfer``, ``transfer_batch_to_device``, ``on_after_batch_transfer`` of the module or
+            DataModule, for which ``trainer.training`` and the modules' modes are those of training.
         forward: ``forward(module, batch)`` runs the module on such a batch, under the trainer's precision; default:
             ``module(inputs)``, the first element of a batch that is a tuple or list; a mapping as keyword arguments
             where the module's forward takes its keys (see ``batchnorm.recalibrate``).
@@ -56,7 +57,7 @@ class Recalibrate(Callback):
 
     Raises:
         TypeError: ``batches`` is an iterator, which is empty after once, or is itself a batch; the trainer has several
-            training loaders (when training starts).
+            training loaders, and there is no ``forward`` (when training starts).
         ValueError: as ``recalibrate`` does. Values that are not finite only warn, since training may recover.
 
     Example:
@@ -75,6 +76,8 @@ class Recalibrate(Callback):
         upstream: str = "batch",
         progress: bool = False,
     ) -> None:
+        if isinstance(batches, CombinedLoader):  # an iterator that can begin anew
+            batches = _Together(batches)
         if isinstance(batches, Iterator):
             raise TypeError(
                 f"Recalibrate reads the batches several times, got an iterator ({type(batches).__name__}), which is "
@@ -163,16 +166,42 @@ class Recalibrate(Callback):
         loader = trainer.train_dataloader
         if self.batches is not None or loader is None:
             return self.batches, self.max_batches
-        if isinstance(loader, list | tuple | dict):
+        training = trainer.fit_loop._combined_loader
+        if training is not None and len(training.flattened) != 1 and self.forward is call_with_inputs:
             raise TypeError(
-                f"Recalibrate reads one training loader, the trainer has {len(loader)}: pass batches=, and forward= "
-                "where a batch is not (inputs, ...)."
+                f"Recalibrate cannot know how the module takes batches of {len(training.flattened)} training loaders: "
+                "pass forward=, a function of the module and what training_step gets, or batches= of one loader."
             )
-        if isinstance(loader, DataLoader):  # an iterator of its own, also where persistent workers keep theirs
-            loader = copy.copy(loader)
-            loader._iterator = None
+        if training is None or loader is training.flattened[0]:
+            loader = _anew(loader)
+        else:
+            together = CombinedLoader(loader, training._mode)
+            together.flattened = [_anew(one) for one in together.flattened]
+            loader = _Together(together)
         limits = [n for n in (self.max_batches, trainer.num_training_batches) if n is not None and n != float("inf")]
         return loader, min(map(int, limits), default=None)
+
+
+class _Together:
+    """The batches of a CombinedLoader, as ``training_step`` gets them."""
+
+    def __init__(self, loaders: CombinedLoader) -> None:
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            for batch, _, _ in self.loaders:
+                yield batch
+        finally:
+            self.loaders.reset()
+
+
+def _anew(loader: Any) -> Any:
+    """With an iterator of its own, also where persistent workers keep theirs."""
+    if isinstance(loader, DataLoader):
+        loader = copy.copy(loader)
+        loader._iterator = None
+    return loader
 
 
 def _prepared(trainer: Trainer, batch: Any) -> Any:
@@ -203,8 +232,9 @@ def _as_in_training(trainer: Trainer, modes: dict[nn.Module, bool]) -> Iterator[
 @contextmanager
 def _generators_kept(loader: Any) -> Iterator[None]:
     """A loader may have random numbers of its own, which decide the order of the next epoch."""
-    places = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    generators = {getattr(place, "generator", None) for place in places}
+    loaders = loader.loaders.flattened if isinstance(loader, _Together) else [loader]
+    places = [(one, getattr(one, "sampler", None), getattr(one, "batch_sampler", None)) for one in loaders]
+    generators = {getattr(place, "generator", None) for three in places for place in three}
     states = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
     try:
         yield

@@ -101,6 +101,8 @@ def test_onnx(folder: Path) -> None:
             ["--example", "2x5x8x8", "--out", "out.pt"],
             "--example 2x5x8x8: the model does not run on it: RuntimeError: ",
         ),
+        (["--example", "0x3x8x8", "--out", "out.pt"], "--example 0x3x8x8: expected a function of yours"),
+        (["--example", "2x3x8x8", "--out", f"{'o' * 300}.pt"], "File name too long"),
         (["--example", "2,3,8,8", "--out", "out.pt"], "--example 2,3,8,8: expected a function of yours"),
         (["--example", "2x3x8x8", "--out", "out.pt", "--tolerance", "0"], "fold refused: 0 with 1 folded in is "),
         (

@@ -44,6 +44,13 @@ def keys():
 
 def shapes():
     return [torch.randn(60, 5)]
+
+def lines():
+    raise RuntimeError("one\\ntwo")
+
+def bare():
+    with torch.device("meta"):
+        return model()
 """
 
 
@@ -121,6 +128,13 @@ class Anything:
         (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:shapes"),
          "--batches mine:shapes: the model does not run on them: RuntimeError: "),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--prefix", "net"), "does not fit Sequential: missing"),
+        (("--checkpoint", "in.pt", "--out", ".", "--overwrite"), "--out . is a directory: name a file"),
+        (("--checkpoint", "in.pt", "--out", "o" * 300), "File name too long"),
+        (("--checkpoint", "in.pt", "--out", "o" * 250), "cannot be written: "),
+        (("--checkpoint", "in.pt", "--out", "o.pt", "--device", "toaster"), "--device toaster: RuntimeError: "),
+        (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:lines"), "mine:lines: RuntimeError: one"),
+        (("--checkpoint", "in.pt", "--out", "o.pt", "--model", "mine:bare"), "on the meta device, without values"),
+        (("--checkpoint", "empty.pt", "--out", "o.pt"), "EOFError"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_ends_in_one_line_and_writes_nothing(
@@ -133,6 +147,7 @@ def test_what_does_not_fit_ends_in_one_line_and_writes_nothing(
     torch.save(network().state_dict(), tmp_path / "in.pt")
     torch.save({"model": network().state_dict(), "thing": Anything()}, tmp_path / "object.pt")
     torch.save({"epoch": 3}, tmp_path / "epoch.pt")
+    (tmp_path / "empty.pt").touch()
     before = (tmp_path / "in.pt").read_bytes()
     app = typer.Typer()
     app.command()(recalibrate)
@@ -141,5 +156,6 @@ def test_what_does_not_fit_ends_in_one_line_and_writes_nothing(
     assert done.exit_code == 2
     assert words in done.stderr
     assert done.stderr.removesuffix("\n").count("\n") == ("reads the batches" in done.stderr)
+    assert {file.suffix for file in tmp_path.iterdir()} <= {".pt", ".py", ""}  # no .part
     assert not (tmp_path / "o.pt").exists()
     assert (tmp_path / "in.pt").read_bytes() == before

@@ -1,7 +1,7 @@
 """Batches of every kind go to the device and into the model as training has them."""
 
 import dataclasses
-from collections import OrderedDict, UserDict, defaultdict
+from collections import OrderedDict, UserDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_sequence
 from transformers import BatchEncoding
 
 import batchnorm as bn
-from batchnorm.population.batches import placed
+from batchnorm.population.batches import call_with_inputs, placed
 
 META = torch.device("meta")  # a device that every machine has
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
@@ -46,6 +46,13 @@ class Example:
     name: str = "a"
 
 
+class Two(tuple[Any, ...]):
+    """Is not made from a sequence."""
+
+    def __new__(cls, a: Any, b: Any) -> "Two":
+        return super().__new__(cls, (a, b))
+
+
 class ReadOnly(Mapping[str, Tensor]):
     def __init__(self, **items: Tensor) -> None:
         self.items_ = items
@@ -76,6 +83,9 @@ class ReadOnly(Mapping[str, Tensor]):
         (Graph(X), lambda b: b.x),
         (Moves(X), lambda b: b.x),
         (pack_sequence([X]), lambda b: b.data),
+        (X.max(0), lambda b: b.values),
+        (Two(X, 1), lambda b: b[0]),
+        (deque([X], 3), lambda b: b[0]),
         ({"deep": [(Pair(Example(X), Graph(X)),)]}, lambda b: b["deep"][0][0].x.x),
         ([{"deep": Graph(X)}], lambda b: b[0]["deep"].x),
     ],
@@ -141,6 +151,28 @@ def test_other_batches_are_given_as_they_are(batch: Any) -> None:
     model = AsItIs()
     bn.recalibrate(model, (b for b in [batch]), device="cpu")
     torch.testing.assert_close(model.norm.running_mean, X.mean(0))
+
+
+@pytest.mark.parametrize("made", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
+def test_programs_take_mappings_too(made: Callable[[nn.Module], nn.Module]) -> None:
+    """They tell less about their arguments."""
+
+    class InProgram(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.program, self.norm = made(nn.Linear(4, 4)), bn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.program(x))
+            return y
+
+    model = InProgram()
+    bn.recalibrate(model, [{"x": X}])
+    torch.testing.assert_close(model.norm.running_mean, model.program(X).mean(0))
+    program = made(nn.Linear(4, 4))
+    torch.testing.assert_close(call_with_inputs(program, (X, 1)), program(X))
+    with pytest.raises(RuntimeError, match="forward"):
+        call_with_inputs(program, {"image": X})  # the program says what it takes
 
 
 def test_loaders_without_a_length() -> None:

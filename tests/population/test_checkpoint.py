@@ -169,6 +169,32 @@ def test_files_from_before_num_batches_tracked_stay_without(tmp_path: Path) -> N
     torch.testing.assert_close(new["1.running_mean"], model[0](X).mean(0))
 
 
+class Extra(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"bits": 8}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.bits = state["bits"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_extra_state_of_modules_is_part_of_it(prefix: str, tmp_path: Path) -> None:
+    def made() -> nn.Sequential:
+        return nn.Sequential(Extra(3, 3), nn.BatchNorm1d(3))
+
+    saved, model = {f"{prefix}{key}": value for key, value in made().state_dict().items()}, made()
+    torch.save({"epoch": 1, "model": saved}, tmp_path / "in.pt")
+    content = Checkpoint(tmp_path / "in.pt")
+    content.load_into(model)
+    assert model[0].bits == 8
+    bn.recalibrate(model, [X])
+    content.update_from(model)
+    content.write(tmp_path / "out.pt")
+    new = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
+    assert new[f"{prefix}0._extra_state"] == {"bits": 8}
+    torch.testing.assert_close(new[f"{prefix}1.running_mean"], model[0](X).mean(0))
+
+
 class Settings:
     """Of the user's."""
 

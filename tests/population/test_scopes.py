@@ -1,5 +1,7 @@
 """preserve_state leaves no trace; accumulate_statistics updates once, as from one large batch (pain 9)."""
 
+import copy
+import io
 import warnings
 
 import pytest
@@ -303,18 +305,106 @@ def test_settings_come_back(change, frozen):
     assert [p.requires_grad for p in layer.parameters()] == [p.requires_grad for p in twin.parameters()]
 
 
-# ---- layers that do not update ---------------------------------------------------------------------------------------
+# ---- what is done to the model inside --------------------------------------------------------------------------------
+
+
+def moved(model):
+    model.float()
+
+
+def loaded(model):
+    model.load_state_dict(state(model), assign=True)
+
+
+def faster(model):
+    model[1].momentum = 0.5
+
+
+@pytest.mark.parametrize("change", [moved, loaded, faster])
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_go_on_accumulating_whatever_is_done_inside(kind, change):
+    model, x = network(kind), torch.randn(12, 4).double()
+    expected = nn.BatchNorm1d(6, momentum=0.5 if change is faster else 0.3).double()
+    expected(model[0](x))
+    with bn.accumulate_statistics(model):
+        model(x[:6])
+        change(model)
+        with bn.preserve_state(model):
+            change(model)
+            model(x[6:].to(model[0].weight.dtype) + 5)
+        model(x[6:].to(model[0].weight.dtype))
+    torch.testing.assert_close(model[1].running_mean.double(), expected.running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[1].running_var.double(), expected.running_var, rtol=1e-5, atol=1e-6)
+    assert (model[1].momentum, model[1].num_batches_tracked) == (expected.momentum, 1)
+
+
+def without_tracking(layer):
+    layer.track_running_stats = False
 
 
 def without_mean_and_variance(layer):
     layer.running_mean = layer.running_var = None
 
 
+STOPS = [without_tracking, without_mean_and_variance]
+
+
 @pytest.mark.parametrize(
-    "stop",
-    [lambda layer: setattr(layer, "track_running_stats", False), without_mean_and_variance],
-    ids=["track_running_stats", "buffers"],
+    ("kind", "stop"), [*((kind, stop) for kind in KINDS for stop in STOPS), (bn.BatchNorm1d, bn.freeze)]
 )
+def test_layers_stopped_inside_do_not_move_at_the_end(kind, stop):
+    layer = kind(3)
+    with bn.accumulate_statistics(layer):
+        layer(torch.randn(8, 3) + 5)
+        stop(layer)
+    assert layer.running_mean is None or layer.running_mean.eq(0).all()
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("momentum", [0.25, None])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_made_inside_is_a_model_of_its_own(kind, copied, momentum):
+    """A teacher, say, or a checkpoint of the whole model."""
+    layer, x = kind(3, momentum=momentum), torch.randn(12, 3)
+    expected = nn.BatchNorm1d(3, momentum=momentum)
+    with bn.accumulate_statistics(layer), bn.accumulate_statistics(layer):
+        layer(x[:6])
+        teacher = copied(layer)
+        layer(x[6:])
+        for one in (teacher, expected):
+            one(x + 2)
+    assert (teacher.momentum, layer.momentum) == (momentum, momentum)
+    torch.testing.assert_close(teacher.running_mean, expected.running_mean)
+    torch.testing.assert_close(layer.running_mean, (momentum or 1) * x.mean(0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_buffers_follow_a_model_that_moves_inside(kind):
+    model = network(kind)
+    model(torch.randn(8, 4).double())
+    before, mine = state(model), model[1].running_mean
+    with bn.preserve_state(model):
+        model.bfloat16()(torch.randn(8, 4).bfloat16())
+    for key, t in model.named_buffers():
+        assert torch.equal(t, before[key].to(t.dtype))
+    assert model.eval()(torch.randn(8, 4).bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(mine, before["1.running_mean"])
+    with bn.preserve_state(model):  # of a buffer alone nothing is left
+        model[1].running_mean = model[1].running_mean.double()
+    assert model[1].running_mean.dtype == torch.bfloat16
+
+
+# ---- layers that do not update ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("use", ["accumulate_statistics", "recalibrate"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_that_do_not_update_are_left_alone(kind, use, stop):

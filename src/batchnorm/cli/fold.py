@@ -58,8 +58,9 @@ def fold(
         inputs = _example(example, network)
         with user_code(f"--example {example}: the model does not run on it"):
             folded: Any = run(network.eval(), inputs, tolerance=tolerance)
-        found = write(folded, inputs, out, tolerance)
-    except ValueError as error:
+        with user_code(f"--out {out}: cannot be written"):
+            found = write(folded, inputs, out, tolerance)
+    except (ValueError, OSError) as error:
         print(f"fold: {error}", file=sys.stderr)
         sys.exit(2)
     if content.said:
@@ -73,7 +74,7 @@ def fold(
 
 def _example(given: str, model: nn.Module) -> Any:
     """Normal random numbers of a shape, or what the user's function returns."""
-    if not re.fullmatch(r"\d+(x\d+)*", given):
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", given):
         return made("--example", given)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     return torch.randn(*map(int, given.split("x")), generator=torch.Generator().manual_seed(0)).to(dtype)

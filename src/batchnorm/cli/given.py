@@ -20,6 +20,8 @@ def check_files(checkpoint: Path, out: Path, overwrite: bool) -> None:
     """One is there, the other may be written."""
     if not checkpoint.is_file():
         raise ValueError(f"--checkpoint {checkpoint}: there is no such file.")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a directory: name a file.")
     if out.exists() and not overwrite:
         raise ValueError(f"--out {out} is there already: name another one, or pass --overwrite.")
     if not out.absolute().parent.is_dir():
@@ -34,8 +36,11 @@ def user_code(what: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{what}: {type(error).__name__}: {first}") from error
+        raise ValueError(f"{what}: {_in_short(error)}") from error
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def made(option: str, spec: str) -> Any:
@@ -49,7 +54,7 @@ def made(option: str, spec: str) -> Any:
         make: Callable[[], Any] = pkgutil.resolve_name(spec)
         return make()
     except Exception as error:
-        raise ValueError(f"{option} {spec}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{option} {spec}: {_in_short(error)}") from error
 
 
 def model_of(spec: str) -> nn.Module:
@@ -57,4 +62,6 @@ def model_of(spec: str) -> nn.Module:
     model = made("--model", spec)
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {spec} returned a {type(model).__name__}, not a torch.nn.Module.")
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"--model {spec} returned a model on the meta device, without values: make it on the cpu.")
     return model

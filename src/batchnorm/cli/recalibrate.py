@@ -49,7 +49,8 @@ def recalibrate(
         network = model_of(model)  # first: the user's file may allow objects in checkpoints
         content = Checkpoint(checkpoint, key, prefix)
         content.load_into(network)
-        network.to(torch.device(device))
+        with user_code(f"--device {device}"):
+            network.to(torch.device(device))
         given = made("--batches", batches)
         with user_code(f"--batches {batches}: the model does not run on them"):
             report = run(
@@ -58,11 +59,12 @@ def recalibrate(
             )  # fmt: skip
         if not report:
             raise ValueError(f"--model {model}: no layer with running statistics was reached.")
-    except ValueError as error:
+        content.update_from(network)
+        with user_code(f"--out {out}: cannot be written"):
+            content.write(out)
+    except (ValueError, OSError) as error:
         print(f"recalibrate: {error}", file=sys.stderr)
         sys.exit(2)
-    content.update_from(network)
-    content.write(out)
     console.print(table_of(report))
     if content.said:
         console.print(content.said, highlight=False, markup=False)

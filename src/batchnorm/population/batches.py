@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,9 +44,14 @@ def placed(batch: Any, device: Any) -> Any:
         for key, value in batch.items():
             moved[key] = placed(value, device)
         return moved
-    if isinstance(batch, tuple | list):
+    if isinstance(batch, tuple | MutableSequence):
         values = [placed(value, device) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+        if isinstance(batch, tuple):  # not by the class, whose arguments may be others: named tuples'
+            return type(batch)(values) if hasattr(batch, "n_fields") else tuple.__new__(type(batch), values)
+        moved = copy.copy(batch)
+        for i, value in enumerate(values):
+            moved[i] = value
+        return moved
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         moved = copy.copy(batch)
         for field in dataclasses.fields(batch):
@@ -76,8 +81,11 @@ def _moves(batch: Any) -> bool:
 
 
 def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
-    inner = _unwrapped(model)
-    signature = inspect.signature(inner.forward)
+    try:
+        inner = _unwrapped(model)
+        signature = inspect.signature(inner.forward)
+    except ValueError:  # of a traced one
+        return False
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names = [name for name, parameter in signature.parameters.items() if parameter.kind in by_name]
     known = [key for key in inputs if key in names]
@@ -99,9 +107,10 @@ def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Of what takes any arguments (torch.compile, DistributedDataParallel, averaged weights) the model in it."""
     if "_orig_mod" in model._modules:
-        return _unwrapped(model._modules["_orig_mod"])  # type: ignore[arg-type]
-    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
-    inner = model._modules.get("module")
-    if inner is None or kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return _unwrapped(model.get_submodule("_orig_mod"))
+    if "module" not in model._modules:
         return model
-    return _unwrapped(inner)
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    if kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return model
+    return _unwrapped(model.get_submodule("module"))

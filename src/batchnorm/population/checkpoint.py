@@ -87,7 +87,7 @@ class Checkpoint:
         try:
             model.load_state_dict({name: self.state[self.names[by]] for name, by in given.items() if by is not None})
         except RuntimeError as error:
-            last = str(error).splitlines()[-1].strip()
+            last = str(error).splitlines()[-1].strip().rstrip(".")
             raise ValueError(f"{which}: {last}. Is it the checkpoint of this model?") from error
 
     def update_from(self, model: nn.Module) -> None:
@@ -144,7 +144,10 @@ def _first_line(error: Exception) -> str:
     """Of what torch says; of what it refuses, that. Without the terminal's escape codes."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     refused = re.search(r"Unsupported global: GLOBAL (\S+)", text)
-    return f"{refused[1]} is refused, since it may run code" if refused else (text.splitlines() or [""])[0]
+    if refused:
+        return f"{refused[1]} is refused, since it may run code"
+    sentence = re.split(r"\.\s|\n", text.strip())[0].rstrip(".")  # the next ones are of torch.load's options
+    return sentence if " " in sentence else f"{type(error).__name__} {sentence}".strip()
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
@@ -160,9 +163,12 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, str] | None
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(t, Tensor) for t in value.values())
+    """Tensors, and what modules add to them in ``get_extra_state``."""
+    if not isinstance(value, dict) or not any(isinstance(t, Tensor) for t in value.values()):
+        return False
+    return all(isinstance(t, Tensor) or str(key).endswith("_extra_state") for key, t in value.items())
 
 
 def _few(names: Any) -> str:
-    names = [str(name) for name in names]
+    names = [str(name) for name in names] or ["nothing"]
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

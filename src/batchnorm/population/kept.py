@@ -9,6 +9,7 @@ Comes from: ``scopes``, ``estimate``, ``frozen``. Goes to: the model's modules.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # torch's containers and the mode
+_aside: Counter[nn.Module] = Counter()  # in how many blocks of set_aside a module is now
 _FREE = torch.empty(0)._use_count()  # type: ignore[attr-defined]  # of a tensor that Python alone holds
 
 
@@ -72,29 +74,47 @@ def set_aside(model: nn.Module) -> Iterator[None]:
     """Inside the model works on copies of its buffers. Afterwards it has its own again, with the values that they had.
 
     Buffers that modules share are shared inside too. Somebody else may hold the model's own, and change them
-    meanwhile: DistributedDataParallel, which broadcasts them, or another model that shares them.
+    meanwhile: DistributedDataParallel, which broadcasts them, or another model that shares them. Where the model moves
+    inside, to another device or dtype, its buffers follow, since its parameters stay there.
     """
     kept = [Kept(module) for module in model.modules()]
-    values: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor's id: it, and what it held
-    copies: dict[int, Tensor] = {}
+    kinds = [kind(p) for p in model.parameters()]
+    places = [place for one in kept for place in one.tensors()]
+    mine = {id(t): t for *_, t in places}
+    held = mine | {id(t): t for one in kept for t in one.buffers.values() if t is not None}
+    with torch.inference_mode(False), torch.no_grad():
+        values = {key: t.clone() for key, t in held.items()}
+        copies = {key: t.clone() for key, t in mine.items()}
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            for one in kept:
-                for t in one.buffers.values():
-                    if t is not None and id(t) not in values:
-                        values[id(t)] = (t, t.clone())
-                for place, name, t in one.tensors():
-                    if id(t) not in values:
-                        values[id(t)] = (t, t.clone())
-                    if id(t) not in copies:
-                        copies[id(t)] = t.clone()
-                    place[name] = copies[id(t)]
+        _aside.update(one.module for one in kept)
+        for place, name, t in places:
+            place[name] = copies[id(t)]
         yield
     finally:
+        _aside.subtract(one.module for one in kept)
+        for module in [one.module for one in kept if not _aside[one.module]]:
+            del _aside[module]
+        moved = kinds != [kind(p) for p in model.parameters()]
+        theirs = [place.get(name) for place, name, _ in places] if moved else []
         for one in kept:
             one.bring_back()
-        for t, value in values.values():
-            t.data.copy_(value)  # not noticed by a pending backward, which saw these values
+        for key, t in held.items():
+            t.data.copy_(values[key])  # not noticed by a pending backward, which saw these values
+        followed: dict[int, Tensor] = {}
+        for (place, name, t), now in zip(places, theirs, strict=False):
+            if isinstance(now, Tensor) and kind(now) != kind(t):
+                with torch.inference_mode(False), torch.no_grad():
+                    place[name] = followed.setdefault(id(t), t.to(now))
+
+
+def is_set_aside(module: nn.Module) -> bool:
+    """Whether it works on copies now, or on what took their place."""
+    return module in _aside
+
+
+def kind(t: Tensor) -> tuple[torch.device, torch.dtype]:
+    """What ``Module.to`` changes."""
+    return t.device, t.dtype
 
 
 def let_go(*tensors: Tensor) -> None:

@@ -5,6 +5,7 @@ Comes from: any model, torch's layers or ours. Goes to: its buffers and modes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,11 +20,10 @@ from batchnorm.nn.statistics import Running
 from batchnorm.nn.tracking import updates_running_statistics
 from batchnorm.ops.running import blend_
 from batchnorm.population.estimators import Pooled, Population
-from batchnorm.population.kept import check_materialized, let_go, set_aside
+from batchnorm.population.kept import check_materialized, is_set_aside, kind, let_go, set_aside
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_WAITS = -1.0  # a momentum that makes torch.compile look again, and find the hooks
 _SETTINGS = ("momentum", "guarded", "counts", "held")
 
 
@@ -39,7 +39,8 @@ def preserve_state(model: Model) -> Iterator[Model]:
 
     Inside, the model works on copies of its buffers, so that the block may stand between a forward pass and its
     backward, and hold a forward pass whose backward comes later. Inside ``accumulate_statistics`` what it sees is not
-    counted.
+    counted. Where the model moves inside, to another device or dtype, its buffers follow its parameters, with their old
+    values, in new tensors.
 
     Args:
         model: any module; given to the ``with`` statement again.
@@ -77,7 +78,8 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
     Inside, between forward passes, the running statistics are those from before, so that evaluation and ``recalibrate``
     work there. What is seen inside ``preserve_state`` does not count; a block inside another one of the same model adds
     to the outer one. Layers that do not update (frozen, ``track_running_stats=False``, in eval) are left alone.
-    Backward may come inside or after the block.
+    Backward may come inside or after the block. A momentum that is set inside stays and is the one of the update; the
+    model may move to another device or dtype, be loaded, copied or saved.
 
     Args:
         model: any module; stock ``torch.nn.BatchNorm*`` layers count too. Given to the ``with`` statement again.
@@ -110,8 +112,25 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
             one.release()
     for one in gathered:
         (seen,) = one.pooled.results()
-        if seen.values:
+        if seen.values and updates_running_statistics(one.layer):  # not frozen meanwhile
             _move(one.layer, seen)
+
+
+class _Waiting(float):
+    """A layer's momentum inside the block. Its type makes torch.compile look again, and find the hooks.
+
+    Who reads it sees the layer's own; who sets another one takes its place; copies and files have the plain number.
+    """
+
+    own: float | None
+
+    def __new__(cls, own: float | None) -> _Waiting:
+        one = super().__new__(cls, 0.0 if own is None else own)
+        one.own = own
+        return one
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (self.own,)
 
 
 class _Gathered:
@@ -120,34 +139,57 @@ class _Gathered:
     A pending backward of torch's layers holds the buffers of its forward pass, so each gets new ones.
     """
 
+    layer: Any = None  # of none: the hooks of a copy that was made, or saved, inside
+
     def __init__(self, layer: Any) -> None:
         self.layer, self.own, self.momentum = layer, dict(layer._buffers), layer.momentum
+        self.rest: Any = _Waiting(
+            layer.momentum
+        )  # its momentum between forward passes; not made in a hook: compiled ones
         self.settings = {name: vars(layer)[name] for name in _SETTINGS if name in vars(layer)}
         self.guarded = getattr(layer, "guarded", None)
         self.pooled = Pooled([layer])
         self.gathers = self.lent = False  # this forward pass has buffers of its own; has the layer's momentum
 
+    def __reduce__(self) -> Any:
+        return object.__new__, (_Gathered,)
+
     def hold(self) -> list[RemovableHandle]:
         """From now on; ``Renorm`` goes on correcting towards the statistics from before."""
-        self.layer.momentum = _WAITS
+        self.layer.momentum = self.rest
         if "renorm_steps" in self.own:
             known = [self.own[name].clone() for name in ("running_mean", "running_var", "renorm_steps")]
             self.layer.held = Running(*known)
         return [
             self.layer.register_forward_pre_hook(self.before),
             self.layer.register_forward_hook(self.after, always_call=True),
+            self.layer.register_load_state_dict_post_hook(self.adopt),
         ]
 
     def release(self) -> None:
-        """As before."""
+        """As before, but for a momentum that was set inside."""
+        if not isinstance(self.layer.momentum, _Waiting):
+            self.settings["momentum"] = self.layer.momentum
         for name in _SETTINGS:
             vars(self.layer).pop(name, None)
         vars(self.layer).update(self.settings)
 
+    def adopt(self, layer: Any, _: Any = None) -> None:
+        """Other buffers take the place of the layer's own: it was moved, or loaded with ``assign=True``."""
+        if layer is self.layer and not is_set_aside(layer):
+            self.own = dict(layer._buffers)
+
     def before(self, layer: Any, inputs: Any) -> None:
         """Give the forward pass buffers of its own, unless others are in place (of ``preserve_state``, say)."""
-        mine = layer._buffers["running_mean"] is self.own["running_mean"]
+        if layer is not self.layer:
+            return
+        now = layer._buffers["running_mean"]
+        if now is not None and kind(now) != kind(self.own["running_mean"]):
+            self.adopt(layer)
+        mine = now is self.own["running_mean"]
         self.gathers = mine and layer.training and updates_running_statistics(layer)
+        if mine and not isinstance(layer.momentum, _Waiting):  # set inside
+            self.momentum = self.rest = layer.momentum
         if self.gathers:
             for name, t in self.own.items():
                 if t is not None:
@@ -156,11 +198,13 @@ class _Gathered:
             vars(layer)["momentum"] = 1.0
             if self.guarded is not None:
                 vars(layer).update(guarded=False, counts=[])
-        elif layer.momentum == _WAITS:
+        elif isinstance(layer.momentum, _Waiting):
             layer.momentum, self.lent = self.momentum, True
 
     def after(self, layer: Any, inputs: Any, output: Any) -> None:
         """Each batch is read at once; None is the output of a forward pass that failed."""
+        if layer is not self.layer:
+            return
         if self.gathers:
             if output is not None:
                 self.pooled.note(0, layer, inputs, output)
@@ -169,7 +213,7 @@ class _Gathered:
             if self.guarded is not None:
                 vars(layer).update(guarded=self.guarded, counts=None)
         if self.gathers or self.lent:
-            layer.momentum, self.gathers, self.lent = _WAITS, False, False
+            layer.momentum, self.gathers, self.lent = self.rest, False, False
 
 
 def _move(layer: _BatchNorm, seen: Population) -> None:
@@ -185,4 +229,4 @@ def _move(layer: _BatchNorm, seen: Population) -> None:
     skipped = torch.zeros_like(mean, dtype=torch.int64) if counter is None else counter
     batches = running.num_batches_tracked
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
-    blend_(mean, var, batches, skipped, seen.mean_C, unbiased_var_C, momentum)
+    blend_(mean, var, batches, skipped, seen.mean_C.to(mean.device), unbiased_var_C.to(var.device), momentum)
