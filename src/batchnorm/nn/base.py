@@ -30,7 +30,7 @@ from batchnorm.nn import tracing
 from batchnorm.nn.guards import Epsilon, QConfig
 from batchnorm.nn.statistics import Batch, Renorm, Running, Statistics, Synced
 from batchnorm.nn.tracking import has_running_statistics
-from batchnorm.ops.repetition import is_repeated
+from batchnorm.ops.repetition import is_repeated, own_copies
 from batchnorm.ops.split import Affine, is_eager
 
 _LAYOUTS = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
@@ -95,7 +95,7 @@ class FusedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """activation(BN(input) + residual): batch statistics in train, running ones in eval (where tracked)."""
         if type(input) is not Tensor or residual is not None or mask is not None:
-            if isinstance(input, torch.fx.Proxy):
+            if any(isinstance(t, torch.fx.Proxy) for t in (input, residual, mask)):
                 return tracing.as_node(self, input, residual, mask)
             if overridden(input, residual, mask):  # subclasses of Tensor, whose __torch_function__ wants to know
                 return handle_torch_function(_forward, (input, residual, mask), self, input, residual, mask)
@@ -302,12 +302,12 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
     training = in_train or mean is None
     updates = in_train and mean is not None and not is_repeated(mean)
     batches = count = skipped = None
-    if updates:
+    if in_train and mean is not None:
         batches, skipped = layer._buffers.get("num_batches_tracked"), layer.counter(mean)
+        if not updates:
+            mean, var, batches, skipped = own_copies(mean, var, batches, skipped)
         if batches is not None and (batches.dtype != torch.int64 or batches.is_cpu != input.is_cpu):
             batches, count = batches.to(input.device, torch.int64), batches  # of a checkpoint made float, say
-    elif in_train and mean is not None and var is not None:
-        mean, var = mean.clone(), var.clone()  # a repetition does what the first time did, on statistics of its own
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
     name, slope = parse_activation(layer.activation)
     if mask is None and (not in_train or type(layer.statistics) is Batch):
