@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -255,3 +256,10 @@ def test_selective_checkpointing(policy, options, served, monkeypatch):
     twin(given).square().sum().backward()
     torch.testing.assert_close(x.grad, given.grad)
     torch.testing.assert_close(dict(layers.state_dict()), dict(twin.state_dict()))
+
+
+def test_renorm_is_repeated_on_tensors_without_values():
+    with FakeTensorMode():
+        layers, x = block(statistics=bn.Renorm()), batch()
+        checkpoint(layers, x, use_reentrant=False).sum().backward()
+    assert x.grad.shape == x.shape

@@ -299,15 +299,18 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
     mean, var, weight, bias = _tensors(layer)
     if mean is None or var is None or not (layer.track_running_stats or not in_train):
         mean = var = None
+        if in_train and layer.track_running_stats and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(not is_repeated(layer.num_batches_tracked))  # torch's count goes on alone
     training = in_train or mean is None
     updates = in_train and mean is not None and not is_repeated(mean)
-    batches = count = skipped = None
+    batches = count = started = skipped = None
     if in_train and mean is not None:
         batches, skipped = layer._buffers.get("num_batches_tracked"), layer.counter(mean)
         if not updates:
             mean, var, batches, skipped = own_copies(mean, var, batches, skipped)
         if batches is not None and (batches.dtype != torch.int64 or batches.is_cpu != input.is_cpu):
-            batches, count = batches.to(input.device, torch.int64), batches  # of a checkpoint made float, say
+            count, started = batches, batches.to(input.device, torch.int64)  # of a checkpoint that was averaged, say
+            batches = started.clone()
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
     name, slope = parse_activation(layer.activation)
     if mask is None and (not in_train or type(layer.statistics) is Batch):
@@ -335,8 +338,8 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             y = normalize_by(source, input, mean, var, affine, mask, momentum, batches, skipped, one_value)
         else:
             y = normalize_masked(input, mean, var, affine, mask)  # type: ignore[arg-type]
-    if count is not None and batches is not None:
-        count.copy_(batches)
+    if count is not None and batches is not None and started is not None:
+        count.add_((batches - started).to(count))  # which may be no whole number
     return y
 
 

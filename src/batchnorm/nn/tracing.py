@@ -116,8 +116,8 @@ def batch_norm_or_masked(
     """A layer's forward as a graph calls it, which may learn only when it runs whether there is a mask."""
     running = running_mean, running_var
     if mask is None:
-        rest = (training, momentum, eps, activation, slope, residual, batches)
-        return normalize(input, *running, weight, bias, *rest)
+        given = (input, *running, weight, bias)
+        return normalize(*given, training, momentum, eps, activation, slope, residual, batches)
     affine, mask = Affine(weight, bias, residual, eps, activation, slope), as_mask(mask, input)
     if training:
         return normalize_by(of_batch, input, *running, affine, mask, momentum, batches)

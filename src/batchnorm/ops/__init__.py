@@ -222,7 +222,7 @@ def _through(
     skipped = None if is_traced() else skipped  # a traced graph knows the layer's buffers alone
     tracked = running_mean is not None and running_var is not None
     if tracked and training and momentum is None and batches is not None and is_functionalized():
-        batches, momentum = None, 1 / float(batches.add_(1))  # as torch's layer does
+        momentum, batches = 1 / float(batches.add_(1)), None  # as torch's layer does
     if not tracked or not training or (skipped is None and (momentum is not None or batches is None)):
         if batches is not None:
             batches.add_(1)
