@@ -263,3 +263,14 @@ def test_renorm_is_repeated_on_tensors_without_values():
         layers, x = block(statistics=bn.Renorm()), batch()
         checkpoint(layers, x, use_reentrant=False).sum().backward()
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("way", ["reentrant", "not reentrant", "somebody's function"])
+def test_compiled_renorm_counts_a_step_once(way, backend):
+    torch._dynamo.reset()
+    layers = block(statistics=bn.Renorm())
+    run = torch.compile(layers, backend=backend)
+    for _ in range(2):
+        WAYS[way](run, batch()).sum().backward()
+    assert layers[1].renorm_steps == layers[1].num_batches_tracked == 2

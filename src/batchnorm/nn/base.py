@@ -31,7 +31,7 @@ from batchnorm.nn.guards import Epsilon, QConfig
 from batchnorm.nn.statistics import Batch, Renorm, Running, Statistics, Synced
 from batchnorm.nn.tracking import has_running_statistics
 from batchnorm.ops.repetition import is_repeated, own_copies
-from batchnorm.ops.split import Affine, is_eager
+from batchnorm.ops.split import Affine, count_, is_eager
 
 _LAYOUTS = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
 _LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
@@ -369,7 +369,7 @@ def _source(layer: FusedBatchNorm, in_train: bool, updates: bool) -> Any:
         if renorm and updates:
             if is_eager() and isinstance(known, Running):
                 _HISTORY.setdefault(layer, deque(maxlen=32)).append(known._replace(seen_C=moments.mean_C))
-            layer.renorm_steps.add_((moments.values > 0).any())  # type: ignore[operator]
+            count_(layer.renorm_steps, moments.values)  # type: ignore[arg-type]
         return y, moments
 
     return normalized
