@@ -53,6 +53,47 @@ def test_a_trace_computes_the_same_and_leaves_the_model(options, train):
     assert type(model.inner[0]) is bn.BatchNorm2d
 
 
+class Doubled(bn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "options", [*OPTIONS, {"affine": False}, {"bias": False, "track_running_stats": False}], ids=str
+)
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("make", [bn.BatchNorm2d, Doubled, lambda *a, **k: nn.Sequential(Doubled(*a, **k))])
+def test_a_root_and_a_subclass_are_traced_as_functions(make, train, options):
+    model = make(3, **options).train(train)
+    traced = symbolic_trace(copy.deepcopy(model))
+    for _ in range(2):
+        torch.testing.assert_close(traced(X), model(X))
+    torch.testing.assert_close({name: model.state_dict()[name] for name in traced.state_dict()}, traced.state_dict())
+    if type(model) is bn.BatchNorm2d:
+        residual, mask = torch.randn_like(X), torch.rand(2, 8, 8) > 0.5
+        torch.testing.assert_close(traced(X, residual, mask), model(X, residual, mask))
+
+
+def test_a_function_refuses_other_statistics():
+    with pytest.raises(TypeError, match=r"as a function here.*Ghost\(size=1.*as a child"):
+        symbolic_trace(bn.BatchNorm2d(3, statistics=bn.Ghost(1)))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_residual_alone_is_traced(train):
+    class OfBuffer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = bn.BatchNorm2d(3)
+            self.register_buffer("given", torch.randn(2, 3, 8, 8))
+
+        def forward(self, x):
+            return self.bn(self.given, residual=x)
+
+    model = OfBuffer().train(train)
+    torch.testing.assert_close(symbolic_trace(model)(X), model(X))
+
+
 def test_fuse_finds_a_plain_layer_and_leaves_an_activation():
     model = network().eval()
     fused = optimization.fuse(copy.deepcopy(model))
@@ -152,13 +193,22 @@ def test_the_exporter_by_torchscript(options):
     assert names <= {"Conv", "BatchNormalization", "Relu", "LeakyRelu"}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_script_refuses_to_lose_a_subclass():
+    with pytest.raises(TypeError, match=r"would lose what Doubled.forward does.*torch.jit.trace"):
+        torch.jit.script(nn.Sequential(Doubled(3)))
+
+
 # ---- torch.func and other layouts ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("train", [True, False])
-def test_functionalize(train):
-    layers = bn.BatchNorm2d(3).train(train), nn.BatchNorm2d(3).train(train)
-    torch.testing.assert_close(*(torch.func.functionalize(layer)(X) for layer in layers))
+def test_functionalize(train, momentum):
+    layers = [kind(3, momentum=momentum).train(train) for kind in (bn.BatchNorm2d, nn.BatchNorm2d)]
+    for x in (X, X + 1):
+        torch.testing.assert_close(*(torch.func.functionalize(layer)(x) for layer in layers))
+    torch.testing.assert_close(*(dict(layer.state_dict()) for layer in layers))
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, lambda f: torch.vmap(f)])

@@ -20,7 +20,12 @@ def gone(layer):
     layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
 
 
-@pytest.mark.parametrize("change", [lambda layer: None, off, gone], ids=["as built", "off", "gone"])
+def buffers_gone(layer):
+    """The same by the buffers alone: torch goes on counting."""
+    layer.running_mean = layer.running_var = None
+
+
+@pytest.mark.parametrize("change", [lambda layer: None, off, gone, buffers_gone])
 @pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("train", [True, False])
 def test_layers_do_as_torchs_and_the_predicates_tell(change, built, train):
@@ -57,3 +62,13 @@ def test_renorm_corrects_towards_statistics_that_do_not_move():
     off(layer)
     torch.testing.assert_close(layer(X), nn.BatchNorm1d(3).eval()(X))
     assert layer.num_batches_tracked == layer.renorm_steps == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16])
+def test_a_count_that_was_averaged_goes_on_from_there(dtype):
+    layers = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    for layer in layers:
+        layer.num_batches_tracked = torch.tensor(2.5).to(dtype)
+        layer(X)
+        layer(X)
+    torch.testing.assert_close(*(dict(layer.state_dict()) for layer in layers))

@@ -1,10 +1,14 @@
 """A forward that repeats another one moves no running statistics; a first one does, wherever it runs."""
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import batchnorm as bn
 from batchnorm import ops
@@ -149,3 +153,124 @@ def test_a_function_that_ran_another_layer_does_not_vouch_for_this_one():
     first, second, x = block(), block(), batch()
     Two.apply(x, first, second).sum().backward()
     assert (first[1].num_batches_tracked, second[1].num_batches_tracked) == (1, 1)
+
+
+# ---- Functions as others write them ----------------------------------------------------------------------------------
+
+
+def first(ctx, x, layers):
+    ctx.save_for_backward(x)
+    ctx.layers = layers
+    return layers(x).detach()
+
+
+def again(ctx, dy):
+    return Again.backward(ctx, dy)
+
+
+class WithSetup(Again):
+    @staticmethod
+    def forward(x, layers):
+        return layers(x).detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.layers = inputs[1]
+
+
+class OtherNames(torch.autograd.Function):
+    forward, backward = staticmethod(first), staticmethod(again)
+
+
+class Stars(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return first(*args)
+
+    @staticmethod
+    def vjp(*args):
+        return again(*args)
+
+
+class ForAmp(Again):
+    forward = staticmethod(torch.amp.custom_fwd(first, device_type="cpu"))
+    backward = staticmethod(torch.amp.custom_bwd(again, device_type="cpu"))
+
+
+FUNCTIONS = [Again, WithSetup, OtherNames, Stars, ForAmp]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions_however_they_are_written(function, compile):
+    layers, x = block(), batch()
+    run = torch.compile(layers, backend="aot_eager") if compile else layers
+    function.apply(x, run).sum().backward()
+    assert_moved_once(layers, x)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions_within_a_checkpoint(function, use_reentrant):
+    layers, x = block(), batch()
+    checkpoint(lambda z: function.apply(z * 1, layers), x, use_reentrant=use_reentrant).sum().backward()
+    assert_moved_once(layers, x)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions_that_begin_in_backward(function):
+    layers, seen, x = block(), batch(), batch()
+
+    def hook(gradient):
+        with torch.enable_grad():
+            function.apply(seen, layers).sum().backward()
+        return gradient
+
+    x.register_hook(hook)
+    x.sum().backward()
+    assert_moved_once(layers, seen)
+
+
+# ---- selective checkpointing -----------------------------------------------------------------------------------------
+
+KEPT = {
+    "all": lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE,
+    "none": lambda ctx, op, *args, **kwargs: CheckpointPolicy.PREFER_RECOMPUTE,
+    "products and ours": [torch.ops.aten.addmm.default, torch.ops.batchnorm.train.default],
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "silu"}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "served"), [("all", True), *((p, s) for p in list(KEPT)[1:] for s in (True, False))]
+)
+def test_selective_checkpointing(policy, options, served, monkeypatch):
+    if not served:
+        monkeypatch.setitem(ops._SERVED, "cpu", ())
+    layers = nn.Sequential(block(**options), block(**options))
+    twin, x = copy.deepcopy(layers), batch()
+    contexts = functools.partial(create_selective_checkpoint_contexts, KEPT[policy])
+    checkpoint(layers, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
+    given = x.detach().requires_grad_()
+    twin(given).square().sum().backward()
+    torch.testing.assert_close(x.grad, given.grad)
+    torch.testing.assert_close(dict(layers.state_dict()), dict(twin.state_dict()))
+
+
+def test_renorm_is_repeated_on_tensors_without_values():
+    with FakeTensorMode():
+        layers, x = block(statistics=bn.Renorm()), batch()
+        checkpoint(layers, x, use_reentrant=False).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("way", ["reentrant", "not reentrant", "somebody's function"])
+def test_compiled_renorm_counts_a_step_once(way, backend):
+    torch._dynamo.reset()
+    layers = block(statistics=bn.Renorm())
+    run = torch.compile(layers, backend=backend)
+    for _ in range(2):
+        WAYS[way](run, batch()).sum().backward()
+    assert layers[1].renorm_steps == layers[1].num_batches_tracked == 2

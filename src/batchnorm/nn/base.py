@@ -30,8 +30,8 @@ from batchnorm.nn import tracing
 from batchnorm.nn.guards import Epsilon, QConfig
 from batchnorm.nn.statistics import Batch, Renorm, Running, Statistics, Synced
 from batchnorm.nn.tracking import has_running_statistics
-from batchnorm.ops.repetition import is_repeated
-from batchnorm.ops.split import Affine, is_eager
+from batchnorm.ops.repetition import is_repeated, own_copies
+from batchnorm.ops.split import Affine, count_, is_eager
 
 _LAYOUTS = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
 _LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
@@ -95,7 +95,7 @@ class FusedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """activation(BN(input) + residual): batch statistics in train, running ones in eval (where tracked)."""
         if type(input) is not Tensor or residual is not None or mask is not None:
-            if isinstance(input, torch.fx.Proxy):
+            if any(isinstance(t, torch.fx.Proxy) for t in (input, residual, mask)):
                 return tracing.as_node(self, input, residual, mask)
             if overridden(input, residual, mask):  # subclasses of Tensor, whose __torch_function__ wants to know
                 return handle_torch_function(_forward, (input, residual, mask), self, input, residual, mask)
@@ -299,15 +299,18 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
     mean, var, weight, bias = _tensors(layer)
     if mean is None or var is None or not (layer.track_running_stats or not in_train):
         mean = var = None
+        if in_train and layer.track_running_stats and layer.num_batches_tracked is not None:
+            layer.num_batches_tracked.add_(not is_repeated(layer.num_batches_tracked))  # torch's count goes on alone
     training = in_train or mean is None
     updates = in_train and mean is not None and not is_repeated(mean)
-    batches = count = skipped = None
-    if updates:
+    batches = count = started = skipped = None
+    if in_train and mean is not None:
         batches, skipped = layer._buffers.get("num_batches_tracked"), layer.counter(mean)
+        if not updates:
+            mean, var, batches, skipped = own_copies(mean, var, batches, skipped)
         if batches is not None and (batches.dtype != torch.int64 or batches.is_cpu != input.is_cpu):
-            batches, count = batches.to(input.device, torch.int64), batches  # of a checkpoint made float, say
-    elif in_train and mean is not None and var is not None:
-        mean, var = mean.clone(), var.clone()  # a repetition does what the first time did, on statistics of its own
+            count, started = batches, batches.to(input.device, torch.int64)  # of a checkpoint that was averaged, say
+            batches = started.clone()
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
     name, slope = parse_activation(layer.activation)
     if mask is None and (not in_train or type(layer.statistics) is Batch):
@@ -335,8 +338,8 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             y = normalize_by(source, input, mean, var, affine, mask, momentum, batches, skipped, one_value)
         else:
             y = normalize_masked(input, mean, var, affine, mask)  # type: ignore[arg-type]
-    if count is not None and batches is not None:
-        count.copy_(batches)
+    if count is not None and batches is not None and started is not None:
+        count.add_((batches - started).to(count))  # which may be no whole number
     return y
 
 
@@ -366,7 +369,7 @@ def _source(layer: FusedBatchNorm, in_train: bool, updates: bool) -> Any:
         if renorm and updates:
             if is_eager() and isinstance(known, Running):
                 _HISTORY.setdefault(layer, deque(maxlen=32)).append(known._replace(seen_C=moments.mean_C))
-            layer.renorm_steps.add_((moments.values > 0).any())  # type: ignore[operator]
+            count_(layer.renorm_steps, moments.values)  # type: ignore[arg-type]
         return y, moments
 
     return normalized

@@ -36,8 +36,8 @@ class Running(NamedTuple):
         """What was known before the last batch with this mean; without waiting for the device."""
         history = history[::-1]
         seen_KC = torch.stack([known.seen_C for known in history])  # type: ignore[misc]
-        nearest = (seen_KC - mean_C).abs().sum(1).argmin()
-        return Running(*(torch.stack(t)[nearest] for t in zip(*(known[:3] for known in history), strict=True)))
+        nearest = (seen_KC - mean_C).abs().sum(1).argmin(0, keepdim=True)  # t[nearest[0]] would wait
+        return Running(*(torch.stack(t)[nearest][0] for t in zip(*(known[:3] for known in history), strict=True)))
 
 
 # Of one layer, or of the batches that it saw last.

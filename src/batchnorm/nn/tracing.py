@@ -10,10 +10,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from batchnorm.functional import as_mask, normalize, normalize_by, normalize_masked, parse_activation
 from batchnorm.nn.scripted import Scripted
 from batchnorm.nn.statistics import Batch
+from batchnorm.nn.tracking import has_running_statistics, is_frozen, updates_running_statistics
+from batchnorm.ops.split import Affine, of_batch
 
 if TYPE_CHECKING:
     from batchnorm.nn.base import FusedBatchNorm
@@ -45,15 +48,20 @@ def adds_nothing(layer: FusedBatchNorm) -> bool:
 # ---- torch.fx --------------------------------------------------------------------------------------------------------
 
 
-def as_node(layer: FusedBatchNorm, input: fx.Proxy, residual: Any, mask: Any) -> Any:
-    """One call of the module in the graph, as torch.fx records those of torch's layers by itself."""
-    tracer: Any = input.tracer
+def as_node(layer: FusedBatchNorm, input: Any, residual: Any, mask: Any) -> Any:
+    """One call of the module in the graph, as torch.fx records those of torch's layers by itself.
+
+    A layer that is no module of the graph's own, as the root or one whose class does more around it, is a function.
+    """
+    tracer: Any = next(t for t in (input, residual, mask) if isinstance(t, fx.Proxy)).tracer
     if type(tracer).__module__.startswith("torch.ao.quantization"):
         raise TypeError(
             f"torch's quantization finds batch normalization by its exact type, and would leave {type(layer).__name__} "
             "in float: pass batchnorm.to_torch(model), or batchnorm.fold(model, example) to be rid of it."
         )
     path = tracer.path_of_module(layer)
+    if not path or type(layer).forward is not _own_forward(layer):
+        return _as_function(layer, tracer, path, input, residual, mask)
     kind = stock_class(layer)
     if kind is not None and not layer.training and residual is None and mask is None and adds_nothing(layer):
         # The graph's module is made of the tracer's root: a copy of it, so that the user's model keeps our layer.
@@ -62,10 +70,62 @@ def as_node(layer: FusedBatchNorm, input: fx.Proxy, residual: Any, mask: Any) ->
     return tracer.create_proxy("call_module", path, (input,), given)
 
 
+def _own_forward(layer: FusedBatchNorm) -> Any:
+    return next(kind.__dict__["forward"] for kind in type(layer).__mro__ if kind.__module__ == "batchnorm.nn.base")
+
+
+def _as_function(layer: FusedBatchNorm, tracer: Any, path: str, *given: Any) -> Any:
+    in_train = layer.training and not is_frozen(layer)
+    if in_train and type(layer.statistics) is not Batch:
+        raise TypeError(
+            f"torch.fx writes {type(layer).__name__} as a function here, which knows nothing of statistics="
+            f"{layer.statistics!r}: trace a module that has one of batchnorm's own layers as a child, or name "
+            f"{type(layer).__name__} in your Tracer's is_leaf_module."
+        )
+    read = has_running_statistics(layer) and (updates_running_statistics(layer) or not in_train)
+    statistics = ("running_mean", "running_var", *(["num_batches_tracked"] if in_train else []))
+    tensors = {
+        name: tracer.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
+        for name in ("weight", "bias", *(statistics if read else []))
+        if getattr(layer, name) is not None
+    }
+    batches = tensors.pop("num_batches_tracked", None)
+    name, slope = parse_activation(layer.activation)
+    momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
+    scalars = (in_train or not read, momentum, layer.epsilon, name, slope)
+    return tracer.create_proxy(
+        "call_function", batch_norm_or_masked, (*given, *scalars), {**tensors, "batches": batches}
+    )
+
+
+def batch_norm_or_masked(
+    input: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: str | None,
+    slope: float,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    batches: Tensor | None = None,
+) -> Tensor:
+    """A layer's forward as a graph calls it, which may learn only when it runs whether there is a mask."""
+    running = running_mean, running_var
+    if mask is None:
+        given = (input, *running, weight, bias)
+        return normalize(*given, training, momentum, eps, activation, slope, residual, batches)
+    affine, mask = Affine(weight, bias, residual, eps, activation, slope), as_mask(mask, input)
+    if training:
+        return normalize_by(of_batch, input, *running, affine, mask, momentum, batches)
+    return normalize_masked(input, *running, affine, mask)
+
+
 def _with(root: nn.Module, path: list[str], layer: nn.Module) -> nn.Module:
     """A copy of the modules on the way to a layer, and of nothing else, with another one in its place."""
-    if path == [""]:
-        return layer
     twin = copy.copy(root)
     name, *rest = path
     twin._modules = dict(root._modules)
@@ -80,8 +140,13 @@ def scriptable(layer: FusedBatchNorm) -> nn.Module:
     """The layer's stand-in for ``torch.jit.script``, which puts it into the model: torch does so with all stand-ins.
 
     Raises:
-        TypeError: statistics other than the batch's, which TorchScript would lose in training.
+        TypeError: statistics other than the batch's, which TorchScript would lose in training; a subclass.
     """
+    if type(layer).forward is not _own_forward(layer):
+        raise TypeError(
+            f"torch.jit.script would lose what {type(layer).__name__}.forward does around batch normalization: use "
+            "torch.jit.trace, or give the class a layer of batchnorm's as a child in place of a base."
+        )
     if type(layer.statistics) is not Batch:
         raise TypeError(
             f"torch.jit.script knows nothing of statistics={layer.statistics!r}: set layer.statistics = "

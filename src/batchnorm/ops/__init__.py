@@ -153,8 +153,11 @@ def is_traced() -> bool:
     """Whether torch.export, TorchScript's tracer or functionalize look for torch's own ops."""
     if is_eager():
         return torch._C._is_tracing()
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else is_functionalized()
+
+
+def is_functionalized() -> bool:
+    """Whether ``torch.func.functionalize`` is around: buffers that it was not given change in torch's ops alone."""
     functorch = torch._C._functorch
     stack = functorch.get_interpreter_stack() or ()
     return any(level.key() == functorch.TransformType.Functionalize for level in stack)
@@ -218,6 +221,8 @@ def _through(
     x, running_mean, running_var, weight, bias = tensors
     skipped = None if is_traced() else skipped  # a traced graph knows the layer's buffers alone
     tracked = running_mean is not None and running_var is not None
+    if tracked and training and momentum is None and batches is not None and is_functionalized():
+        momentum, batches = 1 / float(batches.add_(1)), None  # as torch's layer does
     if not tracked or not training or (skipped is None and (momentum is not None or batches is None)):
         if batches is not None:
             batches.add_(1)

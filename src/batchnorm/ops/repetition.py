@@ -3,7 +3,8 @@
 Not every forward inside backward is a repetition: a hook, or somebody's ``autograd.Function``, may run a layer there
 for the first time. Two things repeat: the functions of ``torch.utils.checkpoint`` that compute a block again, and the
 backward of an ``autograd.Function`` whose own forward ran the layer (checkpointing of other libraries, invertible
-blocks).
+blocks). Such a Function is told by torch's two methods that call its forward and its backward, however it names and
+decorates them, and whether its forward sees a ctx or not.
 """
 
 from __future__ import annotations
@@ -11,40 +12,54 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import BackwardCFunction, Function
 from torch.autograd.graph import _engine_run_backward
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
 
-_MARK = "_batchnorm_ran"  # on a Function's ctx: the running means of layers that ran in its forward
 # What torch.utils.checkpoint runs a block again from: without reentering autograd, and with.
 _AGAIN = ("unpack_hook", "backward")
+_FORWARD, _BACKWARD = Function.apply.__func__.__code__, BackwardCFunction.apply.__code__  # type: ignore[attr-defined]
+# The running means of the layers that ran in the forward of each class of Functions. (Not of each call: under an outer
+# checkpoint the call whose backward runs is itself a repetition.)
+_RAN: WeakKeyDictionary[type, WeakIdKeyDictionary] = WeakKeyDictionary()
+_ANY = torch.empty(0)  # stands for any layer in a compiled graph, which may work on copies of buffers
 
 
 def is_repeated(running_mean: Tensor | None) -> bool:
     """Whether the training forward that runs now, of the layer with this buffer, repeats an earlier one.
 
-    A first forward without gradients is noted on the ``autograd.Function`` around it, if there is one. None stands for
-    any layer in a compiled graph, which may work on copies of buffers.
+    One without gradients, or within backward, is noted for the ``autograd.Function`` around it, if there is one. None
+    stands for any layer in a compiled graph.
     """
     if torch.compiler.is_compiling():  # a graph outlives this moment: ``update_once_`` asks when it runs
         return False
-    if torch._C._current_graph_task_id() == -1:
-        if not torch.is_grad_enabled():
-            for frame in _frames():
-                ctx = _ctx_of(frame, "forward")
-                if ctx is not None:
-                    vars(ctx).setdefault(_MARK, {})[id(running_mean)] = running_mean
+    in_backward = torch._C._current_graph_task_id() != -1
+    if not in_backward and torch.is_grad_enabled():
         return False
+    key = _ANY if running_mean is None else running_mean
     for frame in _frames():
         code = frame.f_code
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint" and code.co_name in _AGAIN:
-            return True
-        ctx = _ctx_of(frame, "backward")
-        if ctx is not None and id(running_mean) in vars(ctx).get(_MARK, ()):
+        if code is _FORWARD:
+            _RAN.setdefault(frame.f_locals["cls"], WeakIdKeyDictionary())[key] = True
+        elif in_backward and code is _BACKWARD:
+            if key in _RAN.get(frame.f_locals["self"]._forward_cls, ()):
+                return True
+        elif code.co_name in _AGAIN and frame.f_globals.get("__name__") == "torch.utils.checkpoint" and in_backward:
             return True
     return False
+
+
+def own_copies(*tensors: Tensor | None) -> list[Any]:
+    """What a repetition moves instead of buffers: it does what the first time did, so that selective checkpointing,
+    which counts the calls of each op, finds the same ones."""
+    with _disable_current_modes():
+        return [None if t is None else t.clone() for t in tensors]
 
 
 def _frames() -> Iterator[FrameType]:
@@ -53,12 +68,3 @@ def _frames() -> Iterator[FrameType]:
     while frame is not None and frame.f_code is not _engine_run_backward.__code__:
         yield frame
         frame = frame.f_back
-
-
-def _ctx_of(frame: FrameType, name: str) -> FunctionCtx | None:
-    """The first argument of an ``autograd.Function``'s forward or backward, where the frame is of one."""
-    code = frame.f_code
-    if code.co_name != name or not code.co_argcount:
-        return None
-    first = frame.f_locals.get(code.co_varnames[0])
-    return first if isinstance(first, FunctionCtx) else None

@@ -66,6 +66,7 @@ library.define(  # update_running_ under torch.compile: whether a forward is a r
     "update_once_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, Tensor(d!)? skipped,"
     " Tensor mean, Tensor var, SymInt? values, Tensor? counts, float? momentum) -> ()"
 )
+library.define("count_once_(Tensor(a!) steps, Tensor counts) -> ()")  # the same for the steps that Renorm counts
 
 
 def result_tells(activation: int, slope: float) -> bool:
@@ -149,6 +150,11 @@ def _(running_mean, running_var, batches, skipped, mean, var, values, momentum):
 
 @torch.library.register_fake("batchnorm::update_once_", lib=library)
 def _(running_mean, running_var, batches, skipped, mean, var, values, counts, momentum):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("batchnorm::count_once_", lib=library)
+def _(steps, counts):  # type: ignore[no-untyped-def]
     return None
 
 

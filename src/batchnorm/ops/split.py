@@ -148,6 +148,21 @@ def update_once_(
         update_running_(running_mean_C, running_var_C, batches, skipped, Moments(mean_C, var_C, n), momentum, values)
 
 
+def count_(steps: Tensor, counts: Tensor) -> None:
+    """One more step, where there was at least one value."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        torch.ops.batchnorm.count_once_.default(steps, counts)
+    else:
+        steps.add_((counts > 0).any())
+
+
+@torch.library.impl("batchnorm::count_once_", "CompositeExplicitAutograd", lib=schema.library)
+def count_once_(steps: Tensor, counts: Tensor) -> None:
+    """``count_`` within a compiled graph, which checkpointing may run again."""
+    if not is_repeated(None):
+        count_(steps, counts)
+
+
 def check(
     x_NCS: Tensor, running_mean_C: Tensor | None, running_var_C: Tensor | None, affine: Affine, one_value: bool
 ) -> None:
