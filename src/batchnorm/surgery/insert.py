@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from batchnorm.ops import split
 from batchnorm.ops.split import Moments
 from batchnorm.population import preserve_state
-from batchnorm.population.estimate import call_with_inputs
+from batchnorm.population.batches import call_with_inputs, refuse_one_batch
 from batchnorm.surgery.affine import ROWS, affine_of
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
@@ -66,7 +66,7 @@ def insert(
         ValueError: ``batches`` yielded nothing, or do not reach a layer, or make it give what is not finite; a name in
             ``skip`` that there is not; with batch normalization the model does not run on the example, or, with
             ``batches``, computes something else, with the layer's name.
-        TypeError: not a module.
+        TypeError: not a module; ``batches`` is itself a batch (a tensor, a mapping).
 
     In ``DistributedDataParallel`` it acts on what is inside, and wraps the result alike: call it on all ranks.
 
@@ -81,6 +81,8 @@ def insert(
     Source: Ioffe & Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167; of trained networks, matconvnet.
     """
     checked(model, "insert")
+    if batches is not None:
+        refuse_one_batch(batches, "batches")
     inserted = copied(model)
     layers = layers_of(inserted)
     skipped = _skipped(skip, layers)
