@@ -49,7 +49,7 @@ class Fused(nn.Identity):
             return input
         (activation,), (_, _, layer) = self.was, self.by
         layer.hand_back()
-        return activation.forward(input)  # type: ignore[no-any-return]
+        return activation.forward(input)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For ``torch.jit.script``."""
