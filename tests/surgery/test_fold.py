@@ -424,7 +424,10 @@ def test_a_scripted_part_stays_as_it_is():
     scripted = torch.jit.script(shaken(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))))
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), scripted).double().eval()
     folded = bn.fold(model, x)
-    assert folded.batchnorm_report == [("1", "folded", "into 0, before it")]
+    (row, left) = folded.batchnorm_report
+    assert row == ("1", "folded", "into 0, before it")
+    assert (left.layer, left.done) == ("2", "left alone")
+    assert "RecursiveScriptModule" in left.why
     assert_same(model, folded, x)
     plain = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), torch.jit.script(nn.Conv2d(4, 4, 1))).double()
     assert bn.insert(plain, x).batchnorm_report.of("normalized") == ["0"]

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import threading
 import types
 
@@ -269,6 +270,101 @@ def test_a_hook_that_holds_the_model():
     ours = bn.from_torch(model, example=X)
     ours(X)
     assert (model.seen, ours.seen) == (0, 1)
+
+
+class Counting:
+    def __init__(self):
+        self.n = 0
+
+    def hook(self, *_):
+        self.n += 1
+
+
+SEEN, NUMBER, SUM, COUNTING = [], 0, torch.zeros(()), Counting()
+RANDOM = torch.Generator().manual_seed(0)
+
+
+def _add(output):
+    SEEN.append(output)
+
+
+def through_a_function(module, inputs, output):
+    _add(output)
+
+
+def by_a_number(module, inputs, output):
+    global NUMBER
+    NUMBER += 1
+
+
+def by_a_tensor(module, inputs, output):
+    SUM.add_(1)
+
+
+def by_an_object(module, inputs, output):
+    COUNTING.n += 1
+
+
+def drawing(module, inputs, output):
+    return output + 0 * torch.rand(output.shape, generator=RANDOM)
+
+
+def by_a_default(module, inputs, output, seen=SEEN):
+    seen.append(output)
+
+
+def closures():
+    calls, n, places, generator = [], 0, itertools.count(), torch.Generator().manual_seed(0)
+
+    def by_a_number(module, inputs, output):
+        nonlocal n
+        n += 1
+
+    def drawing(module, inputs, output):
+        return output + 0 * torch.rand(output.shape, generator=generator)
+
+    hooks = {
+        "list": lambda m, i, output: calls.append(output),
+        "nonlocal": by_a_number,
+        "iterator": lambda m, i, output: calls.append(next(places)),
+        "generator": drawing,
+        "partial": functools.partial(lambda held, *_: held.append(1), []),
+    }
+    return hooks, lambda: (len(calls), n, repr(places), generator.get_state().tolist())
+
+
+CLOSURES, in_closures = closures()
+WRITING = {
+    **CLOSURES,
+    "method": COUNTING.hook,
+    "global list": through_a_function,
+    "global number": by_a_number,
+    "global tensor": by_a_tensor,
+    "global object": by_an_object,
+    "global generator": drawing,
+    "default": by_a_default,
+}
+with_batches = pytest.mark.parametrize("verb", [*VERBS, "insert of trained ones"])
+
+
+@with_batches
+@pytest.mark.parametrize("kind", WRITING)
+def test_what_hooks_write_to_stays_as_it_was(verb, kind):
+    """The copies that run while a verb looks have their own; what it returns writes where the original does,
+    unless torch's ``copy.deepcopy`` gives it its own."""
+
+    def written():
+        return in_closures(), len(SEEN), NUMBER, SUM.item(), RANDOM.get_state().tolist()
+
+    model = Block().eval()
+    model.relu.register_forward_hook(WRITING[kind])
+    before, counted = written(), COUNTING.n
+    verbs = {**VERBS, "insert of trained ones": lambda model: bn.insert(model, X, batches=[X, X])}
+    done = verbs[verb](model)
+    assert (written(), COUNTING.n) == (before, counted)
+    with torch.set_grad_enabled(kind != "partial"):  # torch copies no tensor that gradients go through
+        done(X)
+    assert kind in ("method", "partial") or written() != before or COUNTING.n != counted
 
 
 def test_a_function_that_reads_the_model_as_a_global_variable():

@@ -124,6 +124,99 @@ def test_one_of_a_rewritten_forward_gives_all_of_it_back_and_no_other_module():
     torch.testing.assert_close(fused(X), model(X))
 
 
+class Scaled(nn.Module):
+    """In a layer's place, of what has nothing to do with eps."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x):
+        return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+
+
+class Wrapper(nn.Module):
+    """As FullyShardedDataParallel's, or a timer's."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+INSTEAD = {
+    "identity": lambda layer: nn.Identity(),
+    "group norm": lambda layer: nn.GroupNorm(2, layer.num_features).double(),
+    "another layer": lambda layer: shaken(nn.Sequential(nn.BatchNorm2d(4)))[0].eval(),
+    "one of ours": lambda layer: shaken(nn.Sequential(bn.BatchNorm2d(4)))[0].eval(),
+    "from its tensors": Scaled,
+    "a wrapper": lambda layer: Wrapper(layer),
+}
+
+
+def by_attribute(parent, name, new):
+    setattr(parent, name, new)
+
+
+def behind_torchs_back(parent, name, new):
+    parent._modules[name] = new
+
+
+@pytest.mark.parametrize(
+    ("first", "put"), [(as_it_is, by_attribute), (pickled, behind_torchs_back), (twice_rewritten, by_attribute)]
+)
+@pytest.mark.parametrize("instead", INSTEAD)
+@pytest.mark.parametrize("place", ["0.bn", "1.bn", "1.bn2", "3"])
+def test_what_a_layer_took_over_is_done_without_it(place, instead, put, first):
+    """By others who put something else there, and by the layer again when it comes back."""
+    model = shaken(nn.Sequential(BaseConv(), Residual(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Tanh())).eval()
+    theirs, expected = first(bn.from_torch(model, example=X)), copy.deepcopy(model)
+    assert len([m for m in theirs.modules() if getattr(m, "fused", False)]) == 4
+    around, _, name = place.rpartition(".")
+    was, layer = theirs.get_submodule(place), expected.get_submodule(place)
+    torch.manual_seed(1)
+    put(theirs.get_submodule(around), name, INSTEAD[instead](was))
+    torch.manual_seed(1)
+    put(expected.get_submodule(around), name, INSTEAD[instead](layer))
+    torch.testing.assert_close(theirs(X), expected(X))
+    put(theirs.get_submodule(around), name, was)
+    torch.testing.assert_close(theirs(X), model(X))
+
+
+def test_a_copy_of_a_layer_that_was_replaced_goes_back_alone():
+    model = shaken(nn.Sequential(BaseConv(), Residual())).eval()
+    fused = bn.from_torch(model, example=X)
+    other = copy.deepcopy(fused)
+    other[0].bn, other[1].bn2 = nn.Identity(), nn.BatchNorm2d(4).double().eval()
+    other(X)
+    assert [type(other[0].act), type(other[1])] == [nn.SiLU, Residual]
+    assert [fused[0].bn.activation, fused[1].bn2.activation] == ["silu", "relu"]
+    torch.testing.assert_close(fused(X), model(X))
+
+
+def test_a_wrapped_block_keeps_what_was_fused():
+    model = shaken(nn.Sequential(nn.Sequential(BaseConv().conv, nn.BatchNorm2d(4)), nn.ReLU())).eval()
+    fused, layer = bn.from_torch(model, example=X), None
+    layer, fused[0] = fused[0][1], Wrapper(fused[0])
+    torch.testing.assert_close(fused(X), model(X))
+    assert layer.activation == "relu"
+    fused[0].module[1] = nn.Identity()
+    model[0][1] = nn.Identity()
+    torch.testing.assert_close(fused(X), model(X))
+
+
+def test_a_compiled_network_sees_that_a_layer_is_gone():
+    model = shaken(nn.Sequential(BaseConv(), Residual())).eval()
+    fused, expected = bn.from_torch(model, example=X), copy.deepcopy(model)
+    compiled = torch.compile(fused, backend="eager")
+    torch.testing.assert_close(compiled(X), model(X))
+    for network in (fused, expected):
+        network[0].bn = network[1].bn = nn.Identity()
+    torch.testing.assert_close(compiled(X), expected(X))
+
+
 class Outer(nn.Module):
     """Rewritten around a child that was rewritten before: its text holds the child's."""
 

@@ -127,6 +127,9 @@ def test_what_insert_refuses():
         bn.insert(Network(), X, skip=["convv"])
     with pytest.raises(ValueError, match="batches yielded nothing"):
         bn.insert(Network(), X, batches=[])
+    for batch, name in ((X, "Tensor"), ({"x": X}, "dict")):
+        with pytest.raises(TypeError, match=f"batches is a {name}.*would be taken for batches"):
+            bn.insert(Network(), X, batches=batch)
     with pytest.raises(RuntimeError, match="channels"):
         bn.insert(Network(), X[:, :2])
 

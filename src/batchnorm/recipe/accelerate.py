@@ -121,19 +121,17 @@ class _Noting(TorchFunctionMode):
 def _dropout_calls(model: nn.Module, example: Any) -> list[tuple[str, str]]:
     """(module, function) of each call that drops something in train; in eval, where it cannot be trained on."""
     noting = _Noting()
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):  # has no hooks
-            continue
-        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: noting.inside.append(name)))
-        hooks.append(module.register_forward_hook(lambda *_: noting.inside.pop() and None, always_call=True))
+
+    def prepare(twin: nn.Module) -> None:
+        for name, module in twin.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):  # has no hooks
+                module.register_forward_pre_hook(lambda *_, name=name: noting.inside.append(name))
+                module.register_forward_hook(lambda *_: noting.inside.pop() and None, always_call=True)
+
     try:
-        run(model, example, noting, train=True)
+        run(model, example, noting, train=True, prepare=prepare)
     except Exception:  # whatever the user's forward raises: one value per channel, say
         noting.found.clear()
         noting.inside.clear()
-        run(model, example, noting)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        run(model, example, noting, prepare=prepare)
     return list(dict.fromkeys(noting.found))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.functional import parse_activation
@@ -22,6 +22,7 @@ from batchnorm.surgery.given import replaced
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.results import difference, results
 from batchnorm.surgery.rewrite import hooked, inputs_of
+from batchnorm.surgery.rewritten import stands
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
@@ -34,17 +35,30 @@ _HARMLESS = {"__init__", "__repr__", "extra_repr"}
 
 
 class Fused(nn.Identity):
-    """In the place of an activation that a layer took over."""
+    """In the place of an activation that a layer took over; ``by``: from where it goes to the layer, and that."""
 
-    def __init__(self, activation: nn.Module) -> None:
+    def __init__(self, activation: nn.Module, by: tuple[nn.Module, list[str], FusedBatchNorm] | None = None) -> None:
         super().__init__()
         self.was = (activation,)  # a tuple hides it from torch
+        self.by = by
         self.train(activation.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Nothing; the activation, and from then on, where the layer is gone."""
+        if self.by is None or stands(*self.by):
+            return input
+        (activation,), (_, _, layer) = self.was, self.by
+        layer.hand_back()
+        return activation.forward(input)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For ``torch.jit.script``."""
+        return nn.Identity()
 
     def hand_back(self) -> None:
         """Be the activation again, with the mode and the hooks that this has now."""
         (activation,) = self.was
-        now = {key: value for key, value in vars(self).items() if key != "was"}
+        now = {key: value for key, value in vars(self).items() if key not in ("was", "by")}
         self.__class__ = type(activation)  # type: ignore[assignment]
         vars(self).clear()
         vars(self).update(vars(activation) | now)

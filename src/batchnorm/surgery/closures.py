@@ -1,7 +1,9 @@
 """Functions that a copy has in its attributes, made anew where they hold modules of the model that was copied.
 
 ``copy.deepcopy`` copies no function. A lambda that ``__init__`` put into an attribute, or a hook, holds the original in
-its closure, and would go on to call the original's layers. The copy gets one that holds the copy's.
+its closure, and would go on to call the original's layers. The copy gets one that holds the copy's. A copy to throw
+away (``apart``) gets its own of all that its functions can change: lists, counters and generators, in closures and in
+global variables.
 
 Comes from: ``copied``. Goes to: the copy's attributes.
 """
@@ -9,22 +11,31 @@ Comes from: ``copied``. Goes to: the copy's attributes.
 from __future__ import annotations
 
 import copy
+import dis
+import random
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
+from itertools import count
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+# What functions change that read it as a global variable.
+_CHANGE = (list, dict, set, bytearray, deque, count, random.Random, torch.Tensor, torch.Generator, nn.Module)
+_FIXED = (int, float, complex, str, bytes, bool, type(None), type, ModuleType, torch.dtype, torch.device)
 
-def rebind(copied: nn.Module, memo: dict[int, Any], originals: list[nn.Module]) -> None:
-    """Have the functions in the copy's attributes hold the copy's modules. ``memo``: what deepcopy made, by id.
+
+def rebind(copied: nn.Module, memo: dict[int, Any], originals: list[nn.Module], apart: bool = False) -> None:
+    """Have the functions in the copy's attributes hold the copy's modules. ``memo``: what deepcopy made, by id;
+    ``apart``: and nothing that they could change of anybody else's.
 
     Raises:
         ValueError: one reads a global variable that is a module of the original.
     """
-    found = _Rebound(memo, originals)
+    found = (_Apart if apart else _Rebound)(memo, originals)
     for name, module in copied.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -111,7 +122,7 @@ class _Rebound:
         if not self._holds(old, set()):
             return old
         cells = [self._cell(cell) for cell in old.__closure__ or ()]
-        new = FunctionType(old.__code__, old.__globals__, old.__name__, None, tuple(cells))
+        new = FunctionType(old.__code__, self._globals(old), old.__name__, None, tuple(cells))
         self.done[id(old)] = old, new
         for name in ("__qualname__", "__module__", "__doc__", "__annotations__"):
             setattr(new, name, getattr(old, name))
@@ -121,6 +132,9 @@ class _Rebound:
             if made is not cell:
                 made.cell_contents = self.of(cell.cell_contents)
         return new
+
+    def _globals(self, function: FunctionType) -> dict[str, Any]:
+        return function.__globals__
 
     def _cell(self, cell: CellType) -> CellType:
         """One for all functions that share it; the same one where it holds nothing of the original."""
@@ -137,6 +151,56 @@ class _Rebound:
             return False
         seen.add(id(value))
         return any(self._holds(part, seen) for part in _parts(value))
+
+
+class _Apart(_Rebound):
+    """The same, of a copy to throw away."""
+
+    def __init__(self, memo: dict[int, Any], originals: list[nn.Module]) -> None:
+        super().__init__(memo, originals)
+        self.memo = memo
+        self.globals: dict[int, dict[str, Any]] = {}
+
+    def of(self, value: Any) -> Any:
+        own = id(value) in self.own or id(value) in self.copies or id(value) in self.done
+        if own or isinstance(value, (*_FIXED, FunctionType, MethodType, partial, CellType, tuple)):
+            return super().of(value)
+        try:
+            made = copy.deepcopy(value, self.memo)
+        except Exception:  # whatever an object raises that does not want it: a lock, a file, what gradients go through
+            if not isinstance(value, list | dict | set):
+                return super().of(value)
+            made = copy.copy(value)
+        self.done[id(value)] = value, made
+        self.own[id(made)] = made
+        return super().of(made)
+
+    def _holds(self, value: Any, seen: set[int]) -> bool:
+        """Whether a function keeps, or writes to, anything: in its closure, its defaults, global variables."""
+        if not isinstance(value, FunctionType) or id(value) in seen:
+            return not isinstance(value, FunctionType)
+        seen.add(id(value))
+        keeps = any((value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)))
+        writes = any(step.opname == "STORE_GLOBAL" for step in _steps(value.__code__))
+        return keeps or writes or any(self._holds(held, seen) for _, held in self._read(value))
+
+    def _read(self, function: FunctionType) -> Iterator[tuple[str, Any]]:
+        """The global variables that it reads: its file's own functions, objects and containers."""
+        own = function.__globals__
+        for name in set(_names(function.__code__)):
+            held = own.get(name)
+            functions = isinstance(held, FunctionType) and held.__globals__ is own
+            if functions or isinstance(held, _CHANGE) or type(held).__module__ == own.get("__name__"):
+                yield name, held
+
+    def _globals(self, function: FunctionType) -> dict[str, Any]:
+        """One for all functions of a file, with copies of what they read."""
+        old = function.__globals__
+        new = self.globals.setdefault(id(old), dict(old))
+        for name, held in self._read(function):
+            if new[name] is held:
+                new[name] = self.of(held)
+        return new
 
 
 def _parts(value: Any) -> list[Any]:
@@ -162,6 +226,14 @@ def _names(code: CodeType) -> Iterator[str]:
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from _names(inner)
+
+
+def _steps(code: CodeType) -> Iterator[dis.Instruction]:
+    """Of a function, and of the functions in it."""
+    yield from dis.get_instructions(code)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _steps(inner)
 
 
 def _same(new: Any, old: Any) -> bool:

@@ -39,7 +39,8 @@ def from_torch(model: Model, *, example: Any = None) -> Model:
     ``batchnorm_report`` of the result has a row for each layer: what became of it, or why it was left alone. Code of
     others that folds or converts layers by their ``eps`` (a ``fuse()`` in the model's repository, torch's
     ``fuse_conv_bn_eval`` and ``SyncBatchNorm.convert_sync_batchnorm``) finds ordinary layers: reading it gives the
-    activation back to where it was. What was compiled in place is to be compiled again.
+    activation back to where it was. So does the next forward pass after somebody put another module in a layer's place.
+    What was compiled in place is to be compiled again.
 
     Args:
         model: any module.

@@ -19,8 +19,9 @@ from batchnorm.surgery.closures import rebind
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def copied(model: Model, kept: dict[int, Any] | None = None) -> Model:
+def copied(model: Model, kept: dict[int, Any] | None = None, apart: bool = False) -> Model:
     """A deep copy, but for the objects in ``kept``, by their id; functions that it holds call it, not the original.
+    ``apart``: nor do they change what the original's do.
 
     Raises:
         ValueError: a module holds a tensor that gradients flow through, or what cannot be copied, with its name; a
@@ -46,13 +47,13 @@ def copied(model: Model, kept: dict[int, Any] | None = None) -> Model:
             f"the model cannot be copied: {', '.join(held)} cannot ({failure}). Take it out first, and put it into the "
             "result."
         ) from failure
-    rebind(made, memo, list(model.modules()))
+    rebind(made, memo, list(model.modules()), apart)
     return made
 
 
 def scratch(model: Model) -> Model:
     """A copy to run and throw away, so that the model notices nothing. Computed tensors are there by their values."""
-    return copied(model, {id(t): t.detach().clone() for _, t in computed(model)})
+    return copied(model, {id(t): t.detach().clone() for _, t in computed(model)}, apart=True)
 
 
 def computed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

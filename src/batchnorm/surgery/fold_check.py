@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ class Fold(NamedTuple):
         return scale_C[channels].where(known, 1.0), shift_C[channels].where(known, 0.0)
 
 
-def seen_by(wide: nn.Module, example: Any, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def seen_by(wide: nn.Module, example: Any, names: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What modules of a model in float64 take, and what they give."""
     saw: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}
@@ -65,15 +65,14 @@ def seen_by(wide: nn.Module, example: Any, names: Iterable[str]) -> tuple[dict[s
 
         return hook
 
+    def prepare(twin: nn.Module) -> None:
+        modules = dict(twin.named_modules())
+        for name in names:
+            modules[name].register_forward_pre_hook(before(name), with_kwargs=True)
+            modules[name].register_forward_hook(noting(name), with_kwargs=True)
+
     given: dict[str, Tensor] = {}
-    modules = dict(wide.named_modules())
-    hooks = [modules[name].register_forward_pre_hook(before(name), with_kwargs=True) for name in names]
-    hooks += [modules[name].register_forward_hook(noting(name), with_kwargs=True) for name in names]
-    try:
-        run_in_double(wide, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_in_double(wide, example, prepare)
     return saw, made
 
 
@@ -215,21 +214,22 @@ def to_double(example: Any) -> Any:
     return _pytree.tree_map(wider, example)
 
 
-def run_in_double(wide: nn.Module, example: Any) -> Any:
+def run_in_double(wide: nn.Module, example: Any, prepare: Callable[[nn.Module], Any] | None = None) -> Any:
     """What a model and an example in float64 give, also where the forward names another dtype, or takes the default.
+    ``prepare``: as of ``run``.
 
     Raises:
         ValueError: it does not run in float64.
     """
     try:
-        return run(wide, example)
+        return run(wide, example, prepare=prepare)
     except Exception:  # whatever two dtypes in one operation raise
         pass
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with _EveryDtypeIsDouble():
-            return run(wide, example)
+            return run(wide, example, prepare=prepare)
     except Exception as failure:
         raise ValueError(
             f"the model does not run in float64, beside which the result is checked: {one_line(failure)}. "

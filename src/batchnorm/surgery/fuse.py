@@ -12,7 +12,7 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import fx, nn
 
 from batchnorm.functional import parse_activation
 from batchnorm.nn.base import FusedBatchNorm
@@ -44,7 +44,7 @@ def fuse(model: nn.Module, example: Any) -> Report:
         if last is None:
             report.append(Row(name, LEFT, reason))
         elif last.kind == "module" and reason == "" and len(seen.of(last.name)) == 1:
-            _take_over(model, layer, last.target, passed)
+            _take_over(model, name, last, passed)
             report.append(Row(name, "fused", f"with {last.name}"))
         else:
             within.setdefault(_around(name, last.owner), []).append(name)
@@ -151,10 +151,15 @@ def _around(layer: str, owner: str) -> str:
     return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _take_over(model: nn.Module, layer: FusedBatchNorm, activation: nn.Module, between: tuple[Any, ...]) -> None:
+def _take_over(model: nn.Module, place: str, call: Call, between: tuple[Any, ...]) -> None:
+    activation, around = call.target, _around(place, call.owner)
+    layer: Any = model.get_submodule(place)
+    path = place.removeprefix(f"{around}.").split(".")
     name, slope = parse_activation(activation)
     layer.activation, layer.fused = (name, slope) if name == "leaky_relu" else name, True
-    placeholder = Fused(activation)
+    root = model.get_submodule(around)
+    by = None if isinstance(root, fx.GraphModule) else (root, path, layer)  # such a program cannot hold itself
+    placeholder = Fused(activation, by)
     layer.taken_from = (*layer.taken_from, placeholder, *crossed(list(between), layer, name, adds=False))
     for module in model.modules():
         for child, found in module._modules.items():

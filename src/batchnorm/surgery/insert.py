@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from batchnorm.ops import split
 from batchnorm.ops.split import Moments
-from batchnorm.population import preserve_state
-from batchnorm.population.estimate import call_with_inputs
+from batchnorm.population.batches import call_with_inputs, refuse_one_batch
 from batchnorm.surgery.affine import ROWS, affine_of
 from batchnorm.surgery.convert import Model
-from batchnorm.surgery.copied import copied
+from batchnorm.surgery.copied import copied, scratch
 from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, seen_by, to_double
 from batchnorm.surgery.given import AFFINE, checked, on_all_ranks, scripted
 from batchnorm.surgery.norms import norms_of
@@ -66,7 +65,7 @@ def insert(
         ValueError: ``batches`` yielded nothing, or do not reach a layer, or make it give what is not finite; a name in
             ``skip`` that there is not; with batch normalization the model does not run on the example, or, with
             ``batches``, computes something else, with the layer's name.
-        TypeError: not a module.
+        TypeError: not a module; ``batches`` is itself a batch (a tensor, a mapping).
 
     In ``DistributedDataParallel`` it acts on what is inside, and wraps the result alike: call it on all ranks.
 
@@ -81,6 +80,8 @@ def insert(
     Source: Ioffe & Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167; of trained networks, matconvnet.
     """
     checked(model, "insert")
+    if batches is not None:
+        refuse_one_batch(batches, "batches")
     inserted = copied(model)
     layers = layers_of(inserted)
     skipped = _skipped(skip, layers)
@@ -191,17 +192,13 @@ def _moments(
 
         return hook
 
-    hooks = [model.get_submodule(name).register_forward_hook(noting(name)) for name in names]
-    try:
-        with torch.no_grad(), torch.random.fork_rng([]), preserve_state(model):
-            model.eval()
-            count = 0
-            for batch in batches:
-                forward(model, batch)
-                count += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
+    model, count = scratch(model).eval(), 0
+    for name in names:
+        model.get_submodule(name).register_forward_hook(noting(name))
+    with torch.no_grad(), torch.random.fork_rng([]):
+        for batch in batches:
+            forward(model, batch)
+            count += 1
     if names and not count:
         raise ValueError("batches yielded nothing: insert needs at least one batch of model inputs.")
     missed = [name for name, some in each.items() if not some]
@@ -219,20 +216,18 @@ def _moments(
 def _check_called(inserted: nn.Module, names: list[str], example: Any) -> None:
     """The network runs, and what was inserted is called."""
     called: set[str] = set()
-    hooks = [
-        inserted.get_submodule(f"{name}.batch_norm").register_forward_hook(lambda *_, name=name: called.add(name))
-        for name in names
-    ]
+
+    def prepare(twin: nn.Module) -> None:
+        for name in names:
+            twin.get_submodule(f"{name}.batch_norm").register_forward_hook(lambda *_, name=name: called.add(name))
+
     try:
-        run(inserted, example)
+        run(inserted, example, prepare=prepare)
     except Exception as error:
         raise ValueError(
             f"insert refused: with batch normalization in {', '.join(names)} the model does not run on the example "
             f"({one_line(error)}): leave layers alone with skip=."
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     missing = [name for name in names if name not in called]
     if missing:
         raise ValueError(f"insert refused: the model does not call what was put into {', '.join(missing)}: skip= it.")

@@ -11,7 +11,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from batchnorm.surgery.copied import scratch, tensors_of
 from batchnorm.surgery.given import replaced
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.results import difference, results
-from batchnorm.surgery.rewritten import Regraphed, Rewritten
+from batchnorm.surgery.rewritten import Regraphed, Rewritten, own_class
 from batchnorm.surgery.tracer import Tracer
 from batchnorm.surgery.watch import in_eager, run_itself
 
@@ -63,13 +63,19 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
         graph = copy.deepcopy(module.graph) if is_graph else _traced(module, given, list(local.values()))
         found = {name: _fuse_in_graph(graph, module, local[name], layer) for name, layer in layers.items()}
         owners = {name: crossed for name, (_, crossed) in found.items()}
-        called = [module.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
-        fused = [layer for layer in called if isinstance(layer, FusedBatchNorm) and layer.fused]
+        called = {
+            name: module.get_submodule(name)
+            for node in graph.nodes
+            if node.op == "call_module"
+            for name in [str(node.target)]
+        }
+        fused = {name: layer for name, layer in called.items() if isinstance(layer, FusedBatchNorm) and layer.fused}
         owner = Regraphed(module, fused, module.graph) if is_graph else Rewritten(module, fused)
         if isinstance(module, fx.GraphModule):
             module.graph = graph
         else:
             module.__class__ = _with_forward(type(module), graph)
+            vars(module)["written_by"] = owner
         wrong = difference(before, results(module, given))
         why = wrong and f"{where}, rewritten, {wrong}"
     except Exception as error:  # whatever user code raises when it is traced
@@ -82,7 +88,7 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
         return [Row(name, LEFT, why) for name in names]
     for name, each in owners.items():
         layers[name].taken_from = (*layers[name].taken_from, *each)
-    for layer in fused:
+    for layer in fused.values():
         layer.taken_from = (*layer.taken_from, owner)
     return [
         Row(name, "fused", f"with {what}, in {where}")
@@ -96,10 +102,13 @@ def _undo(module: Any, layers: list[Any]) -> Callable[[], None]:
     """What makes a forward, and layers that nothing is fused into, as they are now."""
     kind: Any = type(module)
     graph: Any = module.graph if isinstance(module, fx.GraphModule) else None
+    owner = vars(module).get("written_by")
 
     def undo() -> None:
         if not isinstance(module, fx.GraphModule):
             module.__class__ = kind
+            vars(module).pop("written_by", None)
+            vars(module).update({} if owner is None else {"written_by": owner})
         elif module.graph is not graph:
             module.graph = graph
         for layer in layers:
@@ -282,13 +291,19 @@ def _with_forward(kind: type, graph: fx.Graph) -> type:
 def _written(kind: type, source: str) -> type:
     namespace: dict[str, Any] = {}
     exec(source, namespace)
+    written = namespace["forward"]
+
+    @wraps(written)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.written_by.is_whole():
+            return written(self, *args, **kwargs)
+        self.written_by.hand_back()
+        return own_class(type(self)).forward(self, *args, **kwargs)  # of a shallow copy too
 
     def reduced(module: nn.Module, protocol: int) -> Any:
         return _remade, (kind, source), module.__dict__
 
-    return type(
-        kind.__name__, (kind,), {"forward": namespace["forward"], "written_for": kind, "__reduce_ex__": reduced}
-    )
+    return type(kind.__name__, (kind,), {"forward": forward, "written_for": kind, "__reduce_ex__": reduced})
 
 
 def _remade(kind: type, source: str) -> nn.Module:

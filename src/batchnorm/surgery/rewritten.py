@@ -13,11 +13,39 @@ from torch import fx
 from batchnorm.nn.base import FusedBatchNorm
 
 
+def stands(root: Any, path: list[str], layer: FusedBatchNorm) -> bool:
+    """Whether a layer is where it took something over, alone or in somebody's wrapper, and still does it.
+
+    Others put what they like in a layer's place: ``model.bn = torch.nn.Identity()``. Nobody is told.
+    """
+    found = root
+    for name in path:
+        while name not in found._modules and len(found._modules) == 1:  # a wrapper's only child
+            (found,) = found._modules.values()
+        found = found._modules.get(name)
+        if found is None:
+            return False
+    return layer.fused and (found is layer or any(part is layer for part in found.modules()))
+
+
+def own_class(kind: Any) -> Any:
+    """Of one that was written for one that was written, the first."""
+    while hasattr(kind, "written_for"):
+        kind = kind.written_for
+    return kind
+
+
 class Rewritten:
     """A module whose forward was written anew, as the layers know it whose activations and additions are gone there."""
 
-    def __init__(self, module: Any, layers: list[FusedBatchNorm]) -> None:
-        self.module, self.layers = module, layers
+    def __init__(self, module: Any, layers: dict[str, FusedBatchNorm]) -> None:
+        self.module, self.layers = module, [*layers.values()]
+        self.paths = [name.split(".") for name in layers]
+
+    def is_whole(self) -> bool:
+        """Whether all of its layers are where they were."""
+        places = zip(self.paths, self.layers, strict=False)
+        return bool(self.layers) and all(stands(self.module, path, layer) for path, layer in places)
 
     def hand_back(self) -> None:
         """The module's own forward, and all of its layers without what was fused into them."""
@@ -28,14 +56,14 @@ class Rewritten:
             layer.hand_back()
 
     def _own_forward(self) -> None:
-        while hasattr(type(self.module), "written_for"):  # of one that was written for one that was written
-            self.module.__class__ = getattr(type(self.module), "written_for")  # noqa: B009
+        self.module.__class__ = own_class(type(self.module))
+        vars(self.module).pop("written_by", None)
 
 
 class Regraphed(Rewritten):
     """The same for a ``torch.fx.GraphModule``, whose graph was changed."""
 
-    def __init__(self, module: Any, layers: list[FusedBatchNorm], graph: fx.Graph) -> None:
+    def __init__(self, module: Any, layers: dict[str, FusedBatchNorm], graph: fx.Graph) -> None:
         super().__init__(module, layers)
         self.graph = graph
 
@@ -47,6 +75,7 @@ class Regraphed(Rewritten):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Regraphed:
         new = memo[id(self)] = Regraphed.__new__(Regraphed)
+        new.paths = self.paths
         new.module, new.layers = copy.deepcopy(self.module, memo), copy.deepcopy(self.layers, memo)
         new.graph = copy.deepcopy(self.graph, memo)
         return new

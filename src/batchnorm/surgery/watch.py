@@ -9,7 +9,7 @@ import gc
 import random
 import sys
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,10 +135,20 @@ def watch_in_train(model: nn.Module, example: Any, whole: Collection[nn.Module] 
 
 
 def run(
-    model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None, train: bool = False
+    model: nn.Module,
+    example: Any,
+    watched_by: AbstractContextManager[Any] | None = None,
+    train: bool = False,
+    prepare: Callable[[nn.Module], Any] | None = None,
 ) -> Any:
-    """What a copy of the model gives, hooks included. Random numbers and the example are as before afterwards."""
-    return run_itself(scratch(model), cloned(example), watched_by, train)
+    """What a copy of the model gives, hooks included. Random numbers and the example are as before afterwards.
+
+    ``prepare`` gets the copy before it runs, to put hooks of ours on it: those of the model tell nobody outside.
+    """
+    twin = scratch(model)
+    if prepare is not None:
+        prepare(twin)
+    return run_itself(twin, cloned(example), watched_by, train)
 
 
 def run_itself(
