@@ -17,7 +17,7 @@ from batchnorm.functional import parse_activation
 from batchnorm.ops import reference
 
 MODULES = [m for m in module_db if m.module_cls in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)]
-OPS = [(op, dtype) for op in op_db if op.name == "nn.functional.batch_norm" for dtype in op.dtypes]
+OPS = [(op, dtype) for op in op_db if op.name == "nn.functional.batch_norm" for dtype in sorted(op.dtypes, key=str)]
 exactly = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 

@@ -116,7 +116,11 @@ def test_affine_parameters_that_others_compute_are_frozen_and_freed(change, trai
     assert all(wanted.values())
 
 
-@pytest.mark.parametrize("given", [torch.relu, ("leaky_relu",), {"type": "ReLU"}, 3, ("leaky_relu", "0.1")], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [torch.relu, ("leaky_relu",), {"type": "ReLU"}, 3, ("leaky_relu", "0.1")],
+    ids=["function", "pair", "dict", "number", "slope"],
+)
 def test_an_activation_that_is_none_is_described(given):
     with pytest.raises(TypeError, match=r"activation takes a name, \"relu\", a pair.*Known: ReLU"):
         bn.BatchNorm2d(3, activation=given)

@@ -128,7 +128,9 @@ class AsItIs(ByName):
 WHERE = torch.arange(12) > 4
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, torch.optim.swa_utils.AveragedModel, torch.compile], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, torch.optim.swa_utils.AveragedModel, torch.compile], ids=["plain", "averaged", "compiled"]
+)
 @pytest.mark.parametrize("kind", [dict, BatchEncoding, UserDict])
 def test_a_mapping_is_given_by_name_where_forward_takes_its_keys(
     kind: Callable[..., Any], wrap: Callable[[nn.Module], nn.Module]
@@ -145,7 +147,9 @@ def test_a_mapping_is_given_by_name_where_forward_takes_its_keys(
 
 
 @pytest.mark.parametrize(
-    "batch", [Graph(X), Example(X), {"x": X, "other": 1}, {"x": X, 3: 1}, (Example(X), 1), UserDict(x=X)], ids=str
+    "batch",
+    [Graph(X), Example(X), {"x": X, "other": 1}, {"x": X, 3: 1}, (Example(X), 1), UserDict(x=X)],
+    ids=["object", "dataclass", "other key", "number as key", "pair", "mapping"],
 )
 def test_other_batches_are_given_as_they_are(batch: Any) -> None:
     model = AsItIs()
