@@ -17,7 +17,7 @@ bench: setup  ## our layers beside torch's on this machine
 	$(BIN)/batchnorm bench
 
 test: setup lint  ## all tests that end within minutes
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 	TRITON_INTERPRET=1 BATCHNORM_TRITON_ON_CPU=1 $(BIN)/python -m pytest -n auto tests/ops/test_cuda.py
 
 test-slow: setup  ## the tests that take long

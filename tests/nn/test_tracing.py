@@ -119,6 +119,17 @@ def test_a_trace_is_written_to_a_folder(tmp_path, monkeypatch):
     torch.testing.assert_close(written(X), model(X))
 
 
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+@pytest.mark.parametrize("train", [True, False])
+def test_hooks_that_would_run_twice_are_named(kind, train):
+    model = network().train(train)
+    hook = getattr(model[1], f"register_{kind}")(lambda *arguments: None)
+    with pytest.raises(TypeError, match=r"1, a BatchNorm2d, has forward hooks.*register them on the result"):
+        symbolic_trace(model)
+    hook.remove()
+    symbolic_trace(model)
+
+
 @pytest.mark.parametrize("options", [{}, {"activation": "relu"}])
 def test_quantization_refuses_by_name(options):
     from torch.ao.quantization import get_default_qconfig_mapping
