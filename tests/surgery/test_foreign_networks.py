@@ -17,7 +17,7 @@ networks = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(networks)
 
 CASES = networks.CASES | networks.MONAI
-LARGE = ("resnet50", "regnet", "efficientnet", "levit", "monai's DenseNet121", "monai's SEResNet50")
+LARGE = ("bit", "convnext", "resnet50", "regnet", "efficientnet", "levit", "monai's DenseNet121", "monai's SEResNet50")
 
 
 def marked(names: list[str]) -> list:
