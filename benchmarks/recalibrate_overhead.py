@@ -31,12 +31,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 def stock(model: nn.Module) -> nn.Module:
     """A copy with torch's layers."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if isinstance(module, bn.BatchNorm1d | bn.BatchNorm2d):
-            del module.skipped_batches
-            module.__class__ = getattr(nn, type(module).__name__)
-    return model
+    return bn.to_torch(copy.deepcopy(model))
 
 
 def forward(model: nn.Module, batches: list[Tensor]) -> None:

@@ -239,7 +239,7 @@ def normalize(
             running_mean,
             running_var,
             weight,
-            bias,
+            bias if activation is None else _steady(bias, weight),
             training,
             momentum,
             eps,
@@ -272,6 +272,7 @@ def normalize_by(
     residual = affine.residual_NCS
     if residual is not None and residual.shape != input.shape:
         raise ValueError(_other_shape(residual, input))
+    affine = affine._replace(bias_C=_steady(affine.bias_C, affine.weight_C))
     try:
         split.check(input, running_mean, running_var, affine, one_value)
     except (RuntimeError, ValueError) as error:
@@ -314,6 +315,13 @@ def as_mask(mask: Tensor, input: Tensor) -> Tensor:
     if mask.device != input.device:
         raise ValueError(f"mask must be on the device of input, {input.device}, got {mask.device}.")
     return mask.reshape(allowed[1])
+
+
+def _steady(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    """The bias, or a copy if it alone is trained: an activation's backward reads it, torch's batch_norm does not, so
+    that there it may move between two backwards of one forward, where nothing else does."""
+    alone = bias is not None and bias.requires_grad and (weight is None or not weight.requires_grad)
+    return bias.clone() if alone and torch.is_grad_enabled() else bias  # type: ignore[union-attr]
 
 
 def _other_shape(residual: Tensor, input: Tensor) -> str:

@@ -75,12 +75,14 @@ def test_monais_tensors_keep_what_they_know():
     assert torch.equal(y.affine, torch.eye(4, dtype=y.affine.dtype) * 2)
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("options", [{}, {"statistics": bn.Ghost(2)}, {"statistics": bn.Renorm()}], ids=str)
-def test_a_bias_may_move_between_two_backwards(options):
-    layer, stock = bn.BatchNorm2d(3, **options), nn.BatchNorm2d(3)
-    for each in (layer, stock):
+def test_a_bias_may_move_between_two_backwards(options, activation):
+    layer, stock = bn.BatchNorm2d(3, activation=activation, **options), nn.BatchNorm2d(3)
+    behind = {None: nn.Identity(), "relu": nn.ReLU(), "silu": nn.SiLU()}[activation]
+    for each, model in ((layer, layer), (stock, nn.Sequential(stock, behind))):
         each.weight.requires_grad_(False)
-        y = each(X)
+        y = model(X)
         for _ in range(2):
             (y * X.relu()).sum().backward(retain_graph=True)
             with torch.no_grad():

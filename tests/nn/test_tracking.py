@@ -64,11 +64,21 @@ def test_renorm_corrects_towards_statistics_that_do_not_move():
     assert layer.num_batches_tracked == layer.renorm_steps == 0
 
 
+@pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bfloat16])
-def test_a_count_that_was_averaged_goes_on_from_there(dtype):
-    layers = bn.BatchNorm1d(3), nn.BatchNorm1d(3)
+def test_a_count_that_was_averaged_goes_on_from_there(dtype, momentum):
+    layers = bn.BatchNorm1d(3, momentum=momentum), nn.BatchNorm1d(3, momentum=momentum)
     for layer in layers:
         layer.num_batches_tracked = torch.tensor(2.5).to(dtype)
         layer(X)
         layer(X)
     torch.testing.assert_close(*(dict(layer.state_dict()) for layer in layers))
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_of_the_two_running_statistics_alone_is_an_error(name, training):
+    for layer in (bn.BatchNorm1d(3).train(training), nn.BatchNorm1d(3).train(training)):
+        setattr(layer, name, None)
+        with pytest.raises((ValueError, RuntimeError), match=name):
+            layer(X)

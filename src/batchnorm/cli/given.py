@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from batchnorm.racing.task import one_line
+
 
 def check_files(checkpoint: Path, out: Path, overwrite: bool) -> None:
     """One is there, the other may be written."""
@@ -36,11 +38,7 @@ def user_code(what: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"{what}: {_in_short(error)}") from error
-
-
-def _in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(f"{what}: {one_line(error)}") from error
 
 
 def made(option: str, spec: str) -> Any:
@@ -54,7 +52,7 @@ def made(option: str, spec: str) -> Any:
         make: Callable[[], Any] = pkgutil.resolve_name(spec)
         return make()
     except Exception as error:
-        raise ValueError(f"{option} {spec}: {_in_short(error)}") from error
+        raise ValueError(f"{option} {spec}: {one_line(error)}") from error
 
 
 def model_of(spec: str) -> nn.Module:

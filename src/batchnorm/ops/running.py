@@ -57,6 +57,6 @@ def blend_(
     if where is not None:
         moved = [new.where(allowed, old) for new, (old, _), allowed in zip(moved, both, where, strict=True)]
     if batches is not None:
-        batches.add_(one if isinstance(one, int) else one.to(batches.dtype))
+        batches.add_(one if isinstance(one, int) else one.to(batches))
     running_mean.copy_(moved[0])
     running_var.copy_(moved[1])

@@ -129,12 +129,19 @@ def update_running_(
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         counts = n if values is None else None
         torch.ops.batchnorm.update_once_.default(*running, mean_C, var_C, values, counts, momentum)
-    elif values and is_eager() and running_mean_C.dtype in ops.dtypes_served(mean_C.device.type):
+    elif values and is_eager() and _has_update(running_mean_C, batches):
         torch.ops.batchnorm.update_running_.default(*running, mean_C, var_C, values, momentum)
     else:
         unbiased_C = var_C * (n / (n - 1).clamp(min=1))
         counted = (n > 0).any() if values is None else None
         ops.blend_(*running, mean_C, unbiased_C, momentum, (n > 0, n > 1), counted)
+
+
+def _has_update(running_mean_C: Tensor, batches: Tensor | None) -> bool:
+    """Whether a kernel moves these statistics, and counts so."""
+    device = running_mean_C.device
+    counts = batches is None or (batches.dtype == torch.int64 and batches.device == device)
+    return counts and running_mean_C.dtype in ops.dtypes_served(device.type)
 
 
 @torch.library.impl("batchnorm::update_once_", "CompositeExplicitAutograd", lib=schema.library)

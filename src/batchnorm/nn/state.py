@@ -1,0 +1,190 @@
+"""What a layer keeps from batch to batch, and what of it is saved: statistics, their source, what is frozen or skipped.
+
+Its buffers are torch's alone, since torch's tools and others walk over them in parallel, average, slice and allocate
+them (``renorm_steps`` is there while ``statistics=Renorm()`` is). All else are attributes.
+
+Comes from: ``base``. Goes to: state_dicts, ``batchnorm.freeze``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchnorm.nn.statistics import Batch, Renorm, Statistics
+
+# Bits of what is frozen: the statistics, the affine parameters, and which of these required a gradient before.
+_FROZEN = (_STATISTICS, _AFFINE, _WEIGHT, _BIAS) = 1, 2, 4, 8
+
+
+class State(_BatchNorm):
+    """torch's layer and what ours keep besides.
+
+    ``skipped_batches``, (C,): how many batches were not finite; made anew where it does not fit. ``frozen_statistics``
+    and ``frozen_affine`` are of ``batchnorm.freeze``; a key ``frozen`` carries them in state_dicts while something is
+    frozen.
+    """
+
+    _statistics: Statistics = Batch()
+    skipped_batches: Tensor | None = None
+    guarded = True  # False: running statistics take up what is not finite too, as torch's do
+    _frozen = 0
+    _told = 0
+
+    @property
+    def frozen_statistics(self) -> bool:
+        """Whether the running statistics are kept, and used, in train too."""
+        return bool(self._frozen & _STATISTICS)
+
+    @property
+    def frozen_affine(self) -> bool:
+        """Whether weight and bias are kept from training."""
+        return bool(self._frozen & _AFFINE)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Where training statistics come from. May be set; ``Renorm`` brings the buffer that it counts steps in."""
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, statistics: Statistics) -> None:
+        if not isinstance(statistics, Statistics):
+            raise TypeError(
+                f"statistics takes a value, Batch(), Ghost(size), Renorm() or Synced(), got {statistics!r}."
+            )
+        if isinstance(statistics, Renorm):
+            if self.running_mean is None:
+                raise ValueError("Renorm corrects towards the running statistics: it needs track_running_stats=True.")
+            if "renorm_steps" not in self._buffers:
+                self.register_buffer("renorm_steps", torch.tensor(0, device=self.running_mean.device))
+        elif "renorm_steps" in self._buffers:
+            del self.renorm_steps
+        self._statistics = statistics
+
+    def reset_parameters(self) -> None:
+        """torch's, and no step was made."""
+        super().reset_parameters()
+        if "renorm_steps" in self._buffers:  # torch calls this before there is one
+            self.renorm_steps.zero_()  # type: ignore[operator]
+
+    def train(self, mode: bool = True) -> Any:
+        """torch's; when training ends it is said what did not enter the running statistics."""
+        if not mode and self.training:
+            self.tell_skipped()
+        return super().train(mode)
+
+    def reset_running_stats(self) -> None:
+        """torch's, and no batch was skipped."""
+        super().reset_running_stats()
+        self._forget_skipped()
+
+    def _forget_skipped(self) -> None:
+        self._told = 0
+        if self.skipped_batches is not None:
+            self.skipped_batches.zero_()
+
+    def counter(self, mean: Tensor) -> Tensor | None:
+        """``skipped_batches``, beside the running mean as it is now; None where nothing is to be left out."""
+        counter = self.skipped_batches
+        if not self.guarded:
+            return None
+        if counter is None or counter.shape != mean.shape or counter.device != mean.device:
+            counter = self.skipped_batches = torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
+            self._told = 0
+        return counter if type(counter) is type(mean) else None  # fake tensors count nothing
+
+    def tell_skipped(self) -> None:
+        """Warn, once, of batches that were not finite since it was last said. Waits for the device."""
+        skipped = self.skipped_batches
+        if type(skipped) is not Tensor or skipped.is_meta or not len(skipped) or torch.compiler.is_compiling():
+            return
+        most = int(skipped.max())
+        if most > self._told:
+            self._told = most
+            warnings.warn(
+                f"batchnorm: {most} batches were not finite in {int((skipped > 0).sum())} channels of "
+                f"{type(self).__name__}({self.num_features}). Its running statistics left them out; the weights may "
+                "have suffered: look at the data, the loss scale and the learning rate.",
+                stacklevel=3,
+            )
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        """torch's: to another device, dtype or memory. The counter goes along."""
+        super()._apply(function, recurse)
+        mean, counter = self.running_mean, self.skipped_batches
+        if mean is not None and counter is not None and counter.device != mean.device:
+            self.skipped_batches = None if counter.is_meta or mean.is_meta else counter.to(mean.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """torch's. What is frozen are four numbers, 0 or 1, that averaging and casting leave what they are."""
+        self.tell_skipped()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._frozen:
+            own = next((t for t in (*self.parameters(), *self.buffers()) if not t.is_meta), torch.empty(0))
+            flags = [float(bool(self._frozen & bit)) for bit in _FROZEN]
+            destination[f"{prefix}frozen"] = torch.tensor(flags, dtype=torch.float32, device=own.device)
+
+    def set_frozen(self, statistics: bool, affine: bool) -> None:
+        """Keep the running statistics in train too; no gradients for weight and bias. See ``batchnorm.freeze``."""
+        before = self._frozen
+        bits = statistics * _STATISTICS + affine * _AFFINE
+        for bit, name in ((_WEIGHT, "weight"), (_BIAS, "bias")):
+            leaves = self._leaves(name)
+            if not leaves:
+                continue
+            if before & _AFFINE:
+                bits |= before & bit * affine
+                required = not affine and bool(before & bit)
+            elif affine:
+                bits |= bit * any(p.requires_grad for p in leaves)
+                required = False
+            else:
+                continue
+            for p in leaves:
+                p.requires_grad_(required)
+        self._frozen = bits
+
+    def _leaves(self, name: str) -> list[Tensor]:
+        """The parameters that a weight or bias is made of: itself, or those of pruning and parametrizations."""
+        return [p for key, p in self.named_parameters() if key.removeprefix("parametrizations.").startswith(name)]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        *rest: Any,
+    ) -> None:
+        """torch's; a layer that was frozen when it was saved is frozen, one that is frozen stays so.
+
+        ``renorm_steps`` may be missing, and may be there for a layer that does not count steps.
+        """
+        self._forget_skipped()  # the loaded statistics have a past of their own
+        saved = state_dict.get(f"{prefix}frozen")
+        if saved is not None and not saved.is_meta:
+            bits = _frozen_bits(saved)
+            self.set_frozen(bool(bits & _STATISTICS), bool(bits & _AFFINE))
+            self._frozen = bits
+        steps = self._buffers.pop("renorm_steps", None) if f"{prefix}renorm_steps" not in state_dict else None
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *rest)
+        if steps is not None:
+            fits = not steps.is_meta or self.running_mean is None or self.running_mean.is_meta
+            self._buffers["renorm_steps"] = steps if fits else torch.zeros_like(steps, device=self.running_mean.device)  # type: ignore[union-attr]
+        for name in ("frozen", "renorm_steps"):
+            if f"{prefix}{name}" in unexpected:
+                unexpected.remove(f"{prefix}{name}")
+
+
+def _frozen_bits(saved: Tensor) -> int:
+    """Of four flags; earlier versions saved the bits as one integer."""
+    if saved.numel() == 1:
+        return int(saved)
+    return sum(bit for bit, flag in zip(_FROZEN, saved.tolist(), strict=True) if flag > 0.5)
