@@ -16,10 +16,11 @@ from batchnorm.surgery.affine import (
     looks_affine,
     unregistered,
 )
+from batchnorm.surgery.between import NOTHING
 from batchnorm.surgery.moves import came_from
 from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.report import LEFT, Row
-from batchnorm.surgery.rewrite import ADDITIONS, NOTHING
+from batchnorm.surgery.rewrite import ADDITIONS
 from batchnorm.surgery.watch import Call, Watched
 
 _NONLINEARITIES = {

@@ -23,7 +23,6 @@ from torch.utils import _pytree
 from batchnorm.functional import parse_activation
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
-from batchnorm.surgery.between import NOTHING as NOTHING
 from batchnorm.surgery.between import crossed, in_the_way, passes
 from batchnorm.surgery.copied import scratch, tensors_of
 from batchnorm.surgery.given import replaced
