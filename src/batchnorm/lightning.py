@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from batchnorm.population.batches import call_with_inputs
-from batchnorm.population.estimate import NotFinite, Shift, check, recalibrate
+from batchnorm.population.estimate import NoStatistics, Shift, check, recalibrate
 
 
 class Recalibrate(Callback):
@@ -157,7 +157,7 @@ class Recalibrate(Callback):
                     process_group=dist.group.WORLD if trainer.world_size > 1 else None,
                     **self.options,
                 )
-            except NotFinite as error:
+            except NoStatistics as error:
                 rank_zero_warn(f"batchnorm: no population statistics at step {trainer.global_step}: {error}")
         self._due = False
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from batchnorm.population.estimate import NotFinite, recalibrate
+from batchnorm.population.estimate import NoStatistics, recalibrate
 from batchnorm.racing.data import load_images
 from batchnorm.surgery import insert
 
@@ -104,7 +104,7 @@ def recalibrated(network: nn.Module, images: Tensor) -> bool:
     """Give the network population statistics; False where what its layers see is not finite."""
     try:
         recalibrate(network, images.split(250))
-    except NotFinite:
+    except NoStatistics:
         return False
     return True
 

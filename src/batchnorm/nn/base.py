@@ -74,11 +74,17 @@ class FusedBatchNorm(State):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # torch 2.10 does not know the argument
             self.bias = None  # type: ignore[assignment]
-        name, slope = parse_activation(activation)
-        self.activation = (name, slope) if name == "leaky_relu" else name
+        self.activation = activation  # type: ignore[assignment]
         if self.running_mean is not None:
             self.counter(self.running_mean)
         self.statistics = statistics
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """torch's; an activation in any form, a module too, is kept as its name, or (name, slope)."""
+        if name == "activation":
+            found, slope = parse_activation(value)
+            value = (found, slope) if found == "leaky_relu" else found
+        super().__setattr__(name, value)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """activation(BN(input) + residual): batch statistics in train, running ones in eval (where tracked)."""

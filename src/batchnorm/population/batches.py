@@ -8,17 +8,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 
 def refuse_one_batch(batches: Iterable[Any], name: str) -> None:
     """Refuses what is a batch itself, whose rows or keys would be taken for batches.
 
     Raises:
-        TypeError: a tensor or array, a mapping, a text.
+        TypeError: a tensor or array, a mapping, a text, a dataset of single examples.
     """
     if isinstance(batches, Tensor) or hasattr(batches, "__array__"):
         shape = tuple(batches.shape)  # type: ignore[union-attr]
@@ -26,12 +28,32 @@ def refuse_one_batch(batches: Iterable[Any], name: str) -> None:
             f"{name} is a {type(batches).__name__} of shape {shape}, whose rows would be taken for batches: pass "
             "[tensor] for one batch, tensor.split(size) for several."
         )
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise TypeError(
+            f"{name} is a {type(batches).__name__}, whose single examples would be taken for batches: pass "
+            "torch.utils.data.DataLoader(dataset, batch_size=...)."
+        )
     if isinstance(batches, Mapping | str):
         parts = "keys" if isinstance(batches, Mapping) else "letters"
         raise TypeError(
             f"{name} is a {type(batches).__name__}, whose {parts} would be taken for batches: pass [batch] for "
             "one batch, or a DataLoader."
         )
+
+
+@contextmanager
+def one_value_said(batch: int) -> Iterator[None]:
+    """Errors about one value per channel in there, raised by torch's layers or ours, name the batch."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"batch {batch} gives a layer of batch normalization one value per channel, which has no variance "
+            f"({str(error).split(': ')[0]}): make batches larger, or leave out an incomplete last one "
+            "(DataLoader(drop_last=True))."
+        ) from error
 
 
 def placed(batch: Any, device: Any) -> Any:

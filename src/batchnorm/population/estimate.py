@@ -19,7 +19,7 @@ from batchnorm.nn import Batch, Renorm, Synced
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.statistics import Running
 from batchnorm.nn.tracking import updates_running_statistics
-from batchnorm.population.batches import call_with_inputs, placed, refuse_one_batch
+from batchnorm.population.batches import call_with_inputs, one_value_said, placed, refuse_one_batch
 from batchnorm.population.depth import depths, stages
 from batchnorm.population.estimators import ESTIMATORS, Estimator, Population, batch_in_buffers
 from batchnorm.population.kept import check_materialized, let_go, set_aside
@@ -27,8 +27,8 @@ from batchnorm.population.kept import check_materialized, let_go, set_aside
 _STATISTICS = ("running_mean", "running_var")
 
 
-class NotFinite(ValueError):
-    """A layer saw values that are not finite: there are no statistics of them."""
+class NoStatistics(ValueError):
+    """No layer saw a value, or one saw values that are not finite: there are no statistics of them."""
 
 
 class Shift(NamedTuple):
@@ -91,10 +91,11 @@ def recalibrate(
         One row per layer that was reached, in the order of ``model.named_modules()``: see ``Shift``.
 
     Raises:
-        ValueError: ``batches`` yielded nothing, or is an iterator where it is read more than once; ``max_batches`` is
-            not positive; an unknown estimator or upstream; a batch gave a layer a single value per channel, or one that
-            is not finite; a process group without ``torch.distributed.init_process_group``; a lazy layer has no
-            shape yet. Nothing has been changed then.
+        ValueError: ``batches`` yielded nothing, or nothing that reached a layer, or is an iterator where it is read
+            more than once; ``max_batches`` is no positive whole number; an unknown estimator or upstream; a batch gave
+            a layer a single value per channel, or one that is not finite; a process group without
+            ``torch.distributed.init_process_group``; a lazy layer has no shape yet, or the model is on the meta device.
+            Nothing has been changed then.
         TypeError: ``batches`` is itself a batch (a tensor, a mapping), or a mapping has keys of which forward takes
             some only.
 
@@ -105,7 +106,7 @@ def recalibrate(
         ('1', 320)
     """
     check(batches, max_batches, estimator, upstream, process_group)
-    check_materialized(model, "recalibrate")
+    check_materialized(model, "recalibrate", runs=True)
     layers: dict[str, Any] = {
         name: module for name, module in model.named_modules() if updates_running_statistics(module)
     }
@@ -134,13 +135,18 @@ def recalibrate(
                             f"{which} saw a single value per channel, which has no variance: use larger batches, or "
                             "estimator='pooled' where only some have one value."
                         )
-                    raise NotFinite(f"{which} saw values that are not finite: look at the batches and the weights.")
+                    raise NoStatistics(f"{which} saw values that are not finite: look at the batches and the weights.")
                 found[name] = population
                 for key, new in zip(_STATISTICS, population[2:], strict=True):  # for the next stage
                     layers[name]._buffers[key].copy_(new if population.values else old[name][key])
         if not any(population.values for population in found.values()) and not reader.read:
             raise ValueError("batches yielded nothing: recalibrate needs at least one batch of model inputs.")
     reached = {name: found[name] for name in layers if name in found and found[name].values}
+    if layers and not reached:
+        raise NoStatistics(
+            f"recalibrate: none of the {len(layers)} layers of batch normalization saw a value of these batches: the "
+            "batches are empty, or forward= runs another model than the one it is given."
+        )
     report = [_shift(name, population, old[name]) for name, population in reached.items()]
     for name, population in reached.items():
         _write(layers[name], population)
@@ -152,8 +158,8 @@ def check(
 ) -> None:
     """What ``recalibrate`` refuses before it begins."""
     refuse_one_batch(batches, "batches")
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches must be at least 1 (got {max_batches}).")
+    if max_batches is not None and (max_batches < 1 or max_batches % 1):
+        raise ValueError(f"max_batches must be a whole number, at least 1 (got {max_batches}).")
     for name, value, known in (("estimator", estimator, ESTIMATORS), ("upstream", upstream, ("batch", "population"))):
         if value not in known:
             raise ValueError(f'unknown {name} "{value}". Known: {", ".join(known)}.')
@@ -178,6 +184,10 @@ class _Reader:
     def first(self, model: nn.Module) -> None:
         """The first batch alone, where there is one."""
         for batch in islice(self.batches, 1):
+            self._forward(model, batch)
+
+    def _forward(self, model: nn.Module, batch: Any) -> None:
+        with one_value_said(self.read + 1):
             self.forward(model, self._placed(batch))
 
     def run(self, model: nn.Module, estimate: Estimator) -> None:
@@ -191,7 +201,7 @@ class _Reader:
                         getattr(layer, name).zero_()
                 self.read = 0
                 for batch in self._shown(islice(self.batches, self.most)):
-                    self.forward(model, self._placed(batch))
+                    self._forward(model, batch)
                     estimate.read()
                     self.read += 1
         finally:

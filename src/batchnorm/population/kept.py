@@ -129,12 +129,17 @@ def let_go(*tensors: Tensor) -> None:
                 torch._C._swap_tensor_impl(t, t.clone())
 
 
-def check_materialized(model: nn.Module, verb: str, *, weights: bool = False) -> None:
-    """Refuses layers that do not know their shapes yet.
+def check_materialized(model: nn.Module, verb: str, *, weights: bool = False, runs: bool = False) -> None:
+    """Refuses layers that do not know their shapes yet, and where the model ``runs`` those that have no values.
 
     Raises:
-        ValueError: a buffer, a batch normalization layer's parameter, or with ``weights`` any one, has no shape yet.
+        TypeError: not a module.
+        ValueError: a buffer, a batch normalization layer's parameter, or with ``weights`` any one, has no shape yet, or
+            is on the meta device.
     """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"{verb} takes a torch.nn.Module, got {kind}.")
     for name, module in model.named_modules():
         own = list(module._buffers.values())
         if weights or isinstance(module, _BatchNorm):
@@ -143,4 +148,10 @@ def check_materialized(model: nn.Module, verb: str, *, weights: bool = False) ->
             raise ValueError(
                 f"{verb}: {name or 'the model'} ({type(module).__name__}) does not know its shapes yet: run the model "
                 "once, on an example, before."
+            )
+        tensors = [*module._parameters.values(), *module._buffers.values()] if runs else []
+        if any(t is not None and t.is_meta for t in tensors):
+            raise ValueError(
+                f"{verb}: {name or 'the model'} ({type(module).__name__}) is on the meta device, where tensors have no "
+                "values: give it some before (model.to_empty(device='cpu'), then load a state_dict)."
             )

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-from batchnorm.population.estimate import NotFinite
+from batchnorm.population.estimate import NoStatistics
 from batchnorm.racing.task import Task
 from batchnorm.racing.trainer import Run, Trainer
 
@@ -58,7 +58,7 @@ def _summary(seconds: list[float], trainer: Trainer) -> StepTime:
     preparations = []
     for _ in range(min(4, trainer.run.steps // trainer.run.interval)):  # a run has done it as often
         started = time.perf_counter()
-        with suppress(NotFinite), warnings.catch_warnings():  # a contender that diverged takes as long
+        with suppress(NoStatistics), warnings.catch_warnings():  # a contender that diverged takes as long
             warnings.simplefilter("ignore")
             trainer.prepare(trainer.model)
         preparations.append(time.perf_counter() - started)

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree
 
 from batchnorm.population import recalibrate
-from batchnorm.population.estimate import NotFinite
+from batchnorm.population.estimate import NoStatistics
 from batchnorm.racing.contenders import Contender
 from batchnorm.racing.reading import Order, read, seed_of
 from batchnorm.racing.task import Task
@@ -279,7 +279,7 @@ def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
         trained = time.perf_counter()
         try:
             score = trainer.evaluate()
-        except NotFinite:  # of the layers' inputs, before the loss shows it; all ranks find the same
+        except NoStatistics:  # of the layers' inputs, before the loss shows it; all ranks find the same
             yield Diverged(trainer.step_count)
             return
         training_seconds += trained - started

@@ -214,7 +214,7 @@ def _copied(model: nn.Module) -> Iterator[nn.Module]:
     """A copy to train; torch's random numbers are as before afterwards."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"find_learning_rate takes a torch.nn.Module, got {type(model).__name__}.")
-    check_materialized(model, "find_learning_rate", weights=True)
+    check_materialized(model, "find_learning_rate", weights=True, runs=True)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices), torch.enable_grad():
         yield copied(model).train()

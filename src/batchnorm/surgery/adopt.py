@@ -176,8 +176,7 @@ def _adopted(layer: Any, calls: list[Any], changes: bool) -> tuple[str | None, s
     placeholder = Fused(activation)
     become_ours(layer, OURS[_base(layer)])
     layer._modules[name] = placeholder
-    found, slope = parse_activation(activation)
-    layer.activation, layer.fused = (found, slope) if found == "leaky_relu" else found, True
+    layer.activation, layer.fused = activation, True
     layer.taken_from = (Former(layer, kind), placeholder)
     wrong = difference(before, results(layer, calls[0]))
     if wrong is None:

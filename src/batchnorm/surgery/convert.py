@@ -21,7 +21,7 @@ from batchnorm.surgery.report import Report, Row
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def from_torch(model: Model, *, example: Any = None) -> Model:
+def from_torch(model: Model, example: Any = None) -> Model:
     """The model with every ``torch.nn.BatchNorm1d/2d/3d`` replaced by ours: same results, faster steps.
 
     The new model shares parameters and buffers with the given one, as the same objects, so that an optimizer stays
@@ -64,7 +64,7 @@ def from_torch(model: Model, *, example: Any = None) -> Model:
         layer  done   why
         1      fused  with 2
     """
-    converted = with_same_tensors(model, "from_torch")
+    converted = with_same_tensors(model, "from_torch", runs=example is not None)
     for module in converted.modules():
         if type(module) in OURS and not replaced(module):
             become_ours(module, OURS[type(module)])
@@ -123,9 +123,9 @@ def to_torch(model: Model) -> Model:
     return converted
 
 
-def with_same_tensors(model: Model, verb: str) -> Model:
+def with_same_tensors(model: Model, verb: str, *, runs: bool = False) -> Model:
     """A copy whose parameters and buffers are the given model's own: the same objects."""
-    checked(model, verb)
+    checked(model, verb, runs=runs)
     modules = set(model.modules())
     groups = [module.process_group for module in modules if isinstance(module, nn.SyncBatchNorm)]
     owners = [getattr(hook, "__self__", None) for module in modules for hook in _hooks(module)]  # of bound methods

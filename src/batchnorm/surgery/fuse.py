@@ -155,8 +155,8 @@ def _take_over(model: nn.Module, place: str, call: Call, between: tuple[Any, ...
     activation, around = call.target, _around(place, call.owner)
     layer: Any = model.get_submodule(place)
     path = place.removeprefix(f"{around}.").split(".")
-    name, slope = parse_activation(activation)
-    layer.activation, layer.fused = (name, slope) if name == "leaky_relu" else name, True
+    name, _ = parse_activation(activation)
+    layer.activation, layer.fused = activation, True
     root = model.get_submodule(around)
     by = None if isinstance(root, fx.GraphModule) else (root, path, layer)  # such a program cannot hold itself
     placeholder = Fused(activation, by)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from batchnorm.population.kept import check_materialized
 from batchnorm.surgery.report import LEFT, Report, Row
 
 # Classes of torch's, by name, since an import of most costs time: what they did to the model; its name inside.
@@ -28,15 +29,15 @@ _BATCH_NORM = ("batch_norm",)
 AFFINE = ("linear", "conv", "addmm")  # operations, or parts of their names
 
 
-def checked(model: Any, verb: str) -> None:
-    """Refuse what a verb could only do half, or not at all.
+def checked(model: Any, verb: str, *, runs: bool = True) -> None:
+    """Refuse what a verb could only do half, or not at all; ``runs``: it runs the model.
 
     Raises:
         TypeError: not a module.
-        ValueError: a wrapper, or a scripted model, with what to pass instead.
+        ValueError: a wrapper, or a scripted model, with what to pass instead; where the verb runs the model, a lazy
+            layer, or one on the meta device.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{verb} takes a torch.nn.Module, got {type(model).__name__}.")
+    check_materialized(model, verb, weights=runs, runs=runs)
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
             f"{verb}: the model is a {type(model).__name__}, which can be neither changed nor seen into: pass the "
