@@ -1,6 +1,7 @@
 """batch_norm(): torch's function, and what is added to it."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -96,6 +97,35 @@ def test_activations_that_are_not_known(given, error, words):
         bn.batch_norm(ones(4, 3), activation=given, training=True)
     with pytest.raises(error, match=words):
         bn.BatchNorm1d(3, activation=given)
+
+
+@pytest.mark.parametrize("given", [nn.ReLU(), nn.ReLU, "relu"], ids=str)
+def test_an_activation_may_be_set_in_every_way_that_it_may_be_given(given):
+    layer = bn.BatchNorm1d(3, activation="silu")
+    layer.activation = given
+    assert layer.activation == "relu"
+    assert layer(torch.randn(4, 3)).min() == 0
+    assert not list(layer.children())
+    with pytest.raises(ValueError, match="unknown activation"):
+        layer.activation = "gelu"
+
+
+@pytest.mark.parametrize("given", [ones(4, 3).numpy(), [[1.0] * 3] * 4], ids=["array", "list"])
+@pytest.mark.parametrize("call", [bn.BatchNorm1d(3), partial(bn.batch_norm, training=True)], ids=["layer", "function"])
+def test_what_is_no_tensor_is_refused_by_name(call, given):
+    with pytest.raises(TypeError, match=r"input must be a tensor, got (ndarray|list)"):
+        call(given)
+    with pytest.raises(TypeError, match=r"residual must be a tensor, got (ndarray|list)"):
+        call(ones(4, 3), residual=given)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float64])
+def test_inputs_of_other_dtypes_are_refused_with_advice_that_works(dtype):
+    x, layer = ones(4, 3).to(dtype), bn.BatchNorm1d(3)
+    with pytest.raises(RuntimeError, match=r"pass input\.(float\(\)|to\(torch\.float32\))"):
+        layer(x)
+    if dtype != torch.complex64:
+        layer(x.to(torch.float32))
 
 
 def test_residual_of_another_shape():  # torch's + would broadcast it, and its gradient is another then

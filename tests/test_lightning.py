@@ -327,6 +327,26 @@ def test_batches_that_are_objects_or_mappings(tmp_path: Path) -> None:
         assert_population(module.net.state_dict())
 
 
+class WithoutForward(Regression):
+    """Calls its network by itself."""
+
+    forward = pl.LightningModule.forward
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return loss(self.net(batch[0]), batch[0])
+
+
+def test_a_module_without_forward_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    def fit(callback: Recalibrate) -> WithoutForward:
+        module = WithoutForward()
+        trainer(tmp_path, callback, max_epochs=1).fit(module, train_loader())
+        return module
+
+    with pytest.raises(TypeError, match="WithoutForward has no forward: pass forward="):
+        fit(Recalibrate())
+    assert_population(fit(Recalibrate(forward=lambda module, batch: module.net(batch[0]))).net.state_dict())
+
+
 class OfTwo(Regression):
     """Trained on a labelled loader beside another one, as semi-supervised training is."""
 

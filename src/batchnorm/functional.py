@@ -38,6 +38,7 @@ _NO_STATISTICS = "without running statistics (track_running_stats=False) eval no
 _PLAIN = {Tensor, nn.Parameter, nn.Buffer, type(None)}
 # What to do about torch's errors, by the words that they contain.
 _ADVICE = {
+    "not implemented for": "batch normalization takes float16, bfloat16, float32 or float64: pass input.float()",
     "Expected more than 1 value per channel": "one value has no variance. Use a larger batch, or drop the last "
     "incomplete one (DataLoader(drop_last=True))",
     "eps must be": "eps keeps the division finite where a channel is constant; torch's default is 1e-5",
@@ -184,6 +185,7 @@ def batch_norm(
             "return_statistics": return_statistics,
         }
         return _dispatched(batch_norm, tensors, *tensors[:5], training, momentum, eps, **keywords)
+    refuse_others(input=input, residual=residual)
     name, slope = parse_activation(activation)
     if return_statistics:
         if running_mean is None or running_var is None:
@@ -324,6 +326,17 @@ def _steady(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
     return bias.clone() if alone and torch.is_grad_enabled() else bias  # type: ignore[union-attr]
 
 
+def refuse_others(**tensors: object) -> None:
+    """Refuse arrays and lists.
+
+    Raises:
+        TypeError: one is no tensor, with its name.
+    """
+    for name, t in tensors.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}: pass torch.as_tensor({name}).")
+
+
 def _other_shape(residual: Tensor, input: Tensor) -> str:
     return (
         f"residual must have the shape of input, {tuple(input.shape)}, got {tuple(residual.shape)}: "
@@ -336,4 +349,6 @@ def _advice(error: Exception, input: Tensor, running_mean: Tensor | None) -> str
     advice = next((advice for words, advice in _ADVICE.items() if words in str(error)), None)
     if "more than 1 value" in str(error):
         advice = f"{advice}, or call .eval()" if running_mean is not None else f"{advice}: {_NO_STATISTICS}"
+    if advice == _DTYPES and running_mean is not None and input.dtype != running_mean.dtype:
+        advice = f"{advice}. Here running_mean has {running_mean.dtype}: pass input.to({running_mean.dtype})"
     return None if advice is None else f"{error}: got input {tuple(input.shape)} of {input.dtype}; {advice}."

@@ -57,7 +57,7 @@ class Recalibrate(Callback):
 
     Raises:
         TypeError: ``batches`` is an iterator, which is empty after once, or is itself a batch; the trainer has several
-            training loaders, and there is no ``forward`` (when training starts).
+            training loaders, or the module no forward of its own, and there is no ``forward`` (when training starts).
         ValueError: as ``recalibrate`` does. Values that are not finite only warn, since training may recover.
 
     Example:
@@ -94,6 +94,11 @@ class Recalibrate(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses now what would otherwise end training at its first validation."""
         self._source(trainer)
+        if type(pl_module).forward is LightningModule.forward and self.forward is call_with_inputs:
+            raise TypeError(
+                f"Recalibrate runs the module, and {type(pl_module).__name__} has no forward: pass forward=, a "
+                "function of the module and a batch (lambda module, batch: module.net(batch[0]), say)."
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The statistics are about to be of the past."""

@@ -210,6 +210,19 @@ def test_default_torch_fx_traces_models_and_train_and_eval_stay_live(momentum):
         torch.testing.assert_close(dict(again.state_dict()), dict(twin.state_dict()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_where_the_residual_is_the_input(training):
+    layer, stock = (kind(3).train(training) for kind in (bn.BatchNorm2d, nn.BatchNorm2d))
+    x, twin = (torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    layer.activation = "silu"
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, residual=x)
+    expected = nn.SiLU()(stock(twin) + twin)
+    torch.testing.assert_close(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
 def test_compiles_to_one_graph(training, momentum):  # pain 15: torch's own breaks with momentum=None
@@ -276,7 +289,9 @@ def test_the_trap_for_the_converter_is_not_seen_elsewhere():
     with pytest.raises(AttributeError, match="'BatchNorm2d' object has no attribute 'qconfig'"):
         layer.qconfig  # noqa: B018
     for settable in (layer, bn.BatchNorm2d(3, activation="relu")):
-        settable.qconfig = "mine"
-        assert settable.qconfig == "mine"
+        settable.qconfig = None  # as quantization marks what stays in float
+        assert settable.qconfig is None
+        with pytest.raises(TypeError, match="quantization finds batch normalization by its exact type"):
+            settable.qconfig = "mine"
         del settable.qconfig
         assert "qconfig" not in vars(settable)

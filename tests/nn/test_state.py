@@ -2,12 +2,18 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.func import functional_call
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.func import functional_call, functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 
@@ -73,8 +79,9 @@ def saved(state):
         lambda state: {key: t.half() for key, t in state.items()},
         lambda state: {key: t.double() for key, t in state.items()},
         lambda state: {key: t.numpy().copy() for key, t in state.items()},
+        lambda state: {key: t[torch.arange(len(t))] if t.dim() else t for key, t in state.items()},
     ],
-    ids=["FedAvg", "EMA", "saved", "half", "double", "numpy"],
+    ids=["FedAvg", "EMA", "saved", "half", "double", "numpy", "indexed"],
 )
 def test_what_is_frozen_survives_what_people_do_with_states(through, running_stats, affine):
     if not (running_stats or affine):
@@ -88,13 +95,6 @@ def test_what_is_frozen_survives_what_people_do_with_states(through, running_sta
     assert (loaded[1].frozen_statistics, loaded[1].frozen_affine) == (running_stats, affine)
     bn.unfreeze(loaded)
     assert [p.requires_grad for p in loaded[1].parameters()] == [True, False]
-
-
-def test_states_of_earlier_versions_told_it_by_the_bits_of_an_integer():
-    layer = bn.BatchNorm1d(3)
-    layer.load_state_dict(nn.BatchNorm1d(3).state_dict() | {"frozen": torch.tensor(15)})
-    assert layer.frozen_statistics
-    assert not layer.weight.requires_grad
 
 
 def test_an_average_of_average_models_keeps_what_is_frozen():
@@ -207,3 +207,80 @@ def test_a_copy_on_another_device_counts_by_itself():
     assert moved.skipped_batches is None
     assert layer.skipped_batches.tolist() == [1, 1, 1]
     assert copy.deepcopy(layer).double().skipped_batches.tolist() == [1, 1, 1]
+
+
+def test_update_bn_leaves_frozen_statistics_alone():
+    model = network()
+    model(X[0])
+    before = model[1].running_mean.clone()
+    bn.freeze(model)
+    torch.optim.swa_utils.update_bn([X[1]], model)
+    torch.testing.assert_close(model[1].running_mean, before)
+    assert model[1].num_batches_tracked == 1
+
+
+def test_distributed_checkpoints_find_what_is_frozen(tmp_path):
+    model, loaded = network(), network()
+    bn.freeze(model, affine=True)
+    assert get_model_state_dict(model).keys() == model.state_dict().keys()
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    bn.freeze(loaded)
+    state = {"model": loaded.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    loaded.load_state_dict(state["model"])
+    assert loaded[1].frozen_statistics
+
+
+def test_who_lets_all_parameters_train_lets_frozen_ones_train_too():
+    model, loaded = network(), network()
+    bn.freeze(model, affine=True)
+    model.requires_grad_(True)
+    assert not model[1].frozen_affine
+    assert model[1].frozen_statistics
+    loaded.load_state_dict(model.state_dict())
+    bn.unfreeze(model)
+    for each in (model, loaded):
+        assert all(p.requires_grad for p in each.parameters())
+
+
+def test_parameters_of_other_names_go_on_training():
+    class Conditional(bn.BatchNorm1d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.weight_embedding, self.bias_net = nn.Embedding(4, channels), nn.Linear(4, channels)
+
+    layer = Conditional(3)
+    bn.freeze(layer, affine=True)
+    frozen = {name for name, p in layer.named_parameters() if not p.requires_grad}
+    assert frozen == {"weight", "bias"}
+
+
+def under_fake_tensors(layer):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer(torch.empty(4, 3))
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [under_fake_tensors, lambda layer: make_fx(layer)(X[0]), lambda layer: functionalize(layer)(X[0])],
+    ids=["fake", "make_fx", "functionalize"],
+)
+def test_what_is_traced_leaves_nothing_in_a_layer_whose_counter_does_not_fit(trace):
+    layer = bn.BatchNorm1d(3)
+    layer.skipped_batches = None  # as from the meta device
+    trace(layer)
+    layer.reset_running_stats()
+    pickle.loads(pickle.dumps(layer))(X[0])
+    layer(X[0] * torch.nan)
+    assert layer.running_mean.isfinite().all()
+    assert layer.skipped_batches.tolist() == [1, 1, 1]
+
+
+def test_swapped_tensors_load_after_reentrant_checkpointing():
+    model = network()
+    checkpoint(model, X[0].clone().requires_grad_(), use_reentrant=True).sum().backward()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict(network().state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)

@@ -142,6 +142,19 @@ def test_quantization_refuses_by_name(options):
             prepare_fx(network(**options).eval(), mapping, (X,))
 
 
+def test_quantization_of_modules_refuses_by_name_too():
+    from torch.ao.quantization import get_default_qconfig, prepare
+
+    model = network().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.qconfig = get_default_qconfig("fbgemm")
+        with pytest.raises(TypeError, match=r"finds batch normalization by its exact type.*to_torch\(model\)"):
+            prepare(model)
+        model[1].qconfig = None
+        prepare(model)(X)
+
+
 # ---- TorchScript -----------------------------------------------------------------------------------------------------
 
 

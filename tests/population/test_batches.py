@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.data import TensorDataset
 from transformers import BatchEncoding
 
 import batchnorm as bn
@@ -235,8 +236,9 @@ def fit(batches: Any) -> object:
         ({"x": X}, r"is a dict, whose keys .* pass \[batch\]"),
         (BatchEncoding({"x": X}), "is a BatchEncoding, whose keys"),
         ("train.pt", "is a str, whose letters"),
+        (TensorDataset(X), r"is a TensorDataset, whose single examples .* pass torch.utils.data.DataLoader"),
     ],
-    ids=["tensor", "parameter", "array", "dict", "encoding", "text"],
+    ids=["tensor", "parameter", "array", "dict", "encoding", "text", "dataset"],
 )
 def test_a_batch_in_place_of_batches_is_refused(use: Callable[[Any], object], batches: Any, words: str) -> None:
     with pytest.raises(TypeError, match=words):

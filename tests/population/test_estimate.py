@@ -188,8 +188,15 @@ def test_broken_eval_mode_is_mended() -> None:
         ([], {"estimator": "ema"}, 'unknown estimator "ema". Known: pooled, batch_mean'),
         ([], {"process_group": object()}, "init_process_group"),
         ([], {}, "batches yielded nothing"),
-        ([torch.zeros(4, 4).double()], {"max_batches": 0}, r"max_batches must be at least 1 \(got 0\)"),
-        ([torch.zeros(1, 4).double()], {}, "Expected more than 1 value per channel"),
+        ([torch.zeros(4, 4).double()], {"max_batches": 0}, r"max_batches must be a whole number, at least 1 \(got 0\)"),
+        ([torch.zeros(4, 4).double()], {"max_batches": 2.5}, "max_batches must be a whole number"),
+        ([torch.zeros(0, 4).double()], {}, "none of the 2 layers of batch normalization saw a value"),
+        ([torch.zeros(4, 4).double()], {"forward": lambda model, x: network()(x)}, "runs another model"),
+        (
+            [torch.zeros(1, 4).double()],
+            {},
+            "batch 1 gives .* one value per channel, .*Expected more than 1 value per",
+        ),
     ],
 )
 def test_refused_with_nothing_changed(batches: list[Tensor], options: dict[str, object], message: str) -> None:

@@ -75,7 +75,7 @@ def test_a_state_without_it_loads_into_a_frozen_model_and_leaves_it_frozen():
     bn.freeze(model)
     model.load_state_dict(state)
     assert model[1].frozen_statistics
-    assert "1.frozen" in model.state_dict()
+    assert "1.frozen_statistics" in model.state_dict()
 
 
 def test_repr_says_what_is_frozen():
@@ -120,6 +120,8 @@ def test_single_values_are_no_trouble_for_a_frozen_layer():  # pain 3
     ("model", "options", "error", "words"),
     [
         (nn.Sequential(nn.BatchNorm1d(3)), {}, TypeError, r"found 0 \(BatchNorm1d\).*from_torch\(model\) first"),
+        (nn.SyncBatchNorm(3), {}, TypeError, r"SyncBatchNorm.*convert_sync_batchnorm\(model\) first"),
+        (nn.InstanceNorm1d, {}, TypeError, "freeze takes a torch.nn.Module, got the class InstanceNorm1d"),
         (nn.Sequential(bn.BatchNorm1d(3), nn.SyncBatchNorm(3)), {}, TypeError, r"found 1 \(SyncBatchNorm\)"),
         (nn.Linear(3, 3), {}, ValueError, "no batch normalization layer in Linear"),
         (bn.BatchNorm1d(3, track_running_stats=False), {}, ValueError, "no running statistics to keep in the model"),

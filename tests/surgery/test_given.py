@@ -65,6 +65,15 @@ def test_what_is_no_module(verb):
         VERBS[verb]([Block()])
 
 
+@pytest.mark.parametrize("verb", ["from_torch", "insert", "accelerate", "fold"])
+def test_what_cannot_run_yet_is_named(verb):
+    lazy = nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d(), nn.ReLU())
+    with pytest.raises(ValueError, match=r"0 \(LazyConv2d\) does not know its shapes yet: run the model once"):
+        VERBS[verb](lazy)
+    with pytest.raises(ValueError, match=r"conv \(Conv2d\) is on the meta device"):
+        VERBS[verb](Block().to("meta"))
+
+
 def sharded_or_distributed(rank, world):
     found = {}
     for verb, call in VERBS.items():

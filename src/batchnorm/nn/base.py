@@ -23,6 +23,7 @@ from batchnorm.functional import (
     normalize_masked,
     overridden,
     parse_activation,
+    refuse_others,
 )
 from batchnorm.nn import tracing
 from batchnorm.nn.guards import Epsilon, QConfig
@@ -91,6 +92,7 @@ class FusedBatchNorm(State):
         if type(input) is not Tensor or residual is not None or mask is not None:
             if any(isinstance(t, torch.fx.Proxy) for t in (input, residual, mask)):
                 return tracing.as_node(self, input, residual, mask)
+            refuse_others(input=input, residual=residual)
             if overridden(input, residual, mask):  # subclasses of Tensor, whose __torch_function__ wants to know
                 return handle_torch_function(_forward, (input, residual, mask), self, input, residual, mask)
         return _forward(self, input, residual, mask)
@@ -147,9 +149,9 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             "None alone."
         )
     if mean is None and in_train and layer.track_running_stats and layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(not is_repeated(layer.num_batches_tracked))  # torch's count goes on alone
+        layer.num_batches_tracked.add_(not is_repeated(layer))  # torch's count goes on alone
     training = in_train or mean is None
-    updates = in_train and mean is not None and not is_repeated(mean)
+    updates = in_train and mean is not None and not is_repeated(layer)
     batches = skipped = None
     if in_train and mean is not None:
         batches, skipped = layer._buffers.get("num_batches_tracked"), layer.counter(mean)
@@ -227,12 +229,13 @@ def _known(layer: Any) -> Running | list[Running]:
     """What ``Renorm`` corrects towards: the statistics before this batch."""
     if layer.held is not None:
         return layer.held
-    if is_recomputing(layer) and layer in _HISTORY:
-        return list(_HISTORY[layer])
+    if is_recomputing(layer):
+        fitting = [known for known in _HISTORY.get(layer, ()) if known.mean_C.shape == layer.running_mean.shape]
+        if fitting:
+            return fitting
     return Running(layer.running_mean.clone(), layer.running_var.clone(), layer.renorm_steps.clone())
 
 
 def is_recomputing(layer: nn.Module) -> bool:
     """Whether the layer's forward that runs now repeats an earlier one, for activation checkpointing say."""
-    mean: Any = layer.running_mean
-    return mean is not None and is_repeated(mean)
+    return layer.running_mean is not None and is_repeated(layer)

@@ -50,13 +50,15 @@ class Epsilon:
 class QConfig:
     """The attribute ``qconfig``: missing, until set, but an error on a layer with an activation or other statistics.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and quantization read it. Having no ``__set__``, it makes way for
-    a value.
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and quantization read it. ``torch.ao.quantization.prepare`` sets
+    it, and would then not find the layer by its exact type: that raises.
     """
 
     def __get__(self, layer: FusedBatchNorm | None, owner: type) -> Any:
         if layer is None:
             return self
+        if "qconfig" in vars(layer):
+            return vars(layer)["qconfig"]
         source = layer.statistics
         if _is_listed():
             raise AttributeError("qconfig")  # goes on to Module.__getattr__, which words it
@@ -72,3 +74,16 @@ class QConfig:
             f"SyncBatchNorm.convert_sync_batchnorm and quantization drop the activation of {owner.__name__}"
             f"(activation={layer.activation!r}): build the layer without it, with a module for it behind."
         )
+
+    def __set__(self, layer: FusedBatchNorm, value: Any) -> None:
+        if value is not None:
+            raise TypeError(
+                f"torch's quantization finds batch normalization by its exact type, and not {type(layer).__name__} of "
+                "batchnorm: pass batchnorm.to_torch(model), or batchnorm.fold(model, example) to be rid of it; with "
+                "qconfig = None the layer stays in float."
+            )
+        vars(layer)["qconfig"] = value
+
+    def __delete__(self, layer: FusedBatchNorm) -> None:
+        if vars(layer).pop("qconfig", self) is self:
+            raise AttributeError("qconfig")

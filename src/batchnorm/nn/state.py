@@ -9,24 +9,28 @@ Comes from: ``base``. Goes to: state_dicts, ``batchnorm.freeze``.
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm.nn.statistics import Batch, Renorm, Statistics
 
 # Bits of what is frozen: the statistics, the affine parameters, and which of these required a gradient before.
-_FROZEN = (_STATISTICS, _AFFINE, _WEIGHT, _BIAS) = 1, 2, 4, 8
+_STATISTICS, _AFFINE, _WEIGHT, _BIAS = 1, 2, 4, 8
+# Their keys in a state_dict, and the attributes that code finds which looks for the owner of each key.
+_KEYS = {"frozen_statistics": _STATISTICS, "frozen_affine": _AFFINE, "frozen_weight": _WEIGHT, "frozen_bias": _BIAS}
 
 
 class State(_BatchNorm):
     """torch's layer and what ours keep besides.
 
     ``skipped_batches``, (C,): how many batches were not finite; made anew where it does not fit. ``frozen_statistics``
-    and ``frozen_affine`` are of ``batchnorm.freeze``; a key ``frozen`` carries them in state_dicts while something is
-    frozen.
+    and ``frozen_affine`` are of ``batchnorm.freeze``; keys of these names carry them in state_dicts while they are
+    true: single numbers, 1.0, that averaging, casting and slicing leave what they are.
     """
 
     _statistics: Statistics = Batch()
@@ -42,8 +46,18 @@ class State(_BatchNorm):
 
     @property
     def frozen_affine(self) -> bool:
-        """Whether weight and bias are kept from training."""
-        return bool(self._frozen & _AFFINE)
+        """Whether weight and bias are kept from training. Not any more, where somebody has them require gradients."""
+        return bool(self._frozen & _AFFINE) and not any(p.requires_grad for p in self._leaves("weight", "bias"))
+
+    @property
+    def frozen_weight(self) -> bool:
+        """Whether ``unfreeze`` has the weight require gradients again."""
+        return self.frozen_affine and bool(self._frozen & _WEIGHT)
+
+    @property
+    def frozen_bias(self) -> bool:
+        """Whether ``unfreeze`` has the bias require gradients again."""
+        return self.frozen_affine and bool(self._frozen & _BIAS)
 
     @property
     def statistics(self) -> Statistics:
@@ -78,9 +92,10 @@ class State(_BatchNorm):
         return super().train(mode)
 
     def reset_running_stats(self) -> None:
-        """torch's, and no batch was skipped."""
-        super().reset_running_stats()
-        self._forget_skipped()
+        """torch's, and no batch was skipped. Frozen statistics stay: ``torch.optim.swa_utils.update_bn`` resets all."""
+        if not self.frozen_statistics:
+            super().reset_running_stats()
+            self._forget_skipped()
 
     def _forget_skipped(self) -> None:
         self._told = 0
@@ -92,10 +107,16 @@ class State(_BatchNorm):
         counter = self.skipped_batches
         if not self.guarded:
             return None
-        if counter is None or counter.shape != mean.shape or counter.device != mean.device:
-            counter = self.skipped_batches = torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
-            self._told = 0
-        return counter if type(counter) is type(mean) else None  # fake tensors count nothing
+        if counter is not None and counter.shape == mean.shape and counter.device == mean.device:
+            return counter if type(counter) is type(mean) else None  # fake tensors count nothing
+        compiling = torch.compiler.is_compiling()
+        if type(mean) is not Tensor and not compiling:
+            return None
+        with nullcontext() if compiling else _disable_current_modes():
+            counter = torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
+        if compiling or torch._C._functorch.peek_interpreter_stack() is None:  # else it is of that call alone
+            self.skipped_batches, self._told = counter, 0
+        return counter
 
     def tell_skipped(self) -> None:
         """Warn, once, of batches that were not finite since it was last said. Waits for the device."""
@@ -121,17 +142,17 @@ class State(_BatchNorm):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """torch's. What is frozen are four numbers, 0 or 1, that averaging and casting leave what they are."""
+        """torch's, and what is frozen."""
         self.tell_skipped()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._frozen:
-            own = next((t for t in (*self.parameters(), *self.buffers()) if not t.is_meta), torch.empty(0))
-            flags = [float(bool(self._frozen & bit)) for bit in _FROZEN]
-            destination[f"{prefix}frozen"] = torch.tensor(flags, dtype=torch.float32, device=own.device)
+        own = next((t for t in (*self.parameters(), *self.buffers()) if not t.is_meta), torch.empty(0))
+        for key in _KEYS if self._frozen else ():
+            if getattr(self, key):
+                destination[f"{prefix}{key}"] = torch.tensor(1.0, device=own.device)
 
     def set_frozen(self, statistics: bool, affine: bool) -> None:
         """Keep the running statistics in train too; no gradients for weight and bias. See ``batchnorm.freeze``."""
-        before = self._frozen
+        before = self._frozen if self.frozen_affine else self._frozen & _STATISTICS
         bits = statistics * _STATISTICS + affine * _AFFINE
         for bit, name in ((_WEIGHT, "weight"), (_BIAS, "bias")):
             leaves = self._leaves(name)
@@ -149,9 +170,11 @@ class State(_BatchNorm):
                 p.requires_grad_(required)
         self._frozen = bits
 
-    def _leaves(self, name: str) -> list[Tensor]:
-        """The parameters that a weight or bias is made of: itself, or those of pruning and parametrizations."""
-        return [p for key, p in self.named_parameters() if key.removeprefix("parametrizations.").startswith(name)]
+    def _leaves(self, *names: str) -> list[Tensor]:
+        """The parameters that a weight or bias is made of: itself, or those of pruning, norms and parametrizations."""
+        made_of = {f"{name}{suffix}" for name in names for suffix in ("", "_orig", "_g", "_v")}
+        inside = tuple(f"parametrizations.{name}." for name in names)
+        return [p for key, p in self.named_parameters() if key in made_of or key.startswith(inside)]
 
     def _load_from_state_dict(
         self,
@@ -168,9 +191,9 @@ class State(_BatchNorm):
         ``renorm_steps`` may be missing, and may be there for a layer that does not count steps.
         """
         self._forget_skipped()  # the loaded statistics have a past of their own
-        saved = state_dict.get(f"{prefix}frozen")
-        if saved is not None and not saved.is_meta:
-            bits = _frozen_bits(saved)
+        saved = {key: state_dict[f"{prefix}{key}"] for key in _KEYS if f"{prefix}{key}" in state_dict}
+        bits = sum(_KEYS[key] for key, flag in saved.items() if not flag.is_meta and flag > 0.5)
+        if bits:
             self.set_frozen(bool(bits & _STATISTICS), bool(bits & _AFFINE))
             self._frozen = bits
         steps = self._buffers.pop("renorm_steps", None) if f"{prefix}renorm_steps" not in state_dict else None
@@ -178,13 +201,6 @@ class State(_BatchNorm):
         if steps is not None:
             fits = not steps.is_meta or self.running_mean is None or self.running_mean.is_meta
             self._buffers["renorm_steps"] = steps if fits else torch.zeros_like(steps, device=self.running_mean.device)  # type: ignore[union-attr]
-        for name in ("frozen", "renorm_steps"):
+        for name in (*_KEYS, "renorm_steps"):
             if f"{prefix}{name}" in unexpected:
                 unexpected.remove(f"{prefix}{name}")
-
-
-def _frozen_bits(saved: Tensor) -> int:
-    """Of four flags; earlier versions saved the bits as one integer."""
-    if saved.numel() == 1:
-        return int(saved)
-    return sum(bit for bit, flag in zip(_FROZEN, saved.tolist(), strict=True) if flag > 0.5)

@@ -63,7 +63,8 @@ def as_node(layer: FusedBatchNorm, input: Any, residual: Any, mask: Any) -> Any:
     if path and (layer._forward_hooks or layer._forward_pre_hooks):
         raise TypeError(
             f"{path}, a {type(layer).__name__}, has forward hooks. torch.fx runs them while it traces, and the traced "
-            "module would run them again: trace without them, and register them on the result."
+            "module would run them again: trace without them (torch.nn.utils.prune.remove takes away those of pruning),"
+            " and register them on the result."
         )
     if not path or type(layer).forward is not _own_forward(layer):
         return _as_function(layer, tracer, path, input, residual, mask)

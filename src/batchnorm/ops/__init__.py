@@ -103,6 +103,8 @@ def batch_norm(
         dtype = torch.promote_types(x_NCS.dtype, residual_NCS.dtype)  # as y + residual has it
         x_NCS, residual_NCS = x_NCS.to(dtype), residual_NCS.to(dtype)
     code, eager = _CODES[activation], is_eager()
+    if residual_NCS is x_NCS and not eager:  # torch.compile takes no tensor twice
+        residual_NCS = residual_NCS.view_as(residual_NCS)
     if not training:
         if torch.is_grad_enabled():  # backward must not read live buffers, which a later step changes
             running_mean_C, running_var_C = running_mean_C.clone(), running_var_C.clone()  # type: ignore[union-attr]

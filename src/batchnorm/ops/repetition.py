@@ -13,26 +13,31 @@ import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, Function
 from torch.autograd.graph import _engine_run_backward
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.weak import WeakIdKeyDictionary
 
 # What torch.utils.checkpoint runs a block again from: without reentering autograd, and with.
 _AGAIN = ("unpack_hook", "backward")
 _FORWARD, _BACKWARD = Function.apply.__func__.__code__, BackwardCFunction.apply.__code__  # type: ignore[attr-defined]
-# The running means of the layers that ran in the forward of each class of Functions. (Not of each call: under an outer
-# checkpoint the call whose backward runs is itself a repetition.)
-_RAN: WeakKeyDictionary[type, WeakIdKeyDictionary] = WeakKeyDictionary()
-_ANY = torch.empty(0)  # stands for any layer in a compiled graph, which may work on copies of buffers
+# The layers that ran in the forward of each class of Functions. (Not of each call: under an outer checkpoint the call
+# whose backward runs is itself a repetition.)
+_RAN: WeakKeyDictionary[type, WeakSet[Any]] = WeakKeyDictionary()
 
 
-def is_repeated(running_mean: Tensor | None) -> bool:
-    """Whether the training forward that runs now, of the layer with this buffer, repeats an earlier one.
+class _Any:
+    """Stands for any layer in a compiled graph, which may work on copies of buffers."""
+
+
+_ANY = _Any()
+
+
+def is_repeated(layer: Any) -> bool:
+    """Whether the training forward that runs now, of this layer, repeats an earlier one.
 
     One without gradients, or within backward, is noted for the ``autograd.Function`` around it, if there is one. None
     stands for any layer in a compiled graph.
@@ -42,11 +47,11 @@ def is_repeated(running_mean: Tensor | None) -> bool:
     in_backward = torch._C._current_graph_task_id() != -1
     if not in_backward and torch.is_grad_enabled():
         return False
-    key = _ANY if running_mean is None else running_mean
+    key = _ANY if layer is None else layer
     for frame in _frames():
         code = frame.f_code
         if code is _FORWARD:
-            _RAN.setdefault(frame.f_locals["cls"], WeakIdKeyDictionary())[key] = True
+            _RAN.setdefault(frame.f_locals["cls"], WeakSet()).add(key)
         elif in_backward and code is _BACKWARD:
             if key in _RAN.get(frame.f_locals["self"]._forward_cls, ()):
                 return True

@@ -18,9 +18,9 @@ def freeze(model: nn.Module, *, running_stats: bool = True, affine: bool = False
 
         y = weight * (x - running_mean) / sqrt(running_var + eps) + bias, in both modes
 
-    It survives ``model.train()``, is part of the state_dict (a key ``frozen`` in each layer, which is there only as
-    long as the layer is frozen) and comes back when that is loaded. ``unfreeze`` undoes it. What was frozen before
-    stays so. ``recalibrate`` leaves frozen statistics alone.
+    It survives ``model.train()``, is part of the state_dict (keys ``frozen_statistics`` and ``frozen_affine`` in each
+    layer, which are there only as long as it is true) and comes back when that is loaded. ``unfreeze`` undoes it. What
+    was frozen before stays so. ``recalibrate`` and ``torch.optim.swa_utils.update_bn`` leave frozen statistics alone.
 
     Args:
         model: any module; its layers must be ours.
@@ -73,12 +73,25 @@ def unfreeze(model: nn.Module) -> None:
         >>> layer = bn.BatchNorm2d(8)
         >>> bn.freeze(layer, affine=True)
         >>> bn.unfreeze(layer)
-        >>> layer.weight.requires_grad, "frozen" in layer.state_dict()
+        >>> layer.weight.requires_grad, "frozen_affine" in layer.state_dict()
         (True, False)
     """
     for module in model.modules():
         if isinstance(module, FusedBatchNorm):
             module.set_frozen(False, False)
+
+
+def _way(others: dict[str, str]) -> str:
+    """How layers of such classes become ours."""
+    stock = {"BatchNorm1d", "BatchNorm2d", "BatchNorm3d"}
+    if set(others.values()) <= stock:
+        return "Call model = batchnorm.from_torch(model) first."
+    if set(others.values()) <= stock | {"SyncBatchNorm"}:
+        return "Call model = batchnorm.convert_sync_batchnorm(model) first."
+    return (
+        "batchnorm.from_torch(model).batchnorm_report says of each whether it can become one of ours; classes with a "
+        "forward of their own cannot: build them on batchnorm's layers."
+    )
 
 
 def _layers(model: nn.Module, verb: str) -> dict[str, FusedBatchNorm]:
@@ -90,6 +103,6 @@ def _layers(model: nn.Module, verb: str) -> dict[str, FusedBatchNorm]:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         raise TypeError(
             f"{verb} needs layers of batchnorm, since .train() would undo it on torch's: found {named}{more}. "
-            "Call model = batchnorm.from_torch(model) first."
+            f"{_way(others)}"
         )
     return {name: m for name, m in found.items() if isinstance(m, FusedBatchNorm)}

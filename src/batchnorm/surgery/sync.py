@@ -95,11 +95,10 @@ def revert_sync_batchnorm(model: Model) -> Model:
 def _checked(kinds: dict[type, type | None], name: str, layer: _BatchNorm) -> Any:
     """What the layer is to become; None: it stays as it is."""
     if type(layer) not in kinds:
-        lazy = isinstance(layer, nn.modules.lazy.LazyModuleMixin)
-        advice = "run the model once before" if lazy else f"pass subclasses={{{type(layer).__name__}: ...}}"
         raise TypeError(
             f"layer {name!r} is a {type(layer).__module__}.{type(layer).__qualname__}, and what that adds to batch "
-            f"normalization is not known: {advice} (one of our layers to become, itself, or None to leave it alone)."
+            f"normalization is not known: pass subclasses={{{type(layer).__name__}: ...}} (one of our layers to become, "
+            "itself, or None to leave it alone)."
         )
     if kinds[type(layer)] is not None and replaced(layer):
         raise ValueError(
