@@ -397,7 +397,7 @@ def test_refused(tmp_path: Path) -> None:
         Recalibrate(batches=iter([X]))
     with pytest.raises(ValueError, match='unknown estimator "ema"'):
         Recalibrate(estimator="ema")
-    with pytest.raises(ValueError, match="max_batches must be at least 1"):
+    with pytest.raises(ValueError, match="max_batches must be a whole number, at least 1"):
         Recalibrate(0)
     with pytest.raises(TypeError, match="takes batches of 2 training loaders: pass forward="):
         trainer(tmp_path, Recalibrate()).fit(Regression(), [train_loader(), train_loader()])

@@ -97,8 +97,8 @@ def _checked(kinds: dict[type, type | None], name: str, layer: _BatchNorm) -> An
     if type(layer) not in kinds:
         raise TypeError(
             f"layer {name!r} is a {type(layer).__module__}.{type(layer).__qualname__}, and what that adds to batch "
-            f"normalization is not known: pass subclasses={{{type(layer).__name__}: ...}} (one of our layers to become, "
-            "itself, or None to leave it alone)."
+            f"normalization is not known: pass subclasses={{{type(layer).__name__}: ...}} (one of our layers to "
+            "become, itself, or None to leave it alone)."
         )
     if kinds[type(layer)] is not None and replaced(layer):
         raise ValueError(
