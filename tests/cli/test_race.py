@@ -175,6 +175,7 @@ def test_torchrun_trains_data_parallel_to_the_same_losses_and_rank_0_alone_write
         assert float(one[4]) == pytest.approx(float(two[4]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_torchrun_with_bn_resumes_and_refuses_another_number_of_processes(tmp_path: Path) -> None:
     options = ("--task", "racing.toy:task", "--seeds", "1", "--out", str(tmp_path / "o"))
     finish(start(*options, command=TORCHRUN))
@@ -204,6 +205,7 @@ def test_other_batches_reach_the_training_processes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "o" / "results.json").read_text())["contenders"][0]["learning_rate"] == 0.005
 
 
+@pytest.mark.slow
 def test_tuning_writes_rates_that_a_race_reads(tmp_path: Path) -> None:
     options = ("--task", "racing.toy:task", "--contenders", "baseline,accelerated", "--steps", "60")
     out, _ = finish(start(*options, "--tune", "--out", str(tmp_path / "tune")))

@@ -25,6 +25,7 @@ def family(pid: int) -> Iterator[int]:
             yield from family(int(child))
 
 
+@pytest.mark.slow
 def test_killed_on_two_processes_it_resumes_to_the_same_numbers(
     data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

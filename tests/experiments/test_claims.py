@@ -105,7 +105,10 @@ def test_a_verdict_follows_from_what_was_measured(name: str) -> None:
         drawn(result)
 
 
-@pytest.mark.parametrize("name", LEARNS)
+LONG = {"cost", "inference", "initialization", "steps", "ensemble", "mnist", "gradients", "throughput", "saturation"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in LEARNS])
 def test_short_runs_are_measured_and_concluded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "load_images", few_test_images)
     experiment, short = load(name), SHORT.get(name, {"steps": 50})
