@@ -82,7 +82,7 @@ def _moves(batch: Any) -> bool:
 
 def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
     try:
-        inner = _unwrapped(model)
+        inner = unwrapped(model)
         signature = inspect.signature(inner.forward)
     except ValueError:  # of a traced one
         return False
@@ -104,13 +104,13 @@ def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
     return True
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Of what takes any arguments (torch.compile, DistributedDataParallel, averaged weights) the model in it."""
     if "_orig_mod" in model._modules:
-        return _unwrapped(model.get_submodule("_orig_mod"))
+        return unwrapped(model.get_submodule("_orig_mod"))
     if "module" not in model._modules:
         return model
     kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
     if kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         return model
-    return _unwrapped(model.get_submodule("module"))
+    return unwrapped(model.get_submodule("module"))

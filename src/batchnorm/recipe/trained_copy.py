@@ -63,8 +63,8 @@ class TrainedCopy:
         advice = (
             "use the model that forward is given, forward(model, batch), for a penalty on its parameters too"
             if owner == "forward"
-            else "a loss that reads the model's parameters, a penalty say, goes into forward=, which is given the copy, "
-            "as lambda model, batch: loss(model(batch[0]), batch[1]) + penalty(model)"
+            else "a loss that reads the model's parameters, a penalty say, goes into forward=, which is given the "
+            "copy: lambda model, batch: loss(model(batch[0]), batch[1]) + penalty(model)"
         )
         raise ValueError(f"find_learning_rate trains a copy of the model, and {owner} uses another ({what}): {advice}.")
 
