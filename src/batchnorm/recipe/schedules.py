@@ -51,7 +51,7 @@ class _Faster:
 def _faster(factors: list[Any], speed: float) -> list[Any]:
     """Functions become functions, of which torch saves nothing."""
     return [
-        (lambda step, f=f: f(round(step * speed))) if isinstance(f, FunctionType) else _Faster(f, speed)  # type: ignore[misc]
+        (lambda step, f=f: f(round(step * speed))) if isinstance(f, FunctionType) else _Faster(f, speed)
         for f in factors
     ]
 
