@@ -226,6 +226,41 @@ def fit(batches: Any) -> object:
     return bn.find_learning_rate(ByName(), batches)
 
 
+class OfTwo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+
+    def forward(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        return self.net(x + y) * scale
+
+
+class OfAPair(OfTwo):
+    def forward(self, pair: Any) -> Tensor:  # type: ignore[override]
+        x, y = pair.values() if isinstance(pair, Mapping) else pair
+        return self.net(x + y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        (OfTwo, (X, X)),
+        (OfTwo, [X, X]),
+        (OfTwo, {"x": X, "y": X}),
+        (OfAPair, (X, X)),
+        (OfAPair, [X, X]),
+        (OfAPair, {"x": X, "y": X}),
+        (OfAPair, Pair(X, X)),
+        (OfAPair, UserDict(x=X, y=X)),
+    ],
+)
+def test_inputs_are_given_alike_by_every_tool(kind: Callable[[], Any], inputs: Any) -> None:
+    model, batches = kind(), [(inputs, torch.randint(2, (len(X),)))]
+    bn.recalibrate(model, batches)
+    torch.testing.assert_close(model.net[1].running_mean, model.net[0](2 * X).mean(0))
+    bn.find_learning_rate(model, batches, steps=20)
+
+
 @pytest.mark.parametrize("use", [lambda batches: bn.recalibrate(ByName(), batches), fit], ids=["recalibrate", "rate"])
 @pytest.mark.parametrize(
     ("batches", "words"),

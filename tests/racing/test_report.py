@@ -36,6 +36,10 @@ def test_one_seed_says_that_it_is_one_and_an_untuned_rate_that_it_is_untuned() -
     rules = report.rules(make_plan(toy.task(), spec="racing.toy:task", seeds=1))
     assert "ONE seed" in rules
     assert "NOT TUNED for this task: the learning rate of baseline, accelerated" in rules
+    untuned = report.changes(CONTENDERS["accelerated"], tuned=False)
+    assert "tuned" not in untuned
+    assert "learning rate x5" in untuned
+    assert "own tuned learning rate" in report.changes(CONTENDERS["accelerated"])
     assert "Means over 3 seeds" in report.rules(make_plan(toy.task(), spec="racing.toy:task"))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ def network() -> nn.Sequential:
 
 def sgd(model: nn.Module | None = None, **options: float) -> torch.optim.SGD:
     settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01} | options
-    return torch.optim.SGD((model or network()).parameters(), **settings)  # type: ignore[arg-type]
+    return torch.optim.SGD((network() if model is None else model).parameters(), **settings)  # type: ignore[arg-type]
 
 
 def test_rates_and_decay_are_multiplied_and_gamma_beta_and_biases_do_not_decay() -> None:
@@ -174,6 +175,115 @@ def test_layers_without_batch_normalization_keep_their_rate() -> None:
         PAPER.apply(other, None, model)
 
 
+class Inner(nn.Module):
+    """As a wrapper names what is in it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.module(*inputs, **named)
+
+
+def parts_compiled(model: nn.Sequential) -> nn.Module:
+    model[2] = torch.compile(model[2])
+    return model
+
+
+def weight_computed(model: nn.Sequential) -> nn.Module:
+    nn.utils.parametrizations.weight_norm(model[2])
+    return model
+
+
+@pytest.mark.parametrize("wrap", [Inner, torch.compile, lambda m: torch.compile(Inner(m)), parts_compiled,
+                                  weight_computed, lambda m: bn.from_torch(m, example=torch.randn(3, 4))])  # fmt: skip
+def test_layers_keep_their_rate_in_wrappers_too(wrap: Any) -> None:
+    model = wrap(bn.accelerate(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)))
+    optimizer = sgd(model)
+    PAPER.apply(optimizer, model=model)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {("2." in name): rates[id(p)] for name, p in model.named_parameters()}
+    assert len(rates) == len([*model.parameters()])
+    assert found == {False: 0.5, True: 0.1}
+
+
+def test_a_report_that_does_not_tell_which_layers_are_normalized_is_refused_and_the_way_out_works() -> None:
+    model, x = network(), torch.randn(3, 4)
+    ours = bn.from_torch(model, example=x)
+    with pytest.raises(
+        ValueError, match=r"does not tell which layers .*make the model by accelerate\(\) or insert\(\)"
+    ):
+        PAPER.apply(sgd(ours), model=ours)
+    for told in (bn.from_torch(bn.insert(model, x), example=x), bn.insert(ours, x)):
+        optimizer = sgd(told)
+        PAPER.apply(optimizer, model=told)
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert [rates[id(p)] for p in told.parameters()] == [0.5, 0.5, 0.5, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("kind", ["CosineAnnealingLR", "CosineAnnealingWarmRestarts", "Sequential", "closed form"])
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+def test_a_kept_rate_keeps_its_floor(kind: str) -> None:
+    """Beside schedulers of optimizers that have one of the two rates alone."""
+    cosine, restarts = schedulers.CosineAnnealingLR, schedulers.CosineAnnealingWarmRestarts
+
+    def make(optimizer: torch.optim.Optimizer, k: int, times: float) -> Any:
+        if kind == "Sequential":
+            warm = schedulers.LinearLR(optimizer, 0.2, 1, 60 // k)
+            return schedulers.SequentialLR(
+                optimizer, [warm, restarts(optimizer, 60 // k, eta_min=0.05 * times)], [60 // k]
+            )
+        of = restarts if "Restarts" in kind else cosine
+        return of(optimizer, 240 // k, eta_min=0.05 * times)
+
+    def rates(optimizer: torch.optim.Optimizer, scheduler: Any) -> list[list[float]]:
+        found = []
+        for step in range(1, 60):
+            optimizer.step()
+            scheduler.step(*[step] * (kind == "closed form"))
+            found.append(sorted({round(group["lr"], 9) for group in optimizer.param_groups}))
+        return found
+
+    model = bn.accelerate(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4))
+    kept, faster, given = sgd(lr=0.1), sgd(lr=0.5), sgd(model)
+    scheduler = make(given, 1, 1)
+    PAPER.apply(given, scheduler, model)
+    again = pickle.loads(pickle.dumps(scheduler.state_dict()))
+    wanted = [rates(kept, make(kept, 6, 1)), rates(faster, make(faster, 6, 5))]
+    expected = [[*a, *b] for a, b in zip(*wanted, strict=True)]
+    assert rates(given, scheduler) == [pytest.approx(one) for one in expected]
+    scheduler.load_state_dict(again)
+
+
+class Slower:
+    """A factor with a state."""
+
+    def __init__(self) -> None:
+        self.k = 1
+
+    def __call__(self, step: int) -> float:
+        return self.k / (1 + step)
+
+
+def test_a_factor_with_a_state_saves_and_loads_it() -> None:
+    found = []
+    for k in (1, 3):
+        factor, optimizer = Slower(), sgd()
+        factor.k = k
+        scheduler = schedulers.LambdaLR(optimizer, factor)
+        PAPER.apply(optimizer, scheduler)
+        assert scheduler.state_dict()["lr_lambdas"] == [{"k": k}, {"k": k}]
+        found.append((scheduler, optimizer, factor))
+    (scheduler, optimizer, factor), (other, _, _) = found
+    scheduler.load_state_dict(pickle.loads(pickle.dumps(other.state_dict())))
+    assert factor.k == 3
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5 * 0.1 * 3 / 7)
+    assert copy.deepcopy(scheduler.lr_lambdas[0])(2) == 3 / 13
+
+
 def test_names_of_parameters_go_where_they_go() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, weight_decay=0.01)
@@ -292,6 +402,16 @@ REFUSED: dict[str, tuple[Any, Any, bn.Recipe, str]] = {
     ),
     "another's scheduler": (sgd, lambda o: schedulers.StepLR(sgd(), 6), PAPER, "stands on another optimizer"),
     "not passed": (lambda m: schedulers.StepLR(sgd(m), 6).optimizer, None, PAPER, "pass it too"),
+    "a scheduler unknown, in the same time": (
+        sgd, lambda o: schedulers.CyclicLR(o, 0.1, 1), bn.Recipe(learning_rate=5),
+        r"ChainedScheduler\. Apply the recipe to the optimizer, before the scheduler is made",
+    ),
+    "the model second": (sgd, lambda o: network(), PAPER, r"a scheduler second, got a Sequential: .*model=model\)"),
+    "an optimizer second": (sgd, lambda o: sgd(), PAPER, "a scheduler second, got a SGD"),
+    "patience": (
+        sgd, lambda o: schedulers.ReduceLROnPlateau(o, patience=2), PAPER,
+        "2 cannot be made 6 times shorter, it becomes 0",
+    ),
     "warnings are errors": (
         sgd, lambda o: [schedulers.StepLR(o, 60), schedulers.StepLR(o, 2)], PAPER, "2 cannot be made 6 times shorter",
     ),
@@ -318,6 +438,15 @@ def test_what_is_refused_leaves_optimizer_and_schedulers_as_they_were(case: str)
     with pytest.raises((ValueError, TypeError, UserWarning), match=message):
         recipe.apply(optimizer, scheduler)
     assert str(state()) == str(before)
+
+
+@pytest.mark.parametrize("given", [network(), network().parameters(), schedulers.StepLR(sgd(), 60)], ids=type)
+def test_what_is_no_optimizer_or_no_model_is_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match=rf"an optimizer first, got a {type(given).__name__}: apply\(optimizer, sched"):
+        PAPER.apply(given)
+    if not isinstance(given, nn.Module):
+        with pytest.raises(TypeError, match=rf"takes a model third, got a {type(given).__name__}: apply\(optimizer"):
+            PAPER.apply(sgd(), None, given)
 
 
 def test_an_optimizer_with_one_group_takes_a_recipe_that_cuts_nothing() -> None:

@@ -127,6 +127,76 @@ def test_plots_into_a_file_and_into_axes(tmp_path: Path) -> None:
     assert f"{test.rate:.2g}" in axes.get_title(loc="left")
 
 
+class Trainer:
+    """Has the model, and runs its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.other = model, copy.deepcopy(model)
+
+    def step(self, model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def third(self, model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(self.other(batch[0]), batch[1])
+
+    def late(self, model: nn.Module, batch: Any) -> Tensor:
+        once = not hasattr(self, "ran")
+        self.ran = True
+        return nn.functional.cross_entropy((model if once else self.model)(batch[0]), batch[1])
+
+    def penalty(self, y: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(y, targets) + sum(p.square().sum() for p in self.model.parameters())
+
+    def own(self, parameters: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": self.model.parameters()}, {"params": parameters}], lr=lr)
+
+    def others(self, parameters: Any, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.other.parameters(), lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("argument", "method", "words"),
+    [
+        (
+            "forward",
+            "step",
+            r"forward uses another \(0.weight of the model itself got a gradient\): use the model that",
+        ),
+        ("forward", "third", r"forward uses another \(no parameter of the copy got a gradient\): use the model that"),
+        ("forward", "late", r"forward uses another \(0.weight of the model itself"),
+        ("loss", "penalty", r"loss uses another \(0.weight .*goes into forward=, which is given the copy"),
+        ("optimizer", "own", r"holds the model's own parameters, .*: use the parameters that it is given"),
+        ("optimizer", "others", r"holds parameters of another model, .*: use the parameters that it is given"),
+    ],
+)
+def test_who_reaches_the_model_past_its_copy_is_refused_and_the_model_is_as_before(
+    argument: str, method: str, words: str
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    model[0].weight.grad = kept = torch.ones(8, 4)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=words):
+        bn.find_learning_rate(
+            model, [(torch.randn(8, 4), torch.arange(8) % 2)], **{argument: getattr(Trainer(model), method)}
+        )
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert model[0].weight.grad is kept
+    assert kept.eq(1).all()
+    assert all(p.grad is None for p in [*model.parameters()][1:])
+
+
+def test_another_model_may_be_read() -> None:
+    """A teacher: the model itself, say, whose running statistics are as before too."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(64, 4)
+
+    def forward(trained: nn.Module, batch: Tensor) -> Tensor:
+        return nn.functional.mse_loss(trained(batch), model(batch).detach() + 1)
+
+    assert bn.find_learning_rate(model, [x], forward=forward).rate > 0
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
 def nan(y: Tensor, t: Tensor) -> Tensor:
     return y.sum() * math.nan
 
@@ -144,6 +214,10 @@ def nan(y: Tensor, t: Tensor) -> Tensor:
         (
             {"model": nn.Sequential(nn.LazyLinear(1))},
             r"0 \(LazyLinear\) does not know .*run the model once",
+        ),
+        (
+            {"model": nn.Linear(1, 1).requires_grad_(False)},
+            r"no parameter that requires a gradient.* model.requires_grad_\(\) first",
         ),
         ({"loss": lambda y, t: 1 + 0 * y.sum()}, "the loss did not fall at learning rates from 1e-05"),
     ],
@@ -190,6 +264,18 @@ mse = nn.functional.mse_loss
         (Output, {"forward": lambda m, b: m(b[0]).loss.detach()}, ValueError, "no gradient flows"),
         (lambda y: y, {"loss": partial(mse, reduction="none")}, ValueError,
          r"one number, got one of shape \(8, 1\): pass reduction=.mean."),
+        (lambda y: y, {"forward": lambda m, b: m(b[0])}, ValueError,
+         r"forward returns is one number, got one of shape \(8, 1\): .*of outputs, return the loss of them, as lambda"),
+        (lambda y: {"loss": mse(y, PAIR[1])}, {"forward": lambda m, b: m(b[0])}, TypeError,
+         r'got a dict: return its \["loss"\]'),
+        (lambda y: (y, y), {"forward": lambda m, b: m(b[0])}, TypeError, "got a tuple: return the loss of them"),
+        (lambda y: y, {"loss": "mse"}, TypeError, r"function of \(outputs, targets\), got 'mse': pass torch.nn.func"),
+        (lambda y: y, {"loss": nn.MSELoss}, TypeError, r"got the class MSELoss: make one, MSELoss\(\)"),
+        (lambda y: y, {"forward": 3}, TypeError, r"forward is a function of \(model, batch\), got 3"),
+        (lambda y: y, {"steps": 30.0}, TypeError, r"steps is a whole number of batches, got 30.0"),
+        (lambda y: y, {"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)}, TypeError,
+         r"optimizer is a function of \(parameters, lr=...\).* got a SGD: pass torch.optim.SGD, or"),
+        (lambda y: y, {"optimizer": lambda parameters, lr: None}, TypeError, "returned a NoneType, no optimizer"),
     ],
 )  # fmt: skip
 def test_losses_that_no_step_can_be_made_on(pack: Any, options: Any, error: Any, words: str) -> None:

@@ -250,11 +250,25 @@ def test_a_maximum_may_stand_between():
     )
 
 
+def test_empty_batches_count_for_nothing():
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(8, 4)
+    found = [bn.insert(model, x, batches=given).state_dict() for given in ([x], [x[:0], x, x[:0]])]
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"no batch reaches 0, or only empty ones do: give batches"):
+        bn.insert(model, x, batches=[x[:0]])
+
+
 def test_skip_takes_modules_around_layers():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)))
-    assert bn.insert(model, X, skip=["2"]).batchnorm_report.of("normalized") == ["0"]
+    for given in (["2"], (name for name in ["2"])):
+        assert bn.insert(model, X, skip=given).batchnorm_report.of("normalized") == ["0"]
     with pytest.raises(TypeError, match="skip is a list of names, got the string '0'"):
         bn.insert(model, X, skip="0")
+    for given, got in (([nn.Linear], "the class Linear"), (nn.Linear, "the class Linear"), ([model[0]], "a Linear")):
+        with pytest.raises(
+            TypeError, match=rf"skip is a list of names of layers, got {got}: \[name for name, layer in"
+        ):
+            bn.insert(model, X, skip=given)
     with pytest.raises(ValueError, match=r"skip names no Linear.*: 1"):
         bn.insert(model, X, skip=["1"])
 
@@ -349,7 +363,9 @@ class TwoPaths(nn.Module):
 
 
 def test_what_batches_do_not_tell_is_said_with_the_layers_name(monkeypatch):
-    with pytest.raises(ValueError, match=r"insert: no batch reaches b: give batches that do, or skip= them"):
+    with pytest.raises(
+        ValueError, match=r"insert: no batch reaches b, or only empty ones do: give batches that do, or skip= them"
+    ):
         bn.insert(TwoPaths(), X, batches=[X[:3]])
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU()).eval()
     with pytest.raises(ValueError, match=r"insert: on these batches 0 gives values that are not finite: look at"):

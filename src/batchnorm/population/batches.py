@@ -85,15 +85,26 @@ def placed(batch: Any, device: Any) -> Any:
 def call_with_inputs(model: nn.Module, batch: Any) -> Any:
     """The model on a batch as a DataLoader gives it: of a tuple or list (inputs, labels) its first element.
 
+    Raises:
+        TypeError: forward takes some of a mapping's keys, and not the others, or wants more.
+    """
+    return run(model, batch[0] if isinstance(batch, tuple | list) and not _moves(batch) else batch)
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """The model on the inputs of a batch.
+
     A mapping (of transformers' collators, say) is given as keyword arguments where the model's forward takes all of its
-    keys by name, as transformers' models do; else it is given as it is.
+    keys by name, as transformers' models do, a tuple or list as arguments where it takes several; else they are given
+    as they are.
 
     Raises:
         TypeError: forward takes some of a mapping's keys, and not the others, or wants more.
     """
-    inputs = batch[0] if isinstance(batch, tuple | list) and not _moves(batch) else batch
     if isinstance(inputs, Mapping) and _takes_by_name(model, inputs):
         return model(**inputs)
+    if type(inputs) in (tuple, list) and _takes_several(model, inputs):
+        return model(*inputs)
     return model(inputs)
 
 
@@ -102,9 +113,20 @@ def _moves(batch: Any) -> bool:
     return callable(getattr(batch, "to", None)) and not isinstance(batch, type)
 
 
+def _takes_several(model: nn.Module, inputs: tuple[Any, ...] | list[Any]) -> bool:
+    try:
+        signature = inspect.signature(unwrapped(model).forward)
+        signature.bind(*inputs)
+    except (TypeError, ValueError):  # so many it does not take; of a traced one nothing is known
+        return False
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(kind in positional for kind in kinds) > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
+
+
 def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
     try:
-        inner = _unwrapped(model)
+        inner = unwrapped(model)
         signature = inspect.signature(inner.forward)
     except ValueError:  # of a traced one
         return False
@@ -126,13 +148,13 @@ def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
     return True
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Of what takes any arguments (torch.compile, DistributedDataParallel, averaged weights) the model in it."""
     if "_orig_mod" in model._modules:
-        return _unwrapped(model.get_submodule("_orig_mod"))
+        return unwrapped(model.get_submodule("_orig_mod"))
     if "module" not in model._modules:
         return model
     kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
     if kinds != {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
         return model
-    return _unwrapped(model.get_submodule("module"))
+    return unwrapped(model.get_submodule("module"))

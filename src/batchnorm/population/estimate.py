@@ -72,7 +72,7 @@ def recalibrate(
             those that have none, are frozen, or have ``track_running_stats`` switched off. It may be wrapped:
             ``DistributedDataParallel`` sends nothing meanwhile.
         batches: iterable of model inputs, each (N, ...); of a tuple or list, as a DataLoader gives with labels, the
-            first element. Read front to back.
+            first element, which may be a tuple of several arguments. Read front to back.
         forward: ``forward(model, batch)`` runs the model on one batch; default: ``model(inputs)``; a mapping, as of
             transformers' collators, is given as keyword arguments where the model's forward takes all its keys by name
             (labels too, where they are in it), else as it is.

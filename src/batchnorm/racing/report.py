@@ -40,14 +40,14 @@ def rules(plan: Plan) -> str:
     )
 
 
-def changes(contender: Contender) -> str:
-    """What a contender changes against the baseline, in words."""
+def changes(contender: Contender, tuned: bool = True) -> str:
+    """What a contender changes against the baseline, in words. ``tuned``: its rate, on this task, if it has its own."""
     recipe = contender.recipe
     parts = ["BN"] if contender.batch_norm else []
     if recipe.dropout != 1:
         parts.append(f"dropout x{recipe.dropout:g}" if recipe.dropout else "no dropout")
     parts += [f"{key}={value}" for key, value in contender.network.items()]
-    if contender.tuned:
+    if contender.tuned and tuned:
         parts.append("own tuned learning rate")
     elif recipe.learning_rate != 1:
         parts.append(f"learning rate x{recipe.learning_rate:g}")
@@ -107,7 +107,7 @@ def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
     for contender, row in zip(plan.contenders, results["contenders"], strict=True):
         ended = "" if row["status"] == REACHED else f". Outcome: {row['status']}"
         if ended or contender.name != "baseline":
-            lines.append(f"{contender.name} changes: {changes(contender)}{ended}")
+            lines.append(f"{contender.name} changes: {changes(contender, contender.name in plan.tuned)}{ended}")
     if plan.left_out:
         lines.append(f"left out, since the model function lacks the keywords: {', '.join(plan.left_out)}")
     return lines

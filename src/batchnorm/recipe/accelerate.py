@@ -75,6 +75,13 @@ def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, sk
     accelerated: Any = insert(model, example, skip=skip)
     report = accelerated.batchnorm_report
     if not report.of("normalized"):
+        if any(row.done == LEFT and "has batch normalization" in row.why for row in report):
+            known = f'batchnorm.RECIPES["{value.name}"]' if RECIPES.get(value.name) == value else "recipe"
+            raise ValueError(
+                "accelerate: there is no layer to normalize, batch normalization is there already. The rest of the "
+                f"recipe: {known}.apply(optimizer, scheduler), and dropout's probabilities x{value.dropout:g}, by hand."
+                f"\n{report}"
+            )
         raise ValueError(f"accelerate: there is no layer to normalize.\n{report or 'The model has no affine layer.'}")
     report.extend(dropout)
     accelerated.batchnorm_recipe = value

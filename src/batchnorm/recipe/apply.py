@@ -5,76 +5,32 @@ Comes from: ``Recipe.apply``. Goes to: the user's training loop.
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer, lr_scheduler
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
 
+from batchnorm.population.batches import unwrapped
+from batchnorm.recipe.schedules import Schedule, check_schedule, family
 from batchnorm.surgery.affine import affine_of, looks_affine
 from batchnorm.surgery.report import LEFT
 
 if TYPE_CHECKING:
     from batchnorm.recipe.recipe import Recipe
 
-Change = Callable[[Any, float], Any]
-
-
-def _shorter(steps: float, speed: float) -> int:
-    found = max(1, round(steps / speed))
-    if not 3 / 4 < steps / speed / found < 4 / 3:
-        warnings.warn(
-            f"{steps:g} cannot be made {speed:g} times shorter, it becomes {found}: let the scheduler count in steps "
-            "instead of epochs.",
-            stacklevel=5,
-        )
-    return found
-
-
-def _faster(factors: list[Callable[[int], float]], speed: float) -> list[Callable[[int], float]]:
-    return [lambda step, f=f: f(round(step * speed)) for f in factors]  # type: ignore[misc]
-
-
-def _phases(phases: list[dict[str, Any]], speed: float) -> list[dict[str, Any]]:
-    """Of the one cycle: the last one ends with the last step."""
-    steps = phases[-1]["end_step"] + 1
-    share = max(1, round(steps / speed)) / steps
-    return [phase | {"end_step": (phase["end_step"] + 1) * share - 1} for phase in phases]
-
-
-# What each scheduler counts in steps, and what becomes of it. A new scheduler is one row.
-TIMES: dict[type, dict[str, Change]] = {
-    lr_scheduler.StepLR: {"step_size": _shorter},
-    lr_scheduler.MultiStepLR: {
-        "milestones": lambda at, speed: sum((Counter({_shorter(m, speed): n}) for m, n in at.items()), Counter())
-    },
-    lr_scheduler.ExponentialLR: {"gamma": lambda gamma, speed: gamma**speed},
-    lr_scheduler.CosineAnnealingLR: {"T_max": _shorter},
-    lr_scheduler.CosineAnnealingWarmRestarts: {"T_0": _shorter, "T_i": _shorter},
-    lr_scheduler.ConstantLR: {"total_iters": _shorter},
-    lr_scheduler.LinearLR: {"total_iters": _shorter},
-    lr_scheduler.PolynomialLR: {"total_iters": _shorter},
-    lr_scheduler.LambdaLR: {"lr_lambdas": _faster},
-    lr_scheduler.OneCycleLR: {"total_steps": _shorter, "_schedule_phases": _phases},
-    lr_scheduler.ReduceLROnPlateau: {
-        "patience": lambda steps, speed: round(steps / speed),
-        "cooldown": lambda steps, speed: round(steps / speed),
-    },
-    lr_scheduler.SequentialLR: {"_milestones": lambda at, speed: [_shorter(m, speed) for m in at]},
-    lr_scheduler.ChainedScheduler: {},
-}
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
-PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "lr_lambdas")  # a scheduler's lists, one entry per group
+_WRAPPED_PART = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 MARK = "recipe"  # in a parameter group: what was applied
 
 
 def apply(recipe: Recipe, optimizer: Optimizer, scheduler: Any, model: nn.Module | None) -> None:
     """See ``Recipe.apply``. All is computed before anything is changed: what is refused changes nothing."""
     given = scheduler if isinstance(scheduler, list | tuple) else [] if scheduler is None else [scheduler]
-    schedulers = [member for each in given for member in _family(each)]
+    schedulers = [member for each in given for member in family(each)]
     _check(recipe, optimizer, schedulers)
     kept = set() if model is None else _not_normalized(model, optimizer)
 
@@ -95,43 +51,20 @@ def apply(recipe: Recipe, optimizer: Optimizer, scheduler: Any, model: nn.Module
             rates["weight_decay"] = 0.0 if undecayed else new["weight_decay"] * recipe.weight_decay
         nesterov = {"nesterov": True} if recipe.nesterov else {}
         changed.append(new | rates | nesterov | {MARK: recipe.name})
-    lists = {}  # of schedulers, by their id, since some share one: as they are, and as they become
-    for each in schedulers:
-        for name in PER_GROUP:
-            if name in vars(each):
-                values = vars(each)[name]
-                longer = [*values, *(values[origin] for origin in origins)]
-                numbers = name != "lr_lambdas"
-                scaled = [v * f for v, f in zip(longer, factors, strict=True)] if numbers else longer
-                lists[id(values)] = (values, scaled)
-    times: list[tuple[Any, str, Any]] = []
-    for each in schedulers:
-        times.extend(_times(recipe, each, lists))
+    schedule = Schedule(schedulers, factors, origins, recipe.decay_speed)
     for group, new in zip(list(groups), changed, strict=False):
         group.update(new)
     groups.extend(changed[len(groups) :])
-    for values, scaled in lists.values():
-        values[:] = scaled
-    for each, name, value in times:
-        setattr(each, name, value)
-
-
-def _times(recipe: Recipe, scheduler: Any, lists: dict[int, tuple[Any, Any]]) -> Iterator[tuple[Any, str, Any]]:
-    """What a scheduler counts in steps, and its floor: (scheduler, name, new value)."""
-    if hasattr(scheduler, "eta_min"):
-        yield scheduler, "eta_min", scheduler.eta_min * recipe.learning_rate
-    for name, change in TIMES[type(scheduler)].items() if recipe.decay_speed != 1 else ():
-        now = getattr(scheduler, name)
-        yield scheduler, name, change(lists.get(id(now), (now, now))[1], recipe.decay_speed)
-
-
-def _family(scheduler: Any) -> list[Any]:
-    """A scheduler and those that it is made of."""
-    return [scheduler, *(member for part in getattr(scheduler, "_schedulers", ()) for member in _family(part))]
+    schedule.change()
 
 
 def _check(recipe: Recipe, optimizer: Optimizer, schedulers: list[Any]) -> None:
-    groups = optimizer.param_groups
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        raise TypeError(
+            f"apply takes an optimizer first, got a {type(optimizer).__name__}: apply(optimizer, scheduler, model), "
+            "with optimizer = torch.optim.SGD(model.parameters(), ...), say."
+        )
     applied = [group[MARK] for group in groups if MARK in group]
     if applied:
         raise ValueError(f"recipe {applied[0]} has been applied to this optimizer: make a new one to apply another.")
@@ -151,21 +84,17 @@ def _check(recipe: Recipe, optimizer: Optimizer, schedulers: list[Any]) -> None:
     if not schedulers and any("initial_lr" in group for group in groups):
         raise ValueError("a scheduler stands on this optimizer: pass it too, apply(optimizer, scheduler).")
     for scheduler in schedulers:
-        kind = type(scheduler).__name__
-        if type(scheduler) not in TIMES:
-            known = ", ".join(t.__name__ for t in TIMES)
-            raise TypeError(
-                f"apply does not know what a {kind} counts in steps. Known: {known}. Make it {recipe.decay_speed:g} "
-                "times shorter yourself and apply the recipe to the optimizer, before the scheduler is made."
-            )
-        if getattr(scheduler, "optimizer", optimizer) is not optimizer:
-            raise ValueError(f"the {kind} stands on another optimizer.")
-        if getattr(scheduler, "last_epoch", 0) > 0:
-            raise ValueError(f"the {kind} has stepped already: apply a recipe before training.")
+        check_schedule(scheduler, optimizer, recipe.decay_speed)
 
 
-def _not_normalized(model: nn.Module, optimizer: Optimizer) -> set[int]:
-    """Parameters of the affine layers that ``insert`` left without batch normalization, by their id."""
+def _not_normalized(model: Any, optimizer: Optimizer) -> set[int]:
+    """Parameters of the affine layers that ``insert`` left without batch normalization, by their id.
+
+    Wrappers are looked through: DistributedDataParallel, torch.compile, also of parts.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply takes a model third, got a {type(model).__name__}: apply(optimizer, scheduler, model).")
+    model = unwrapped(model)
     report = getattr(model, "batchnorm_report", None)
     mine = {id(p) for p in model.parameters()}
     if report is None or not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
@@ -173,10 +102,22 @@ def _not_normalized(model: nn.Module, optimizer: Optimizer) -> set[int]:
             "apply takes the model that accelerate() returned, and an optimizer of its parameters: "
             "torch.optim.SGD(accelerated.parameters(), ...)."
         )
-    modules = dict(model.named_modules())
-    left = [modules.get(row.layer) for row in report if row.done == LEFT and "has batch normalization" not in row.why]
-    layers = [m for m in left if m is not None and (affine_of(m) is not None or looks_affine(m))]
-    return {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    modules = {_WRAPPED_PART.sub("", name).rstrip("."): module for name, module in model.named_modules()}
+    named = [(row, modules[row.layer]) for row in report if row.layer in modules]
+    affine = [(row, m) for row, m in named if affine_of(m) is not None or looks_affine(m)]
+    if not affine and any(affine_of(m) is not None for m in modules.values()):
+        raise ValueError(
+            "the model's report (of from_torch, say) does not tell which layers have batch normalization: make the "
+            "model by accelerate() or insert(), which tell it of a network that has it too, before from_torch; and the "
+            "optimizer of its parameters. Or apply the recipe without the model, and set the rate of the classifier."
+        )
+    left = [m for row, m in affine if row.done == LEFT and "has batch normalization" not in row.why]
+    return {id(p) for m in left for held in (m, *_computing(m)) for p in held.parameters(recurse=held is not m)}
+
+
+def _computing(layer: nn.Module) -> list[nn.Module]:
+    """What computes the layer's weight from others, and holds those."""
+    return [layer.get_submodule("parametrizations")] if parametrize.is_parametrized(layer) else []
 
 
 def _parts(group: dict[str, Any], kind: Callable[[Tensor], tuple[bool, bool]]) -> list[dict[str, Any]]:

@@ -8,18 +8,16 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from batchnorm.population.batches import refuse_one_batch
-from batchnorm.population.kept import check_materialized
-from batchnorm.surgery.copied import copied
-from batchnorm.surgery.watch import arguments
+from batchnorm.population.batches import one_value_said, refuse_one_batch, run
+from batchnorm.recipe.trained_copy import trained_copy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +26,7 @@ SMOOTHING = 0.2  # weight of a new loss in the moving average
 DIVERGED = 3.0  # of the first or lowest smoothed loss, the larger, above the lowest one: the test ends
 LEAST = 10  # steps that tell a slope
 NOTHING = 1e-6  # of the first loss: no fall, but rounding
+_GIVES_OUTPUTS = "return the loss of them, as lambda model, batch: loss(model(batch[0]), batch[1]) does"
 
 
 @dataclass(frozen=True)
@@ -77,15 +76,17 @@ def find_learning_rate(
     The rate where the loss falls fastest is a good one for a constant learning rate; with a warm-up, or as the maximum
     of a schedule, two to five times that is often stable (at most that of the lowest loss). The test ends early where
     the loss is not finite, or its moving average is above its lowest by three times the size of its first (or of its
-    lowest, where that is larger). The model, and torch's random numbers, are as before afterwards.
+    lowest, where that is larger). The model, its gradients, and torch's random numbers, are as before afterwards.
 
     Args:
         model: any module; a copy in train mode is trained.
         batches: ``(inputs, targets)``, as a DataLoader gives them; read again from the front where they are too few.
-            Inputs in a tuple or list are positional arguments, in a dict keyword arguments.
+            Inputs in a tuple or list are arguments where the model's forward takes several, in a mapping keyword
+            arguments where it takes all of them by name.
         loss: ``loss(model(inputs), targets)``, a scalar; it may be negative. For a model that returns more than a
             tensor: ``lambda output, targets: torch.nn.functional.cross_entropy(output.logits, targets)``, say.
-        forward: ``forward(model, batch)`` runs the model on a batch of any kind, and returns the loss instead.
+        forward: ``forward(model, batch)`` runs the model on a batch of any kind, and returns the loss instead. The
+            model that it is given is the copy: it must use that one.
         optimizer: ``optimizer(parameters, lr=...)``; default: SGD with momentum 0.9. With weight decay or other
             settings: ``functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=1e-4)``.
         lowest, highest: first and last learning rate.
@@ -98,10 +99,12 @@ def find_learning_rate(
     Raises:
         ValueError: ``batches`` yielded nothing, or less than ``steps`` and cannot be read again; rates that do not
             grow; fewer than 10 steps; the loss diverged or was not finite before the tenth step, or never fell; an
-            optimizer whose step needs a closure, LBFGS; a loss per example, or one without a gradient; a lazy layer
-            has no shape yet: run the model once before.
-        TypeError: not a module; a batch that is not ``(inputs, targets)``, without ``forward``; ``batches`` is itself a
-            batch (a tensor, a mapping); a loss that is no tensor, or does not take the model's output.
+            optimizer whose step needs a closure, LBFGS, or of the model's own parameters; a forward or loss that uses
+            the model itself instead of its copy; a loss per example, or one without a gradient; nothing to train; a
+            lazy layer has no shape yet: run the model once before.
+        TypeError: not a module; no functions; a batch that is not ``(inputs, targets)``, without ``forward``;
+            ``batches`` is itself a batch (a tensor, a mapping); a loss that is no tensor, or does not take the model's
+            output.
 
     Example:
         >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
@@ -116,22 +119,25 @@ def find_learning_rate(
     """
     if not 0 < lowest < highest < math.inf:
         raise ValueError(f"rates must grow from above 0: lowest < highest (got {lowest:g} and {highest:g}).")
+    if not isinstance(steps, Integral):
+        raise TypeError(f"steps is a whole number of batches, got {steps!r}: pass {LEAST} or more.")
     if steps < LEAST:
         raise ValueError(f"steps must be at least {LEAST} to tell a slope (got {steps}).")
     refuse_one_batch(batches, "batches")
+    _check_functions(loss, forward)
     rates, losses = [], []
-    with _copied(model) as trained:
+    with trained_copy(model) as trained:
         make = optimizer or (lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9))
-        stepper = make([p for p in trained.parameters() if p.requires_grad], lr=lowest)
-        if isinstance(stepper, torch.optim.LBFGS):
-            raise ValueError("find_learning_rate makes one step per batch, and LBFGS needs a closure: choose another.")
+        stepper = trained.optimizer(make, lowest)
         for i, batch in enumerate(_shown(_repeated(batches, steps), steps, progress)):
             rate = lowest * (highest / lowest) ** (i / (steps - 1))
             for group in stepper.param_groups:
                 group["lr"] = rate
             stepper.zero_grad()
-            value = _scalar(_loss(trained, batch, loss) if forward is None else forward(trained, batch))
+            with one_value_said(i + 1):
+                value = _loss(trained.model, batch, loss, forward)
             value.backward()
+            trained.check("loss" if forward is None else "forward")
             stepper.step()
             rates.append(rate)
             losses.append(value.item())
@@ -142,7 +148,27 @@ def find_learning_rate(
     return _read(rates, losses)
 
 
-def _loss(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor]) -> Tensor:
+def _check_functions(loss: Any, forward: Any) -> None:
+    """Refuses what is no function: a loss by its name, or its class, of which none was made."""
+    for name, value, of in (("loss", loss, "(outputs, targets)"), ("forward", forward, "(model, batch)")):
+        if isinstance(value, type):
+            raise TypeError(
+                f"{name} is a function of {of}, got the class {value.__name__}: make one, {value.__name__}()."
+            )
+        if value is not None and not callable(value):
+            example = "torch.nn.functional.cross_entropy" if name == "loss" else "lambda model, batch: loss(...)"
+            raise TypeError(f"{name} is a function of {of}, got {value!r}: pass {example}, say.")
+
+
+def _loss(
+    model: nn.Module,
+    batch: Any,
+    loss: Callable[[Any, Any], Tensor],
+    forward: Callable[[nn.Module, Any], Tensor] | None,
+) -> Tensor:
+    """Of one batch, a number that a step can be made on."""
+    if forward is not None:
+        return _scalar(forward(model, batch), "forward")
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         of = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
         raise TypeError(
@@ -150,10 +176,9 @@ def _loss(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor]) -> T
             "forward(model, batch), which returns the loss."
         )
     inputs, targets = batch
-    positional, named = arguments(inputs)
-    output = model(*positional, **named)
+    output = run(model, inputs)
     try:
-        return loss(output, targets)
+        value = loss(output, targets)
     except (TypeError, AttributeError) as error:
         if isinstance(output, Tensor):
             raise
@@ -162,17 +187,26 @@ def _loss(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor]) -> T
             f"the model returned a {type(output).__name__}, which the loss does not take ({first}): pass loss=, a "
             "function of (output, targets), that reads output.logits, say, or output[0]."
         ) from error
+    return _scalar(value, "loss")
 
 
-def _scalar(value: Any) -> Tensor:
-    """A loss that a step can be made on."""
+def _scalar(value: Any, owner: str) -> Tensor:
+    """What ``owner``, forward or loss, returned, if it is a loss that a step can be made on."""
     if not isinstance(value, Tensor):
-        advice = "return its .loss" if hasattr(value, "loss") else "return a tensor"
-        raise TypeError(f"the loss is one number in a tensor, got a {type(value).__name__}: {advice}.")
+        kind, advice = type(value).__name__, "return a tensor"
+        if hasattr(value, "loss"):
+            advice = "return its .loss"
+        elif isinstance(value, Mapping) and "loss" in value:
+            advice = 'return its ["loss"]'
+        elif owner == "forward" and isinstance(value, Mapping | tuple | list):
+            advice = _GIVES_OUTPUTS
+        raise TypeError(f"the loss that {owner} returns is one number in a tensor, got a {kind}: {advice}.")
     if value.numel() != 1:
+        advice = 'pass reduction="mean" to the loss, or take its .mean()'
+        if owner == "forward":
+            advice = f"of losses return the .mean(); of outputs, {_GIVES_OUTPUTS}"
         raise ValueError(
-            f'the loss is one number, got one of shape {tuple(value.shape)}: pass reduction="mean" to the loss, or '
-            "take its .mean()."
+            f"the loss that {owner} returns is one number, got one of shape {tuple(value.shape)}: {advice}."
         )
     if not value.requires_grad:
         raise ValueError("no gradient flows from the loss to the model: is it detached, or from torch.no_grad()?")
@@ -207,17 +241,6 @@ def _read(rates: list[float], losses: list[float]) -> RateTest:
         )
     best = min(slopes, key=lambda i: slopes[i])
     return RateTest(tuple(rates[:seen]), tuple(losses[:seen]), tuple(smoothed), rates[best], rates[low])
-
-
-@contextmanager
-def _copied(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy to train; torch's random numbers are as before afterwards."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"find_learning_rate takes a torch.nn.Module, got {type(model).__name__}.")
-    check_materialized(model, "find_learning_rate", weights=True, runs=True)
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        yield copied(model).train()
 
 
 def _repeated(batches: Iterable[Any], steps: int) -> Iterator[Any]:

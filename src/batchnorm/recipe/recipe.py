@@ -113,14 +113,17 @@ class Recipe:
         (``step_size``, ``milestones``, ``T_max``, ``total_steps``, ``patience``, ...) is divided by ``decay_speed``.
 
         With the accelerated ``model``, layers that got no batch normalization, the classifier say, keep their learning
-        rate: what makes a higher one stable (Section 3.3 of the paper) does not hold for them.
+        rate and its floor: what makes a higher one stable (Section 3.3 of the paper) does not hold for them. The model
+        may be wrapped (DistributedDataParallel, torch.compile). A cosine schedule with a floor gets one for each group
+        then, ``eta_mins``: it becomes a subclass of its class.
 
         Raises:
             ValueError: a recipe has been applied already; the scheduler has stepped, stands on another optimizer, or
                 was not passed; nesterov with another optimizer than SGD with momentum; another model than the
-                optimizer's; a learning rate that is not a number (``Adafactor(lr=None)``); groups to cut of an
-                optimizer that takes one (LBFGS).
-            TypeError: a scheduler whose time cannot be changed. Nothing has been changed then, in either case.
+                optimizer's, or one whose report does not tell which layers have batch normalization; a learning rate
+                that is not a number (``Adafactor(lr=None)``); groups to cut of an optimizer that takes one (LBFGS).
+            TypeError: a scheduler whose time cannot be changed; something else in the place of optimizer, scheduler or
+                model. Nothing has been changed then, in either case.
 
         Example:
             >>> import torch

@@ -6,7 +6,7 @@ and reports.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -71,8 +71,9 @@ def on_all_ranks(verb: Verb) -> Verb:
                 f"{verb.__name__}: the model is wrapped by DistributedDataParallel with a communication hook or mixed "
                 "precision, which a new wrapper would not have: pass model.module, and wrap the result."
             )
-        if "skip" in kwargs and not isinstance(kwargs["skip"], str):
-            kwargs["skip"] = [name.removeprefix("module.") for name in kwargs["skip"]]
+        skip = kwargs.get("skip")
+        if isinstance(skip, Iterable) and not isinstance(skip, str):
+            kwargs["skip"] = [name.removeprefix("module.") if isinstance(name, str) else name for name in skip]
         made = verb(model.module, *args, **kwargs)
         again = nn.parallel.DistributedDataParallel(
             made,

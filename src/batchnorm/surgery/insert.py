@@ -114,6 +114,14 @@ def _skipped(skip: Sequence[str], layers: dict[str, Any]) -> set[str]:
     """The layers that ``skip`` names, by themselves or by a module around them."""
     if isinstance(skip, str):
         raise TypeError(f"skip is a list of names, got the string {skip!r}.")
+    skip = list(skip) if isinstance(skip, Iterable) else [skip]
+    other = next((given for given in skip if not isinstance(given, str)), None)
+    if other is not None:
+        kind = other if isinstance(other, type) else type(other)
+        raise TypeError(
+            f"skip is a list of names of layers, got {'the class' if other is kind else 'a'} {kind.__name__}: "
+            "[name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Conv2d)], say."
+        )
     found = {given: {name for name in layers if f"{name}.".startswith(f"{given}.")} for given in skip}
     unknown = [given for given, names in found.items() if not names]
     if unknown:
@@ -187,6 +195,8 @@ def _moments(
             row: Any = affine_of(layer)
             y = y.flatten(0, -2) if row.channels == -1 else y
             bias = None if layer.bias is None or row.needs_bias else layer.bias.double()
+            if not y.numel():  # of an empty batch; of an expert that nothing came to
+                return
             found = split.statistics(y)[1]
             each[name].append(found if bias is None else found._replace(mean_C=found.mean_C - bias))
 
@@ -203,7 +213,9 @@ def _moments(
         raise ValueError("batches yielded nothing: insert needs at least one batch of model inputs.")
     missed = [name for name, some in each.items() if not some]
     if missed:
-        raise ValueError(f"insert: no batch reaches {', '.join(missed)}: give batches that do, or skip= them.")
+        raise ValueError(
+            f"insert: no batch reaches {', '.join(missed)}, or only empty ones do: give batches that do, or skip= them."
+        )
     moments = {name: split.merged(*(torch.stack(t) for t in zip(*some, strict=True))) for name, some in each.items()}
     wrong = [name for name, found in moments.items() if not (found[0] + found[1]).isfinite().all()]
     if wrong:
