@@ -44,10 +44,11 @@ def recalibrate(
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         check_files(checkpoint, out, overwrite)
-        if out.suffix != checkpoint.suffix and ".safetensors" in (out.suffix, checkpoint.suffix):
-            raise ValueError(f"--out {out}: {checkpoint.suffix} stays {checkpoint.suffix}, its format is kept.")
         network = model_of(model)  # first: the user's file may allow objects in checkpoints
         content = Checkpoint(checkpoint, key, prefix)
+        if out.suffix != checkpoint.suffix and content.safe != (out.suffix == ".safetensors"):
+            kept = "safetensors" if content.safe else "torch.save"
+            raise ValueError(f"--out {out}: {checkpoint} is of {kept}, and its format is kept: choose another suffix.")
         content.load_into(network)
         with user_code(f"--device {device}"):
             network.to(torch.device(device))
