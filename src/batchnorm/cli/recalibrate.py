@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm.cli.given import check_files, made, model_of, user_code
+from batchnorm.cli.given import check_files, end, made, model_of, user_code
 from batchnorm.population import recalibrate as run
 from batchnorm.population.checkpoint import Checkpoint
 from batchnorm.population.estimate import Shift
@@ -64,8 +64,7 @@ def recalibrate(
         with user_code(f"--out {out}: cannot be written"):
             content.write(out)
     except (ValueError, OSError) as error:
-        print(f"recalibrate: {error}", file=sys.stderr)
-        sys.exit(2)
+        end("recalibrate", error)
     console.print(table_of(report))
     if content.said:
         console.print(content.said, highlight=False, markup=False)

@@ -130,17 +130,20 @@ def let_go(*tensors: Tensor) -> None:
 
 
 def check_materialized(model: nn.Module, verb: str, *, weights: bool = False) -> None:
-    """Refuses layers that do not know their shapes yet.
+    """Refuses lazy layers that have not run.
 
     Raises:
-        ValueError: a buffer, a batch normalization layer's parameter, or with ``weights`` any one, has no shape yet.
+        ValueError: a buffer, a batch normalization layer's parameter, or with ``weights`` any one, has no shape yet;
+            with ``weights`` also where a checkpoint was loaded, and the layer is of its lazy class still.
     """
     for name, module in model.named_modules():
         own = list(module._buffers.values())
         if weights or isinstance(module, _BatchNorm):
             own += module._parameters.values()
-        if any(is_lazy(t) for t in own):
+        unknown, waits = any(is_lazy(t) for t in own), weights and hasattr(module, "_initialize_hook")
+        if unknown or waits:
+            what = "does not know its shapes yet" if unknown else "is lazy, and has not run yet"
             raise ValueError(
-                f"{verb}: {name or 'the model'} ({type(module).__name__}) does not know its shapes yet: run the model "
-                "once, on an example, before."
+                f"{verb}: {name or 'the model'} ({type(module).__name__}) {what}: run the model once, on an example, "
+                "before."
             )
