@@ -2,13 +2,16 @@
 
 import argparse
 import copy
+import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save, save_model
 from torch import Tensor, nn
 
 import batchnorm as bn
@@ -205,9 +208,8 @@ class Settings:
     [
         ({"args": argparse.Namespace(lr=0.1)}, "argparse.Namespace"),
         ({"settings": Settings()}, f"{__name__}.Settings"),
-        (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
     ],
-    ids=["Namespace", "user", "module"],
+    ids=["Namespace", "user"],
 )
 def test_objects_that_are_refused_are_named(content: Any, named: str, zipped: bool, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "in.pt", _use_new_zipfile_serialization=zipped)
@@ -216,8 +218,9 @@ def test_objects_that_are_refused_are_named(content: Any, named: str, zipped: bo
     assert named in str(refused.value)
     assert "save model.state_dict() by itself" in str(refused.value)
     assert "\x1b" not in str(refused.value)
-    if zipped:
-        assert f"add_safe_globals([{named}])" in str(refused.value)
+    module = named.rpartition(".")[0]
+    lines = f"import torch, {module}; torch.serialization.add_safe_globals([{named}])"
+    assert str(refused.value).endswith(f"add in the file of your functions: {lines}.")
 
 
 def test_objects_that_the_user_allows_are_kept(tmp_path: Path) -> None:
@@ -227,3 +230,142 @@ def test_objects_that_the_user_allows_are_kept(tmp_path: Path) -> None:
         content.load_into(network())
         content.write(tmp_path / "out.pt")
         assert torch.load(tmp_path / "out.pt", weights_only=True)["args"].lr == 0.1
+
+
+def test_an_object_of_a_script_is_read_as_the_error_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "__module__", "__main__")
+    monkeypatch.setattr("__main__.Settings", Settings, raising=False)
+    torch.save({"model": network().state_dict(), "settings": Settings()}, tmp_path / "in.pt")
+    with pytest.raises(ValueError, match="define or import Settings and add") as refused:
+        Checkpoint(tmp_path / "in.pt")
+    (given,) = re.findall(r"add_safe_globals\((.*)\)", str(refused.value))
+    assert given == '[(Settings, "__main__.Settings")]'
+    with torch.serialization.safe_globals(eval(given)):
+        assert isinstance(Checkpoint(tmp_path / "in.pt").content["settings"], Settings)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numpys_numbers_and_arrays_are_kept(zipped: bool, tmp_path: Path) -> None:
+    held = [
+        np.float64(0.5),
+        np.int64(3),
+        np.bool_(True),
+        np.arange(3),
+        np.array(["a"]),
+        np.random.RandomState(0).get_state(),
+    ]
+    torch.save(
+        {"model": network().state_dict(), "held": held}, tmp_path / "in.pt", _use_new_zipfile_serialization=zipped
+    )
+    with torch.serialization.safe_globals([np.dtype]):
+        Checkpoint(tmp_path / "in.pt").write(tmp_path / "out.pt")
+        assert {np.dtype, np.ndarray} & {*torch.serialization.get_safe_globals()} == {np.dtype}
+    np.testing.assert_equal(torch.load(tmp_path / "out.pt", weights_only=False)["held"], held)
+
+
+@pytest.mark.parametrize("array", [np.array([None]), np.zeros(1, [("a", "f8")])], ids=["objects", "structured"])
+def test_numpys_arrays_of_anything_else_are_refused(array: Any, tmp_path: Path) -> None:
+    torch.save({"model": network().state_dict(), "held": array}, tmp_path / "in.pt")
+    with pytest.raises(ValueError, match=r"cannot be read as tensors and plain values \(.*DType"):
+        Checkpoint(tmp_path / "in.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("allowed", [[], [nn.Linear, nn.BatchNorm1d, nn.Sequential]], ids=["refused", "allowed"])
+@pytest.mark.parametrize("content", [network(), {"model": network(), "epoch": 1}], ids=["alone", "inside"])
+def test_a_whole_model_is_told_apart(content: Any, allowed: list[Any], zipped: bool, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "in.pt", _use_new_zipfile_serialization=zipped)
+    for key in (None, "model"):
+        with (
+            torch.serialization.safe_globals([*allowed, set]),
+            pytest.raises(ValueError, match=r"in.pt holds a whole model: save model.state_dict\(\)") as refused,
+        ):
+            Checkpoint(tmp_path / "in.pt", key)
+        assert "add_safe_globals" not in str(refused.value)
+
+
+STATE = dict(network().state_dict())
+OTHER = {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"model": {"state_dict": STATE}, "epoch": 3}, None),
+        ({"model": {"state_dict": STATE}, "epoch": 3}, "model"),
+        ({"model": {"state_dict": STATE}, "epoch": 3}, "model.state_dict"),
+        ({"model": {"ema": {}, "net": STATE}, "optimizer": OTHER, "rng": {"cpu": torch.ones(1)}}, None),
+        ({"state_dict": STATE, "ema": {}, "optimizer": OTHER}, None),
+        ({"net": STATE, "loss": torch.ones(1)}, None),
+        ({**STATE, "epoch": 3, 4: torch.ones(1)}, None),
+        ({"ema": {**STATE, "decay": 0.9}, "model": STATE}, "ema"),
+        ({"model.state_dict": STATE, "ema": {**STATE}}, "model.state_dict"),
+    ],
+)
+def test_the_state_is_found_and_the_rest_stays(content: dict[Any, Any], key: str | None, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "in.pt")
+    found, model = Checkpoint(tmp_path / "in.pt", key), network()
+    found.load_into(model)
+    torch.testing.assert_close(model.state_dict(), STATE, rtol=0, atol=0)
+    model[1].running_mean.fill_(7)
+    found.update_from(model)
+    found.write(tmp_path / "out.pt")
+    new = torch.load(tmp_path / "out.pt", weights_only=True)
+    before, after = ([*torch.utils._pytree.tree_leaves_with_path(tree)] for tree in (content, new))
+    assert [path for path, _ in before] == [path for path, _ in after]
+    changed = [path for (path, x), (_, y) in zip(before, after, strict=True) if not np.array_equal(x, y)]
+    assert [str(path[-1].key) for path in changed] == ["1.running_mean"]
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "message"),
+    [
+        ({}, None, "is an empty dict: save"),
+        ({1: torch.ones(1)}, None, r"holds no state_dict: it has 1 \(Tensor\). Save"),
+        ({"epoch": 3}, None, r"holds no state_dict: it has epoch \(int\)"),
+        ({"net": STATE, "ema": STATE}, None, "which state_dict is the model's\\? Name it with --key: net, ema"),
+        ({"model": {"a": STATE, "b": STATE}}, "model", "Name it with --key: model.a, model.b"),
+        ({"net": STATE}, "ema", 'under "ema": it has one under net'),
+        (STATE, "net", 'under "net": it is one itself, leave --key away'),
+        ([STATE], None, "holds a list, not a state_dict"),
+    ],
+)
+def test_where_no_state_is_found_the_error_says_what_is_there(
+    content: Any, key: str | None, message: str, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "in.pt")
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(tmp_path / "in.pt", key)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n", "git-lfs pointer.*: run git lfs pull"),
+        (b"\n<!DOCTYPE html><html>404</html>", "is a web page"),
+        (b"hello", "is text"),
+        (b'{"a": 1}', "is text"),
+        (pickle.dumps({"a": 1}), "is a plain pickle"),
+        (b"PK\x03\x04" + bytes(99), "is cut off"),
+        (save(STATE)[:90], "cannot be read as safetensors"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_what_is_no_checkpoint_is_told_by_how_it_begins(
+    content: bytes, message: str, suffix: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"in.{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Checkpoint(tmp_path / f"in.{suffix}")
+
+
+def test_a_file_under_the_other_formats_name_keeps_its_format(tmp_path: Path) -> None:
+    (tmp_path / "in.pt").write_bytes(save(STATE))
+    torch.save(STATE, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "in.safetensors")
+    for name in ("in.pt", "in.safetensors"):
+        content = Checkpoint(tmp_path / name)
+        content.write(tmp_path / "again")
+        torch.testing.assert_close(content.state, STATE, rtol=0, atol=0)
+        assert (tmp_path / "again").read_bytes()[:2] == (tmp_path / name).read_bytes()[:2]

@@ -95,8 +95,46 @@ def test_a_size_that_the_model_fixes_is_said(tmp_path: Path) -> None:
     )
 
 
+class GivesOut(nn.Module):
+    def __init__(self, *others: Any) -> None:
+        super().__init__()
+        self.others = others
+
+    def forward(self, x: Tensor) -> Any:
+        return {"values": x + 1, "more": self.others} if self.others else None
+
+
+@pytest.mark.parametrize(
+    ("suffix", "others", "message"),
+    [
+        (".onnx", (None, 3), r"output more\.1 of the model is 3, which .onnx cannot give out: leave it out"),
+        (".onnx", (3.5,), r"output more\.0 of the model is 3.5, which"),
+        (".onnx", (True,), r"output more\.0 of the model is True, which"),
+        (".pt2", (3, "a"), r"output more\.1 of the model is 'a', which .pt2 cannot"),
+        (".onnx", (), r"no tensor among the model's outputs \(NoneType\): nothing to export"),
+        (".pt2", (), r"no tensor among the model's outputs"),
+    ],
+)
+def test_outputs_that_a_format_has_not_are_named(
+    suffix: str, others: tuple[Any, ...], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write(GivesOut(*others), torch.randn(2, 3), tmp_path / f"m{suffix}")
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_numbers_among_the_outputs_of_a_program_stay(tmp_path: Path) -> None:
+    assert "read again, 0.0e+00 of" in write(
+        GivesOut(3, 3.5, True, None), torch.randn(2, 3), file := tmp_path / "m.pt2"
+    )
+    assert torch.export.load(file).module()(torch.zeros(2, 3))["more"] == (3, 3.5, True, None)
+
+
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_what_cannot_be_exported_is_said_and_leaves_no_file(tmp_path: Path, suffix: str) -> None:
+def test_what_cannot_be_exported_is_said_and_leaves_no_file(
+    tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     class Reads(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum().item() > 0 else -x
@@ -104,6 +142,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_no_file(tmp_path: Path, suff
     with pytest.raises(ValueError, match=r"torch\.export cannot take the model: "):
         write(Reads(), torch.randn(2, 3), tmp_path / f"m{suffix}")
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_onnxruntime_cannot_run_is_said_and_leaves_no_file(tmp_path: Path) -> None:

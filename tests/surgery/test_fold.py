@@ -304,6 +304,9 @@ def test_what_is_refused():
         bn.fold([], x)
     model.eval()
     before = copy.deepcopy(model.state_dict())
+    for tolerance in (-1, float("nan")):
+        with pytest.raises(ValueError, match=r"fold: tolerance must be 0 or more \(got "):
+            bn.fold(model, x, tolerance=tolerance)
     with pytest.raises(RuntimeError, match="channels"):
         bn.fold(model, torch.randn(2, 4, 5, 5))
     with pytest.raises(ValueError, match=r"fold refused: 0.0 with 0.1 folded in is .* off, more than 1.0e-12"):
@@ -314,6 +317,17 @@ def test_what_is_refused():
         bn.fold(model.half(), x.half())
     model.float().load_state_dict(before)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_lazy_layers_that_did_not_run_are_named():
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d()).eval()
+    with pytest.raises(ValueError, match=r"fold: 0 \(LazyLinear\) does not know its shapes yet: run the model once"):
+        bn.fold(lazy, torch.randn(2, 3))
+    lazy.load_state_dict(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict())
+    with pytest.raises(ValueError, match=r"fold: 0 \(LazyLinear\) is lazy, and has not run yet: run the model once"):
+        bn.fold(lazy, torch.randn(2, 3))
+    lazy(torch.randn(2, 3))
+    assert bn.fold(lazy, torch.randn(2, 3)).batchnorm_report.of("folded") == ["1"]
 
 
 def test_compiled_models_and_those_that_torch_cannot_copy_are_refused_by_name():

@@ -188,6 +188,29 @@ def test_broken_statistics_are_named(key: str, value: float, message: str, inser
         bn.fold(model, x)
 
 
+def test_statistics_of_a_frozen_layer_are_estimated_anew_as_the_error_says() -> None:
+    x, model = torch.randn(6, 3), bn.from_torch(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))).eval()
+    model[1].running_var[0] = torch.nan
+    bn.freeze(model)
+    with pytest.raises(ValueError, match=r"layer '1' .* is frozen, .*: batchnorm\.unfreeze\(model\), then recalibrate"):
+        bn.fold(model, x)
+    bn.unfreeze(model)
+    with pytest.raises(ValueError, match=r"layer '1' .*, or batchnorm recalibrate --checkpoint, estimates it anew"):
+        bn.fold(model, x)
+    bn.recalibrate(model, [x])
+    assert bn.fold(model.eval(), x).batchnorm_report.of("folded") == ["1"]
+
+
+@pytest.mark.parametrize("key", ["weight", "bias"])
+def test_broken_parameters_are_named(key: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    getattr(model[1], key).data[2] = torch.nan
+    with pytest.raises(
+        ValueError, match=rf"fold: {key} of layer '1' .* not finite in 1 of 4 channels: take a checkpoint"
+    ):
+        bn.fold(model, torch.randn(2, 3))
+
+
 def test_broken_statistics_that_nothing_reads_do_not_matter() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

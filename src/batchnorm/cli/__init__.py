@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 
 
 def main() -> None:
@@ -24,6 +25,18 @@ def main() -> None:
         pretty_exceptions_enable=False,
         add_completion=False,
     )
+
+    def say_version(asked: bool) -> None:
+        if asked:
+            print(f"batchnorm {version('batchnorm')}")
+            raise typer.Exit
+
+    about = typer.Option(False, "--version", callback=say_version, is_eager=True, help="Say the version.")
+
+    @app.callback()
+    def options(_: bool = about) -> None:
+        pass
+
     app.command()(race)
     app.command()(bench)
     app.command()(recalibrate)

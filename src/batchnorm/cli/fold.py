@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from batchnorm.cli.given import check_files, made, model_of, user_code
+from batchnorm.cli.given import check_files, end, made, model_of, user_code
 from batchnorm.population.checkpoint import Checkpoint
 from batchnorm.surgery import fold as run
 from batchnorm.surgery.export import FORMATS, write
@@ -61,8 +61,7 @@ def fold(
         with user_code(f"--out {out}: cannot be written"):
             found = write(folded, inputs, out, tolerance)
     except (ValueError, OSError) as error:
-        print(f"fold: {error}", file=sys.stderr)
-        sys.exit(2)
+        end("fold", error)
     if content.said:
         console.print(content.said, highlight=False, markup=False)
     for row in folded.batchnorm_report:
@@ -75,6 +74,11 @@ def fold(
 def _example(given: str, model: nn.Module) -> Any:
     """Normal random numbers of a shape, or what the user's function returns."""
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", given):
+        if ":" not in given:
+            raise ValueError(
+                f"--example {given}: expected a shape NxCxHxW, 2x3x224x224 say, or a function of yours, "
+                "package.module:function."
+            )
         return made("--example", given)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     return torch.randn(*map(int, given.split("x")), generator=torch.Generator().manual_seed(0)).to(dtype)

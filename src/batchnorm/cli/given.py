@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import os
 import pkgutil
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from batchnorm.racing.task import one_line
+
+_VERBS = ("batchnorm.population.", "batchnorm.surgery.")  # what raises in there knows what the user gave
+
+
+def end(command: str, error: Exception) -> NoReturn:
+    """The error in one line, under the command's name alone."""
+    print(f"{command}: {re.sub(f'^{command}( refused)?: ', '', str(error))}", file=sys.stderr)
+    sys.exit(2)
 
 
 def check_files(checkpoint: Path, out: Path, overwrite: bool) -> None:
@@ -32,12 +42,13 @@ def check_files(checkpoint: Path, out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def user_code(what: str) -> Iterator[None]:
-    """Whatever the user's code raises in there, as one line that begins so. A ValueError speaks for itself."""
+    """Whatever the user's code raises in there, as one line that begins so. A ValueError of ours speaks for itself."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ValueError) and frame.f_globals.get("__name__", "").startswith(_VERBS):
+            raise
         raise ValueError(f"{what}: {one_line(error)}") from error
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm.cli.given import check_files, made, model_of, user_code
+from batchnorm.cli.given import check_files, end, made, model_of, user_code
 from batchnorm.population import recalibrate as run
 from batchnorm.population.checkpoint import Checkpoint
 from batchnorm.population.estimate import Shift
@@ -44,10 +44,11 @@ def recalibrate(
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         check_files(checkpoint, out, overwrite)
-        if out.suffix != checkpoint.suffix and ".safetensors" in (out.suffix, checkpoint.suffix):
-            raise ValueError(f"--out {out}: {checkpoint.suffix} stays {checkpoint.suffix}, its format is kept.")
         network = model_of(model)  # first: the user's file may allow objects in checkpoints
         content = Checkpoint(checkpoint, key, prefix)
+        if out.suffix != checkpoint.suffix and content.safe != (out.suffix == ".safetensors"):
+            kept = "safetensors" if content.safe else "torch.save"
+            raise ValueError(f"--out {out}: {checkpoint} is of {kept}, and its format is kept: choose another suffix.")
         content.load_into(network)
         with user_code(f"--device {device}"):
             network.to(torch.device(device))
@@ -63,8 +64,7 @@ def recalibrate(
         with user_code(f"--out {out}: cannot be written"):
             content.write(out)
     except (ValueError, OSError) as error:
-        print(f"recalibrate: {error}", file=sys.stderr)
-        sys.exit(2)
+        end("recalibrate", error)
     console.print(table_of(report))
     if content.said:
         console.print(content.said, highlight=False, markup=False)

@@ -1,20 +1,20 @@
 """A checkpoint file whose model's running statistics are exchanged, everything else in it kept.
 
-Comes from: files of ``torch.save`` or safetensors. Goes to: ``cli/recalibrate.py``, ``cli/fold.py``; a new file, whole
-or not at all.
+Comes from: ``saved``. Goes to: ``cli/recalibrate.py``, ``cli/fold.py``; a new file, whole or not at all.
 """
 
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from batchnorm.population.names import fit, twins
+from batchnorm.population.saved import few, read, whole_model
 
 PLACES = ("state_dict", "model_state_dict", "model", "module")  # of the model's state within a larger checkpoint
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -24,8 +24,9 @@ class Checkpoint:
     """One file: ``load_into`` a model, ``update_from`` it, ``write``.
 
     Args:
-        file: of ``torch.save`` (read with ``weights_only=True``: no code in it runs), or ``*.safetensors``.
-        key: where the model's state is in it; default: the whole file, or the first of ``PLACES``.
+        file: of ``torch.save`` (read with ``weights_only=True``: no code in it runs), or of safetensors.
+        key: where the model's state is in it, with dots between the names of dicts in dicts; default: the whole
+            file, or the first of ``PLACES``, or the only dict with running statistics.
         prefix: before the model's names in it; default: the one, if any, without which they are the model's.
 
     Attributes:
@@ -36,26 +37,31 @@ class Checkpoint:
     """
 
     def __init__(self, file: Path, key: str | None = None, prefix: str | None = None) -> None:
-        self.file, self.safe, self.prefix = file, file.suffix == ".safetensors", prefix
-        self.content, self.metadata = _read_safetensors(file) if self.safe else (_read(file), None)
+        self.file, self.prefix = file, prefix
+        self.content, self.safe, self.metadata = read(file)
         self.state = self._find(key)
         self.names: dict[str, str] = {}  # of the model -> of the file
         self.said = ""
 
-    def _find(self, key: str | None) -> dict[str, Tensor]:
-        if key is not None:
-            if not _is_state(self.content.get(key)):
-                raise ValueError(f'{self.file} holds no state_dict under "{key}": it has {_few(self.content)}.')
-            return cast(dict[str, Tensor], self.content[key])
-        if _is_state(self.content):
-            return self.content
-        for place in PLACES:
-            if _is_state(self.content.get(place)):
-                return cast(dict[str, Tensor], self.content[place])
-        raise ValueError(
-            f"{self.file} is not a state_dict and holds none under {', '.join(PLACES)}: it has {_few(self.content)}. "
-            "Name the place with --key."
-        )
+    def _find(self, key: str | None) -> dict[Any, Any]:
+        """The dict under the key, or the only one in there that can be meant."""
+        states = dict(_states(self.content))
+        inside = {place: state for place, state in states.items() if not key or f"{place}.".startswith(f"{key}.")}
+        chosen = _chosen(inside, key or "")
+        if chosen is not None:
+            return inside[chosen]
+        if inside:
+            raise ValueError(f"{self.file}: which state_dict is the model's? Name it with --key: {few(inside)}.")
+        if "" in states:
+            raise ValueError(f'{self.file} holds no state_dict under "{key}": it is one itself, leave --key away.')
+        if states:
+            raise ValueError(f'{self.file} holds no state_dict under "{key}": it has one under {few(states)}.')
+        if any(isinstance(value, nn.Module) for _, held in _dicts(self.content) for value in held.values()):
+            raise whole_model(self.file)
+        if not self.content:
+            raise ValueError(f"{self.file} is an empty dict: save model.state_dict() by torch.save.")
+        has = few(f"{name} ({type(value).__name__})" for name, value in self.content.items())
+        raise ValueError(f"{self.file} holds no state_dict: it has {has}. Save model.state_dict() by torch.save.")
 
     def load_into(self, model: nn.Module) -> None:
         """The model's parameters and buffers from the file, under whatever wrapper it was saved.
@@ -67,7 +73,7 @@ class Checkpoint:
             ValueError: it is the checkpoint of another model, or of several that fit.
         """
         wanted = model.state_dict(keep_vars=True)
-        names = fit(self.state, wanted, self.prefix)
+        names = fit(_tensors(self.state), wanted, self.prefix)
         self.names, same = names.pairs, twins(wanted)
         given = {name: next((twin for twin in same[name] if twin in self.names), None) for name in wanted}
         missing = [name for name, by in given.items() if by is None and not name.endswith("num_batches_tracked")]
@@ -76,7 +82,7 @@ class Checkpoint:
         which = f"{self.file} does not fit {type(model).__name__}"
         if missing or names.more:
             lists = ((missing, "missing"), (names.more, "not in the model"))
-            differs = "; ".join(f"{what}: {_few(sorted(keys))}" for keys, what in lists if keys)
+            differs = "; ".join(f"{what}: {few(sorted(keys))}" for keys, what in lists if keys)
             more = f" ({left_off})" if left_off else ""
             raise ValueError(f"{which}: {differs}{more}. Is it the checkpoint of this model?")
         if names.rivals:
@@ -112,63 +118,46 @@ class Checkpoint:
             part.unlink(missing_ok=True)
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        objects = _objects(file)
-        if objects:
-            raise ValueError(
-                f"{file} holds objects that may run code when they are loaded ({_few(objects)}), so they are refused: "
-                "save model.state_dict() by itself, or, where you trust the file, call "
-                f"torch.serialization.add_safe_globals([{', '.join(objects)}]) in the file of your functions."
-            ) from error
-        raise ValueError(
-            f"{file} cannot be read as tensors and plain values ({_first_line(error)}): save model.state_dict() by "
-            "itself, by torch.save."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not a state_dict.")
-    return content
+def _dicts(held: dict[Any, Any], place: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
+    """A dict and those in it, under names that --key takes."""
+    yield place, held
+    for name, value in held.items():
+        if isinstance(value, dict) and isinstance(name, str):
+            yield from _dicts(value, f"{place}.{name}" if place else name)
 
 
-def _objects(file: Path) -> list[str]:
-    """What ``weights_only=True`` refuses in there, by name."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # of the format before torch 1.6, or no checkpoint
-        return []
+def _states(content: dict[Any, Any]) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """The dicts that hold tensors by name: nothing else, or a layer's running statistics among them."""
+    for place, held in _dicts(content):
+        tensors = _tensors(held)
+        if any(isinstance(held[name], Tensor) for name in tensors) and (
+            len(tensors) == len(held) or _has_statistics(tensors)
+        ):
+            yield place, held
 
 
-def _first_line(error: Exception) -> str:
-    """Of what torch says; of what it refuses, that. Without the terminal's escape codes."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    refused = re.search(r"Unsupported global: GLOBAL (\S+)", text)
-    if refused:
-        return f"{refused[1]} is refused, since it may run code"
-    sentence = re.split(r"\.\s|\n", text.strip())[0].rstrip(".")  # the next ones are of torch.load's options
-    return sentence if " " in sentence else f"{type(error).__name__} {sentence}".strip()
+def _chosen(states: dict[str, dict[Any, Any]], key: str) -> str | None:
+    """The place of the one that is meant: under the key itself, the only one, or the first by ``PLACES``."""
+    if key in states:
+        return key
+    within = f"{key}." if key else ""
+    for place in PLACES:
+        under = [name for name in states if f"{name}.".startswith(f"{within}{place}.")]
+        chosen = _chosen({name: states[name] for name in under}, within + place) if under else None
+        if chosen is not None:
+            return chosen
+    models = [name for name, state in states.items() if _has_statistics(state)]
+    return models[0] if len(models) == 1 else None
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ValueError(f"{file}: for *.safetensors, pip install safetensors.") from error
-    try:
-        with safe_open(file, "pt") as tensors:
-            return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata()  # noqa: SIM118
-    except Exception as error:
-        raise ValueError(f"{file} cannot be read as safetensors ({_first_line(error)}).") from error
+def _has_statistics(names: Any) -> bool:
+    return any(str(name).rpartition(".")[2] == "running_var" for name in names)
 
 
-def _is_state(value: Any) -> bool:
-    """Tensors, and what modules add to them in ``get_extra_state``."""
-    if not isinstance(value, dict) or not any(isinstance(t, Tensor) for t in value.values()):
-        return False
-    return all(isinstance(t, Tensor) or str(key).endswith("_extra_state") for key, t in value.items())
-
-
-def _few(names: Any) -> str:
-    names = [str(name) for name in names] or ["nothing"]
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _tensors(state: dict[Any, Any]) -> list[str]:
+    """The names of tensors, and of what modules add to them in ``get_extra_state``."""
+    return [
+        name
+        for name, value in state.items()
+        if isinstance(name, str) and (isinstance(value, Tensor) or name.endswith("_extra_state"))
+    ]

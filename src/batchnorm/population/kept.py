@@ -130,12 +130,13 @@ def let_go(*tensors: Tensor) -> None:
 
 
 def check_materialized(model: nn.Module, verb: str, *, weights: bool = False, runs: bool = False) -> None:
-    """Refuses layers that do not know their shapes yet, and where the model ``runs`` those that have no values.
+    """Refuses lazy layers that have not run, and where the model ``runs`` those that have no values.
 
     Raises:
         TypeError: not a module.
-        ValueError: a buffer, a batch normalization layer's parameter, or with ``weights`` any one, has no shape yet, or
-            is on the meta device.
+        ValueError: a buffer, a batch normalization layer's parameter, or with ``weights`` any one, has no shape yet;
+            with ``weights`` also where a checkpoint was loaded, and the layer is of its lazy class still; a layer is on
+            the meta device.
     """
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
@@ -144,10 +145,12 @@ def check_materialized(model: nn.Module, verb: str, *, weights: bool = False, ru
         own = list(module._buffers.values())
         if weights or isinstance(module, _BatchNorm):
             own += module._parameters.values()
-        if any(is_lazy(t) for t in own):
+        unknown, waits = any(is_lazy(t) for t in own), weights and hasattr(module, "_initialize_hook")
+        if unknown or waits:
+            what = "does not know its shapes yet" if unknown else "is lazy, and has not run yet"
             raise ValueError(
-                f"{verb}: {name or 'the model'} ({type(module).__name__}) does not know its shapes yet: run the model "
-                "once, on an example, before."
+                f"{verb}: {name or 'the model'} ({type(module).__name__}) {what}: run the model once, on an example, "
+                "before."
             )
         tensors = [*module._parameters.values(), *module._buffers.values()] if runs else []
         if any(t is not None and t.is_meta for t in tensors):

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,13 +29,17 @@ def write(model: nn.Module, example: Any, file: Path, tolerance: float | None = 
     """Write the model in the format of the file's suffix; what was found about what was written.
 
     Raises:
-        ValueError: the model cannot be exported, with what the exporter says; what was written computes something
+        ValueError: the model cannot be exported, with what the exporter says; an output is none that the format has,
+            with its name, or there is no tensor among them; what was written computes something
             else, beyond the tolerance (as of ``fold``), with the output that is most off; a package is missing.
             Nothing is written then.
     """
     part = file.with_name(f"{file.stem}.part{os.getpid()}{file.suffix}")
+    if file.suffix in _NO_OUTPUT:
+        _check_outputs(run(model, example), file.suffix)
     try:
-        found = FORMATS[file.suffix](model, example, part, tolerance)
+        with _quiet():
+            found = FORMATS[file.suffix](model, example, part, tolerance)
         part.replace(file)
     finally:
         for leftover in file.parent.glob(f"{part.name}*"):
@@ -69,7 +74,7 @@ def _program(model: nn.Module, example: Any, file: Path, tolerance: float | None
     program, batch = _exported(model, example)
     torch.export.save(program, file)
     positional, named = arguments(example)
-    with torch.no_grad():
+    with torch.no_grad(), _says("torch.export"):
         again = torch.export.load(file).module()(*positional, **named)
     return f"Exported for {batch}; read again, {_beside(file.suffix, model, example, again, tolerance)}."
 
@@ -78,14 +83,16 @@ def _onnx(model: nn.Module, example: Any, file: Path, tolerance: float | None) -
     with _needs("onnxscript"):
         import onnxscript  # noqa: F401
     program, batch = _exported(model, example)
-    with _quiet("torch.onnx", "onnxscript"), _says("ONNX export"):
+    with _says("ONNX export"):
         torch.onnx.export(program, f=str(file), dynamo=True, external_data=False, verbose=False)
     try:
         import onnxruntime
     except ImportError:
         return f"Exported for {batch}; not run again: pip install onnxruntime."
     with _says("onnxruntime"):
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what it raises says it too
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         inputs = zip((i.name for i in session.get_inputs()), tensors_of(example), strict=True)
         again = session.run(None, {name: t.detach().cpu().numpy() for name, t in inputs})
     found = _beside("onnxruntime", model, example, [torch.from_numpy(y) for y in again], tolerance)
@@ -98,12 +105,25 @@ FORMATS: dict[str, Callable[[nn.Module, Any, Path, float | None], str]] = {
     ".pt2": _program,
     ".onnx": _onnx,
 }
+# What a format cannot give out beside tensors.
+_NO_OUTPUT: dict[str, tuple[type, ...]] = {".pt2": (str, bytes), ".onnx": (str, bytes, int, float, complex)}
+
+
+def _check_outputs(outputs: Any, suffix: str) -> None:
+    for path, leaf in _pytree.tree_leaves_with_path(outputs):
+        if isinstance(leaf, _NO_OUTPUT[suffix]):
+            raise ValueError(
+                f"output {_place(path)} of the model is {leaf!r:.40}, which {suffix} cannot give out: leave it out of "
+                "what forward returns, or make it a tensor."
+            )
+    if not [*tensors_of(outputs)]:
+        raise ValueError(f"there is no tensor among the model's outputs ({type(outputs).__name__}): nothing to export.")
 
 
 def _exported(model: nn.Module, example: Any) -> tuple[torch.export.ExportedProgram, str]:
     """The program, for any number of examples where that can be."""
     sizes = {len(t) if t.dim() else 0 for t in tensors_of(example)}
-    with _quiet("torch.export", "torch._dynamo"), torch.no_grad():
+    with torch.no_grad():
         if len(sizes) == 1 and min(sizes) > 1:
             with contextlib.suppress(Exception):  # a size that the model fixes
                 copied = _pytree.tree_map_only(Tensor, torch.clone, example)  # torch marks what is dynamic
@@ -137,9 +157,13 @@ def _beside(who: str, model: nn.Module, example: Any, again: Any, tolerance: flo
 def _names(outputs: Any) -> Iterator[str]:
     """Of the tensors in a model's outputs: their place in it, their key."""
     for path, leaf in _pytree.tree_leaves_with_path(outputs):
-        place = _pytree.keystr(path).strip("[]'.") or "0"
+        place = _place(path)
         inside = [*tensors_of(leaf)]
         yield from [place] if isinstance(leaf, Tensor) else (f"{place}.{i}" for i in range(len(inside)))
+
+
+def _place(path: Any) -> str:
+    return re.sub(r"\W+", ".", _pytree.keystr(path)).strip(".") or "0"
 
 
 @contextmanager
@@ -163,15 +187,13 @@ def _needs(package: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(*loggers: str) -> Iterator[None]:
-    """Exporters talk: of versions, of passes."""
-    levels = {name: logging.getLogger(name).level for name in loggers}
+def _quiet() -> Iterator[None]:
+    """Exporters talk: of versions, of passes, of graphs. What matters they raise."""
+    before, silence = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.CRITICAL)
     try:
-        for name in loggers:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(before)

@@ -51,9 +51,9 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
         A copy of the model, in eval.
 
     Raises:
-        ValueError: a layer in train mode, or with running statistics that are not finite or negative; the error is
-            above the tolerance, with the layer's name; the model is compiled, cannot be copied, does not run in
-            float64, or gives NaN.
+        ValueError: a layer in train mode, or with statistics or parameters that are not finite, or negative variances;
+            a lazy layer before its first run; a negative tolerance; the error is above the tolerance, with the layer's
+            name; the model is compiled, cannot be copied, does not run in float64, or gives NaN.
         TypeError: not a module.
 
     Example:
@@ -68,6 +68,8 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
     Inference", https://arxiv.org/abs/1712.05877, Section 3.2.
     """
     checked(model, "fold")
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"fold: tolerance must be 0 or more (got {tolerance}).")
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and layer.training and not getattr(layer, "frozen_statistics", False):
             raise ValueError(

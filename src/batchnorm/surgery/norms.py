@@ -104,18 +104,26 @@ def computes(layer: Any, rest: nn.Module, x: Tensor) -> bool:
 
 
 def check_statistics(name: str, layer: Any) -> None:
-    """Running statistics that no fold makes right.
+    """Statistics and parameters that no fold makes right.
 
     Raises:
         ValueError: values that are not finite, or negative variances, with the layer's name.
     """
-    for key in ("running_mean", "running_var"):
-        values = getattr(layer, key)
+    again = (
+        "it is frozen, which recalibrate leaves alone: batchnorm.unfreeze(model), then recalibrate"
+        if getattr(layer, "frozen_statistics", False)
+        else "batchnorm.recalibrate(model, batches), or batchnorm recalibrate --checkpoint, estimates it anew"
+    )
+    ways = {"running_mean": f"{again}, or ", "running_var": f"{again}, or ", "weight": "", "bias": ""}
+    for key, way in ways.items():
+        values = getattr(layer, key, None)
+        if values is None:
+            continue
         wrong = {"values that are not finite": ~values.isfinite()}
         wrong |= {"negative values": values < 0} if key == "running_var" else {}
         for what, where in wrong.items():
             if where.any():
                 raise ValueError(
                     f"fold: {key} of layer {name!r} has {what} in {int(where.sum())} of {len(values)} channels: "
-                    "batchnorm.recalibrate(model, batches) estimates it anew, or take a checkpoint from before."
+                    f"{way}take a checkpoint from before."
                 )
