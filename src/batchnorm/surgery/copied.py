@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from batchnorm.surgery.closures import rebind
@@ -54,6 +55,38 @@ def copied(model: Model, kept: dict[int, Any] | None = None, apart: bool = False
 def scratch(model: Model) -> Model:
     """A copy to run and throw away, so that the model notices nothing. Computed tensors are there by their values."""
     return copied(model, {id(t): t.detach().clone() for _, t in computed(model)}, apart=True)
+
+
+def cloned(example: Any, of: Callable[[Tensor], Tensor] = torch.clone) -> Any:
+    """An example for a model that may change what it is given: containers and objects copied as far as they can be.
+    ``of`` makes the copy of each tensor."""
+    tensors = {id(t): of(t) for t in tensors_of(example)}
+    with _Copying(of):
+        try:
+            return copy.deepcopy(example, dict(tensors))
+        except Exception:  # whatever an object raises that does not want it: each by itself, then
+            return _pytree.tree_map(lambda leaf: _copied_or_itself(leaf, dict(tensors)), example)
+
+
+def _copied_or_itself(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # as above
+        return value
+
+
+class _Copying(TorchFunctionMode):
+    """``copy.deepcopy`` makes tensors as told, also those that gradients flow through, wherever objects hold them."""
+
+    def __init__(self, of: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.of = of
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not Tensor.__deepcopy__:
+            return function(*args, **(kwargs or {}))
+        t, memo = args
+        return memo.setdefault(id(t), self.of(t))
 
 
 def computed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

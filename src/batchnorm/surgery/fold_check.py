@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from batchnorm.surgery.affine import affine_of
-from batchnorm.surgery.copied import copied
+from batchnorm.surgery.copied import cloned, copied
 from batchnorm.surgery.moves import play
 from batchnorm.surgery.report import one_line
 from batchnorm.surgery.watch import Call, run, tensors_of
@@ -204,14 +204,8 @@ def beside(model: nn.Module, example: Any, found: list[Tensor], tolerance: float
 
 
 def to_double(example: Any) -> Any:
-    """The floating-point tensors of an example in float64; mappings that torch does not know become dicts."""
-
-    def wider(leaf: Any) -> Any:
-        if isinstance(leaf, Mapping):
-            return {key: to_double(value) for key, value in leaf.items()}
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return _pytree.tree_map(wider, example)
+    """A copy of an example with its floating-point tensors in float64."""
+    return cloned(example, lambda t: t.double() if t.is_floating_point() else t.clone())
 
 
 def run_in_double(wide: nn.Module, example: Any, prepare: Callable[[nn.Module], Any] | None = None) -> Any:

@@ -17,7 +17,7 @@ from batchnorm.ops.split import Moments
 from batchnorm.population.batches import call_with_inputs, refuse_one_batch
 from batchnorm.surgery.affine import ROWS, affine_of
 from batchnorm.surgery.convert import Model
-from batchnorm.surgery.copied import copied, scratch
+from batchnorm.surgery.copied import cloned, copied, scratch
 from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, seen_by, to_double
 from batchnorm.surgery.given import AFFINE, checked, on_all_ranks, scripted
 from batchnorm.surgery.norms import norms_of
@@ -197,7 +197,7 @@ def _moments(
         model.get_submodule(name).register_forward_hook(noting(name))
     with torch.no_grad(), torch.random.fork_rng([]):
         for batch in batches:
-            forward(model, batch)
+            forward(model, cloned(batch))
             count += 1
     if names and not count:
         raise ValueError("batches yielded nothing: insert needs at least one batch of model inputs.")

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
-from batchnorm.surgery.copied import scratch, tensors_of
+from batchnorm.surgery.copied import cloned, scratch, tensors_of
 from batchnorm.surgery.watch import in_eager
 
 TOLERANCE = 1e-9  # the largest error, in float64, relative to the largest value of a tensor
@@ -35,7 +34,7 @@ def _computed(module: nn.Module, given: Any, wide: bool, train: bool) -> list[li
     with in_eager(module), torch.inference_mode(False), torch.set_grad_enabled(wide):
         copied = scratch(module).train(train)
         copied = copied.double() if wide else copied
-        args, kwargs = _pytree.tree_map_only(Tensor, _leaf if wide else torch.clone, given)
+        args, kwargs = cloned(given, _leaf if wide else torch.clone)
         out = list(tensors_of(copied(*args, **kwargs)))
         wanted = [t for t in (*tensors_of((args, kwargs)), *copied.parameters()) if t.requires_grad]
         weighted = [(t * _weights(t)).sum() for t in out if t.requires_grad]
