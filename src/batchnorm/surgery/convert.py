@@ -15,7 +15,7 @@ from batchnorm.surgery.adopt import OURS as OURS
 from batchnorm.surgery.adopt import become_ours, become_stock, left_alone
 from batchnorm.surgery.copied import computed, copied
 from batchnorm.surgery.fuse import fuse, unfuse
-from batchnorm.surgery.given import checked, replaced, scripted
+from batchnorm.surgery.given import checked, only_copies_run, replaced, scripted
 from batchnorm.surgery.report import Report, Row
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,7 +69,8 @@ def from_torch(model: Model, example: Any = None) -> Model:
         if type(module) in OURS and not replaced(module):
             become_ours(module, OURS[type(module)])
     before = getattr(converted, "batchnorm_report", Report())
-    report = _replaced(converted) if example is None else fuse(converted, example)
+    with only_copies_run(model, "from_torch"):
+        report = _replaced(converted) if example is None else fuse(converted, example)
     names = {row.layer for row in report}
     kept = [row for row in before if row.layer not in names]  # of ``accelerate``, whose recipe reads it
     converted.batchnorm_report = Report([*kept, *report])  # type: ignore[assignment]

@@ -48,6 +48,13 @@ def copied(model: Model, kept: dict[int, Any] | None = None, apart: bool = False
             f"the model cannot be copied: {', '.join(held)} cannot ({failure}). Take it out first, and put it into the "
             "result."
         ) from failure
+    both = {*model.modules()} & {*made.modules()}
+    held = [name for name, module in model.named_modules() if module in both]
+    if held:
+        raise ValueError(
+            f"the model cannot be copied: copy.deepcopy gives {', '.join(held)} as it is, and what is done to the copy "
+            "would be done to the model: look at its __deepcopy__."
+        )
     rebind(made, memo, list(model.modules()), apart)
     return made
 

@@ -6,12 +6,15 @@ and reports.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from batchnorm.population.kept import check_materialized
 from batchnorm.surgery.report import LEFT, Report, Row
@@ -56,6 +59,34 @@ def checked(model: Any, verb: str, *, runs: bool = True) -> None:
         else:
             advice = f"pass model.{inside}, and {again} the result"
         raise ValueError(f"{verb}: {name or 'the model'} is {done}: {advice}.")
+
+
+@contextmanager
+def only_copies_run(model: nn.Module, verb: str) -> Iterator[None]:
+    """Inside, copies of a model run. What belongs to the model given does not: it raises before anything is computed.
+
+    Raises:
+        ValueError: a module of the model was called, whatever became of the error that it raised.
+    """
+    own, thread, called = {module: name for name, module in model.named_modules()}, get_ident(), list[str]()
+
+    def refuse(module: nn.Module, inputs: Any) -> None:
+        if module in own and get_ident() == thread:
+            called.append(own[module])
+            raise RuntimeError("a module of the model given was called")
+
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        hook.remove()
+        if called:
+            name = f"layer {called[0]} of the model given" if called[0] else "the model given"
+            raise ValueError(
+                f"{verb}: {name} was called when a copy of it ran: something that is not copied holds it (an object "
+                "that gives itself as its copy, a registry, a function elsewhere). Have the forward take it from an "
+                "attribute of self."
+            )
 
 
 def on_all_ranks(verb: Verb) -> Verb:

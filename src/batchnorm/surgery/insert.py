@@ -19,7 +19,7 @@ from batchnorm.surgery.affine import ROWS, affine_of
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import cloned, copied, scratch
 from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, seen_by, to_double
-from batchnorm.surgery.given import AFFINE, checked, on_all_ranks, scripted
+from batchnorm.surgery.given import AFFINE, checked, on_all_ranks, only_copies_run, scripted
 from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.places import layers_of, row_of
 from batchnorm.surgery.report import LEFT, Row, one_line
@@ -86,7 +86,8 @@ def insert(
     layers = layers_of(inserted)
     skipped = _skipped(skip, layers)
     norms = [*norms_of(inserted).values()]
-    seen, in_train = watch(inserted, example, whole=norms), watch_in_train(inserted, example, whole=norms)
+    with only_copies_run(model, "insert"):
+        seen, in_train = watch(inserted, example, whole=norms), watch_in_train(inserted, example, whole=norms)
     report = scripted(inserted, AFFINE)
     with in_eager(inserted):  # calls are played again, some of them random
         for name, layer in layers.items():
@@ -103,9 +104,10 @@ def insert(
     for name in names:
         _give(inserted.get_submodule(name), moments.get(name))
     _without_fast_paths(inserted)
-    _check_called(inserted, names, example)
-    if batches is not None:
-        _check(model, inserted, names, example)
+    with only_copies_run(model, "insert"):
+        _check_called(inserted, names, example)
+        if batches is not None:
+            _check(model, inserted, names, example)
     inserted.batchnorm_report = report  # type: ignore[assignment]
     return inserted
 
