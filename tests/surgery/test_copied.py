@@ -81,6 +81,20 @@ def test_the_example_is_as_before(verb, forward, made, read):
         assert done.batchnorm_report.of("folded") == ["bn"]  # it ran in float64, whatever holds the tensors
 
 
+def test_sparse_tensors_in_an_example_and_in_the_outputs():
+    class Convolution(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.bn, self.act = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU()
+
+        def forward(self, x, edges):
+            return self.act(self.bn(self.lin(torch.sparse.mm(edges, x)))), edges.coalesce()
+
+    model, example = Convolution(), (torch.randn(6, 4), torch.eye(6).to_sparse())
+    assert bn.from_torch(model, example=example).batchnorm_report.of("fused") == ["bn"]
+    assert bn.fold(model.eval(), example).batchnorm_report.of("folded") == ["bn"]
+
+
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,11 @@ def rebind(copied: nn.Module, memo: dict[int, Any], originals: list[nn.Module], 
         ValueError: one, or a module's own forward, reads a module of the original by a global variable.
     """
     found = (_Apart if apart else _Rebound)(memo, originals)
+    found.place, found.notes = "a parameter's hook", True
+    for p in {} if apart else {p: None for module in originals for p in module.parameters(recurse=False)}:
+        made = memo.get(id(p), p)
+        for hook in [*(p._backward_hooks or {}).values()] if made is not p and made.requires_grad else []:
+            made.register_hook(found.of(hook))
     for name, module in copied.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue

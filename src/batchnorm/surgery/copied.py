@@ -30,6 +30,7 @@ def copied(model: Model, kept: dict[int, Any] | None = None, apart: bool = False
     """
     programs = [value for _, value in _attributes(model) if isinstance(value, torch.jit.ScriptFunction)]
     kept = {id(program): program for program in programs} | (kept or {})  # which never change, and cannot be copied
+    kept = {id(t): t.detach().clone() for t in _pruned(model)} | kept
     memo = dict(kept)
     try:
         made = copy.deepcopy(model, memo)
@@ -96,6 +97,11 @@ class _Copying(TorchFunctionMode):
         return memo.setdefault(id(t), self.of(t))
 
 
+def dense(t: Tensor) -> Tensor:
+    """The values of a sparse tensor at their places."""
+    return t if t.layout is torch.strided else t.to_dense()
+
+
 def computed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors that gradients flow through, and where modules hold them."""
     for place, value in _attributes(model):
@@ -109,6 +115,15 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
             for key, value in (vars(module) | module._buffers).items():
                 if key not in ("_buffers", "_parameters", "_modules"):
                     yield f"{name}.{key}".lstrip("."), value
+
+
+def _pruned(model: nn.Module) -> Iterator[Tensor]:
+    """What ``torch.nn.utils.prune`` computed, and computes again before each call."""
+    for module in model.modules():
+        for key in [] if isinstance(module, torch.jit.ScriptModule) else module._parameters:
+            name = key.removesuffix("_orig")
+            if f"{name}_mask" in module._buffers and isinstance(vars(module).get(name), Tensor):
+                yield vars(module)[name]
 
 
 def _can_be_copied(value: Any, kept: dict[int, Any]) -> bool:

@@ -21,6 +21,7 @@ from batchnorm.surgery.given import checked, only_copies_run, scripted
 from batchnorm.surgery.neighbours import Place, after, before, tied
 from batchnorm.surgery.norms import check_statistics, computes, is_known, norms_of, rest_of
 from batchnorm.surgery.report import LEFT, Report, Row
+from batchnorm.surgery.rewrite import hooked
 from batchnorm.surgery.watch import Call, in_eager, watch
 from batchnorm.surgery.weights import affine, scale_inputs, scale_outputs
 
@@ -178,7 +179,7 @@ def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
         return f"a {type(layer).__qualname__} is given more than its input"
     if {2, "mask"} & {*calls[0].given}:
         return "it is given a mask"
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if hooked(layer):
         return "it has hooks, which would see something else"
     return None
 

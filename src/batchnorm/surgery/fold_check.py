@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from batchnorm.surgery.affine import affine_of
-from batchnorm.surgery.copied import cloned, copied
+from batchnorm.surgery.copied import cloned, copied, dense
+from batchnorm.surgery.given import in_containers
 from batchnorm.surgery.moves import play
 from batchnorm.surgery.report import one_line
 from batchnorm.surgery.watch import Call, run, tensors_of
@@ -152,7 +153,7 @@ def _shapes(tensors: list[Tensor]) -> str:
 
 
 def _floating(outputs: Any) -> list[Tensor]:
-    return [t for t in tensors_of(outputs) if t.is_floating_point()]
+    return [dense(t) for t in tensors_of(outputs) if t.is_floating_point()]
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -225,9 +226,11 @@ def run_in_double(wide: nn.Module, example: Any, prepare: Callable[[nn.Module], 
         with _EveryDtypeIsDouble():
             return run(wide, example, prepare=prepare)
     except Exception as failure:
+        hidden = [f"{row.layer}: {row.why}." for row in in_containers(wide)]
+        advice = "Let its forward take dtypes from its input (x.dtype), and keep its tensors in buffers."
         raise ValueError(
             f"the model does not run in float64, beside which the result is checked: {one_line(failure)}. "
-            "Let its forward take dtypes from its input (x.dtype), and keep its tensors in buffers."
+            f"{' '.join(hidden) or advice}"
         ) from failure
     finally:
         torch.set_default_dtype(default)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from batchnorm.population.kept import check_materialized
@@ -129,6 +130,23 @@ def on_all_ranks(verb: Verb) -> Verb:
 def replaced(module: nn.Module) -> bool:
     """Whether the object has a forward that is not its class's: ``accelerate`` puts hooks there, say."""
     return "forward" in vars(module)
+
+
+def in_containers(model: nn.Module) -> Report:
+    """A row for each batch normalization that a module keeps in a list or the like, where torch does not see it."""
+    known, found = {*model.modules()}, Report()
+    for name, module in model.named_modules():
+        for key, value in vars(module).items() if not isinstance(module, torch.jit.ScriptModule) else ():
+            held = (
+                value.items() if isinstance(value, dict) else enumerate(value) if type(value) in (list, tuple) else ()
+            )
+            for place, part in held if key not in ("_modules", "taken_from") else ():
+                inside = part.modules() if isinstance(part, nn.Module) and part not in known else ()
+                if any(isinstance(each, _BatchNorm) for each in inside):
+                    kind = "ModuleDict" if isinstance(value, dict) else "ModuleList"
+                    why = f"it is in a {type(value).__name__}, in which torch sees no modules: use nn.{kind}"
+                    found.append(Row(f"{name}.{key}[{place!r}]".lstrip("."), LEFT, why))
+    return found
 
 
 def scripted(model: nn.Module, operations: tuple[str, ...] = _BATCH_NORM) -> Report:

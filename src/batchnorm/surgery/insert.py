@@ -23,6 +23,7 @@ from batchnorm.surgery.given import AFFINE, checked, on_all_ranks, only_copies_r
 from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.places import layers_of, row_of
 from batchnorm.surgery.report import LEFT, Row, one_line
+from batchnorm.surgery.rewrite import hooked
 from batchnorm.surgery.watch import in_eager, run, tensors_of, watch, watch_in_train
 from batchnorm.surgery.weights import outputs_of
 
@@ -98,6 +99,8 @@ def insert(
                 row = Row(name, LEFT, "skipped")
             elif row.done != LEFT and in_train is not None and row_of(in_train, name, layer) != row:
                 row = Row(name, LEFT, "it, or what reads it, is called differently in train")
+            if row.done != LEFT and hooked(layer, ("forward", "backward", "backward_pre")):
+                row = row._replace(why=f"{row.why}; its hooks now see the normalized output")
             report.append(row)
     names = report.of("normalized")
     moments = {} if batches is None else _moments(inserted, names, batches, forward or call_with_inputs)

@@ -23,7 +23,7 @@ from batchnorm.functional import parse_activation
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.surgery.between import crossed, in_the_way, passes
-from batchnorm.surgery.copied import cloned, scratch, tensors_of
+from batchnorm.surgery.copied import cloned, dense, scratch, tensors_of
 from batchnorm.surgery.given import replaced
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.results import difference, results
@@ -132,7 +132,7 @@ def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tup
             seen.append(cloned((args, kwargs)))
 
         def after(m: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            now, then = [*tensors_of((args, kwargs))], [*tensors_of(seen[-1])]
+            now, then = ([dense(t) for t in tensors_of(each)] for each in ((args, kwargs), seen[-1]))
             changed.append(len(now) != len(then) or not all(map(torch.equal, now, then)))
 
         module = twin.get_submodule(name)
