@@ -164,3 +164,11 @@ def test_who_shares_memory() -> None:
     assert shared(model) == {
         "0.weight": "1.weight", "1.weight": "0.weight", "3.weight": "1.weight",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", [bn.insert, bn.fold])
+def test_what_no_row_can_say_is_not_told_to_register(verb):
+    model = nn.Sequential(nn.Embedding(5, 4), nn.ReLU() if verb is bn.insert else nn.BatchNorm1d(4)).eval()
+    why = verb(model, torch.arange(5)).batchnorm_report[0].why
+    assert "a Embedding, which is not affine in one input" in why
+    assert "register" not in why

@@ -243,6 +243,17 @@ class Louder(nn.BatchNorm2d):
         return super().forward(x) * 2
 
 
+class FeaturesLast(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def test_a_subclass_with_channels_in_another_dimension_is_left_alone():
+    model = shaken(nn.Sequential(nn.Linear(4, 5), FeaturesLast(5), nn.ReLU()))
+    (row,) = bn.fold(model, torch.randn(3, 6, 4, dtype=torch.float64)).batchnorm_report
+    assert row.why.startswith("a FeaturesLast computes something else than batch normalization")
+
+
 class Several(nn.Module):
     """One of each that cannot be folded."""
 

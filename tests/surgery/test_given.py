@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 
 import batchnorm as bn
 from tests.processes import on_ranks
@@ -429,3 +430,78 @@ def test_full_backward_hooks_stay():
     seen.clear()
     fused(X.clone().requires_grad_()).sum().backward()
     assert sorted(seen) == ["block", "conv"]
+
+
+# ---- reasons ---------------------------------------------------------------------------------------------------------
+
+
+def why_of(model, layer):
+    return next(row.why for row in model.batchnorm_report if row.layer == layer)
+
+
+def test_a_replaced_forward_is_the_reason_without_an_example_too():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    as_partial(model[0])
+    assert why_of(bn.from_torch(model), "0").startswith("its forward was replaced on the object: take that away first")
+
+
+@pytest.mark.parametrize("computed", [True, False], ids=["with gradients", "without"])
+def test_pruned_layers_are_named_with_what_to_do(computed):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()).eval()
+    for layer in (model[0], model[3]):
+        prune.l1_unstructured(layer, "weight", 0.3)
+    with torch.set_grad_enabled(computed):
+        expected = model(X)
+    advice = "is pruned: torch.nn.utils.prune.remove(layer, 'weight') first"
+    folded = bn.fold(model, X)
+    assert why_of(folded, "1").startswith(f"the weight of 0 before it {advice}")
+    assert why_of(bn.insert(model, X), "3") == f"its weight {advice}"
+    torch.testing.assert_close(folded(X), expected)
+    torch.testing.assert_close(bn.from_torch(model, example=X)(X), expected)
+    for layer in (model[0], model[3]):
+        prune.remove(layer, "weight")
+    assert bn.fold(model, X).batchnorm_report.of("folded") == ["1"]
+
+
+@pytest.mark.parametrize("name", ["0", "1"])
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_keep_a_layer_from_folding(name, register):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    getattr(model[int(name)], register)(lambda *_: None)
+    assert "it has hooks, which would see something else" in why_of(bn.fold(model, X), "1")
+
+
+def test_what_hooks_of_a_layer_and_of_its_weight_see_after_insert():
+    model, seen = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), []
+    model[0].register_forward_hook(lambda *_: seen.append("output"))
+    model[0].weight.register_hook(lambda gradient: seen.append("gradient"))
+    inserted = bn.insert(model, X)
+    assert why_of(inserted, "0") == "before 1; its hooks now see the normalized output"
+    seen.clear()
+    inserted(X).sum().backward()
+    assert seen == ["output", "gradient"]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+def test_batch_normalization_in_a_container_that_torch_does_not_see(kind):
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, norm = nn.Conv2d(4, 4, 1), nn.Sequential(nn.BatchNorm2d(4))
+            self.norms = {0: norm} if kind is dict else kind([norm])
+
+        def forward(self, x):
+            return self.norms[0](self.conv(x))
+
+    model = Hiding().eval()
+    for container in self_and_list(model):
+        place = "norms[0]" if container is model else "0.norms[0]"
+        why = f"it is in a {kind.__name__}, in which torch sees no modules: use nn.Module"
+        assert why_of(bn.from_torch(container), place).startswith(why)
+        assert why_of(bn.from_torch(container, example=X), place).startswith(why)
+    with pytest.raises(ValueError, match=rf"does not run in float64, .* norms\[0\]: {why}"):
+        bn.fold(model, X)
+
+
+def self_and_list(model):
+    return model, nn.Sequential(model)

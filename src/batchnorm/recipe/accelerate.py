@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from batchnorm.recipe.recipe import RECIPES, Recipe
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
-from batchnorm.surgery.given import checked, on_all_ranks
+from batchnorm.surgery.given import checked, on_all_ranks, only_copies_run
 from batchnorm.surgery.insert import insert
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import run
@@ -70,9 +70,10 @@ def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, sk
     if not isinstance(value, Recipe):
         raise TypeError(f"recipe must be a name or a batchnorm.Recipe, got {type(recipe).__name__}.")
     checked(model, "accelerate")
-    model = copied(model)
-    dropout = reduce_dropout(model, value.dropout, example)
-    accelerated: Any = insert(model, example, skip=skip)
+    with only_copies_run(model, "accelerate"):
+        mine = copied(model)
+        dropout = reduce_dropout(mine, value.dropout, example)
+        accelerated: Any = insert(mine, example, skip=skip)
     report = accelerated.batchnorm_report
     if not report.of("normalized"):
         if any(row.done == LEFT and "has batch normalization" in row.why for row in report):

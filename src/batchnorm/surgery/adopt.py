@@ -93,7 +93,11 @@ def become_stock(layer: FusedBatchNorm, kind: type) -> None:
 def left_alone(model: nn.Module, because: dict[str, str] | None = None) -> Report:
     """A row for each layer of batch normalization that is not ours."""
     return Report(
-        Row(name, LEFT, (because or {}).get(name) or f"{_named(layer)} is a class of its own, which may do more")
+        Row(
+            name,
+            LEFT,
+            (because or {}).get(name) or _unfit(layer) or f"{_named(layer)} is a class of its own, which may do more",
+        )
         for name, layer in model.named_modules()
         if isinstance(layer, _BatchNorm) and not isinstance(layer, FusedBatchNorm)
     )

@@ -81,6 +81,14 @@ def is_computed(layer: nn.Module) -> bool:
     return nn.utils.parametrize.is_parametrized(layer) or layer._parameters.get("weight") is None
 
 
+def is_pruned(layer: nn.Module) -> bool:
+    """Whether ``torch.nn.utils.prune`` computes its weight before each call."""
+    return "weight_mask" in layer._buffers and "weight_orig" in layer._parameters
+
+
+PRUNED = "is pruned: torch.nn.utils.prune.remove(layer, 'weight') first"
+
+
 def looks_affine(module: nn.Module) -> bool:
     """Whether a layer of no known class holds a weight as these do."""
     weight = dict(module.named_parameters(recurse=False)).get("weight")
@@ -89,6 +97,8 @@ def looks_affine(module: nn.Module) -> bool:
 
 def unregistered(layer: nn.Module) -> str:
     """How a report calls such a layer, and what there is to do."""
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.Bilinear):
+        return f"a {type(layer).__qualname__}, which is not affine in one input"
     return f"a {type(layer).__qualname__}: batchnorm.surgery.affine.register says what it is"
 
 

@@ -1,9 +1,9 @@
 """Functions that a copy has in its attributes, made anew where they hold modules of the model that was copied.
 
 ``copy.deepcopy`` copies no function. A lambda that ``__init__`` put into an attribute, or a hook, holds the original in
-its closure, and would go on to call the original's layers. The copy gets one that holds the copy's. A copy to throw
-away (``apart``) gets its own of all that its functions can change: lists, counters and generators, in closures and in
-global variables.
+its closure, and would go on to call the original's layers. The copy gets one that holds the copy's, and so it does of
+what else deepcopy gives as it is: weak references, caches, classes. A copy to throw away (``apart``) gets its own of
+all that its functions can change: lists, counters and generators, in closures and in global variables.
 
 Comes from: ``copied``. Goes to: the copy's attributes.
 """
@@ -11,20 +11,25 @@ Comes from: ``copied``. Goes to: the copy's attributes.
 from __future__ import annotations
 
 import copy
-import dis
 import random
+import weakref
 from collections import deque
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Set
+from contextlib import suppress
+from functools import lru_cache, partial
 from itertools import count
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
+from batchnorm.surgery.globals import Globals, names, steps
+
 # What functions change that read it as a global variable.
 _CHANGE = (list, dict, set, bytearray, deque, count, random.Random, torch.Tensor, torch.Generator, nn.Module)
+_CACHED: Any = type(lru_cache(lambda: None))
+_ANEW = (FunctionType, MethodType, partial, CellType, tuple, _CACHED, weakref.ref)  # which deepcopy gives as they are
 _FIXED = (int, float, complex, str, bytes, bool, type(None), type, ModuleType, torch.dtype, torch.device)
 
 
@@ -33,30 +38,39 @@ def rebind(copied: nn.Module, memo: dict[int, Any], originals: list[nn.Module], 
     ``apart``: and nothing that they could change of anybody else's.
 
     Raises:
-        ValueError: one reads a global variable that is a module of the original.
+        ValueError: one, or a module's own forward, reads a module of the original by a global variable.
     """
     found = (_Apart if apart else _Rebound)(memo, originals)
+    found.place, found.notes = "a parameter's hook", True
+    for p in {} if apart else {p: None for module in originals for p in module.parameters(recurse=False)}:
+        made = memo.get(id(p), p)
+        for hook in [*(p._backward_hooks or {}).values()] if made is not p and made.requires_grad else []:
+            made.register_hook(found.of(hook))
     for name, module in copied.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for key, value in list(vars(module).items()):
             if key in ("_parameters", "_buffers", "_modules"):
                 continue
-            found.place = f"{name}.{key}".lstrip(".")
+            found.place, found.notes = f"{name}.{key}".lstrip("."), key.endswith("_hooks")
             new = found.of(value)
             if new is not value:
                 vars(module)[key] = new
+        found.check_forward(name, module)
+        found.give_kind(module)
 
 
 class _Rebound:
     """What each value is to be in the copy. What deepcopy made is changed in place, all else is made anew."""
 
     def __init__(self, memo: dict[int, Any], originals: list[nn.Module]) -> None:
-        self.copies = {id(module): memo[id(module)] for module in originals if id(module) in memo}
-        self.copies = {i: made for i, made in self.copies.items() if id(made) != i}
-        self.own = {id(made): made for i, made in memo.items() if id(made) != i}
+        self.copies = {i: made for i, made in memo.items() if id(made) != i and i != id(memo)}
+        self.own = {id(made): made for made in self.copies.values()}
+        self.modules = {id(module) for module in originals} & self.copies.keys()
+        self.globals_read = Globals(self.modules)
         self.done: dict[int, tuple[Any, Any]] = {}  # both, so that no identity is given away twice
-        self.place = ""
+        self.checked: set[FunctionType] = set()
+        self.place, self.notes = "", False  # where it is; whether it is a hook, which may note down modules
 
     def of(self, value: Any) -> Any:
         if id(value) in self.copies:
@@ -76,22 +90,73 @@ class _Rebound:
             return value if _same(parts, (value.__func__, value.__self__)) else MethodType(*parts)
         if isinstance(value, partial):
             return self._partial(value)
+        if type(value) is weakref.ref:
+            held = value()
+            new = self.of(held)
+            return value if new is held else weakref.ref(new)
+        if isinstance(value, _CACHED):
+            new = self.of(value.__wrapped__)
+            return value if new is value.__wrapped__ else lru_cache(**value.cache_parameters())(new)
         if isinstance(value, dict):
             return self._dict(value)
-        if isinstance(value, list):
-            new = [self.of(each) for each in value]
-            if id(value) in self.own:
-                value[:] = new
-            return value if _same(new, value) else new
+        if isinstance(value, list | deque):
+            return self._list(value)
         if type(value) in (tuple, set, frozenset):
             items = list(value)
             changed = [self.of(each) for each in items]
             return value if _same(changed, items) else type(value)(changed)
-        if id(value) in self.own and isinstance(getattr(value, "__dict__", None), dict):
-            for key, held in list(vars(value).items()):
-                if (new_held := self.of(held)) is not held:
-                    vars(value)[key] = new_held
+        if id(value) in self.own:
+            self._object(value)
         return value
+
+    def _object(self, value: Any) -> None:
+        own = getattr(value, "__dict__", None)
+        for key, held in list(own.items()) if isinstance(own, dict) else []:
+            if (new := self.of(held)) is not held:
+                vars(value)[key] = new
+        for slot in _slots(type(value)):
+            with suppress(AttributeError):  # nothing is in it
+                held = slot.__get__(value)
+                if (new := self.of(held)) is not held:
+                    slot.__set__(value, new)
+        self.give_kind(value)
+
+    def give_kind(self, value: Any) -> None:
+        """What is of a class whose methods hold the original, a local one, becomes of a subclass that does not."""
+        kind: Any = type(value)
+        if self._kind(kind) is not kind:
+            object.__setattr__(value, "__class__", self._kind(kind))  # a frozen dataclass too
+
+    def _kind(self, kind: Any) -> Any:
+        if id(kind) not in self.done:
+            changed = {}
+            for name, method in {name: m for k in reversed(kind.__mro__) for name, m in vars(k).items()}.items():
+                function = getattr(method, "__func__", method)  # of static ones and class methods
+                if isinstance(function, FunctionType | _CACHED) and self._reaches(self.modules, function, set()):
+                    new = self.of(function)
+                    changed[name] = new if function is method else type(method)(new)
+            self.done[id(kind)] = (
+                kind,
+                type(kind)(kind.__name__, (kind,), {"__slots__": (), **changed}) if changed else kind,
+            )
+        return self.done[id(kind)][1]
+
+    def check_forward(self, name: str, module: nn.Module) -> None:
+        """That a module's class reads no module of the original by a global variable."""
+        forward = getattr(type(module), "forward", None)
+        if isinstance(forward, FunctionType) and forward not in self.checked:
+            self.place, self.notes = f"{name}.forward".lstrip("."), False
+            self._check_globals(forward)
+            self.checked.add(forward)
+
+    def _list(self, value: Any) -> Any:
+        new = [self.of(each) for each in value]
+        if _same(new, value):
+            return value
+        target = value if id(value) in self.own else copy.copy(value)
+        target.clear()
+        target.extend(new)
+        return target
 
     def _dict(self, value: dict[Any, Any]) -> dict[Any, Any]:
         new = {self.of(key): self.of(held) for key, held in value.items()}
@@ -112,13 +177,7 @@ class _Rebound:
         return target
 
     def _function(self, old: FunctionType) -> FunctionType:
-        for name in _names(old.__code__):
-            if id(old.__globals__.get(name)) in self.copies:
-                raise ValueError(
-                    f"the model cannot be copied: {self.place} is a function that reads the global variable {name!r}, "
-                    "which is the model given or a part of it, and a copy would go on to use that one: make it a "
-                    "method, or give it the module as an argument."
-                )
+        self._check_globals(old)
         if not self._holds(old, set()):
             return old
         cells = [self._cell(cell) for cell in old.__closure__ or ()]
@@ -133,6 +192,14 @@ class _Rebound:
                 made.cell_contents = self.of(cell.cell_contents)
         return new
 
+    def _check_globals(self, function: FunctionType) -> None:
+        for name in self.globals_read.of(function, within=not self.notes):
+            raise ValueError(
+                f"the model cannot be copied: {self.place} is a function that reads the global variable {name!r}, "
+                "which is, or holds, the model given or a part of it, and a copy would go on to use that one: have it "
+                "read an attribute of self, or give it the module as an argument."
+            )
+
     def _globals(self, function: FunctionType) -> dict[str, Any]:
         return function.__globals__
 
@@ -144,13 +211,17 @@ class _Rebound:
         return made
 
     def _holds(self, value: Any, seen: set[int]) -> bool:
-        """Whether a module of the original is in it: in closures, defaults, partials, methods, containers."""
-        if id(value) in self.copies:
+        """Whether it is to be made anew."""
+        return self._reaches(self.copies.keys(), value, seen)
+
+    def _reaches(self, ids: Set[int], value: Any, seen: set[int]) -> bool:
+        """Whether one of these is in it: in closures, defaults, partials, methods, containers, weak references."""
+        if id(value) in ids:
             return True
         if id(value) in seen or isinstance(value, nn.Module | torch.Tensor | type):
             return False
         seen.add(id(value))
-        return any(self._holds(part, seen) for part in _parts(value))
+        return any(self._reaches(ids, part, seen) for part in _parts(value))
 
 
 class _Apart(_Rebound):
@@ -163,7 +234,7 @@ class _Apart(_Rebound):
 
     def of(self, value: Any) -> Any:
         own = id(value) in self.own or id(value) in self.copies or id(value) in self.done
-        if own or isinstance(value, (*_FIXED, FunctionType, MethodType, partial, CellType, tuple)):
+        if own or isinstance(value, (*_FIXED, *_ANEW)):
             return super().of(value)
         try:
             made = copy.deepcopy(value, self.memo)
@@ -181,13 +252,13 @@ class _Apart(_Rebound):
             return not isinstance(value, FunctionType)
         seen.add(id(value))
         keeps = any((value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value)))
-        writes = any(step.opname == "STORE_GLOBAL" for step in _steps(value.__code__))
+        writes = any(step.opname == "STORE_GLOBAL" for step in steps(value.__code__))
         return keeps or writes or any(self._holds(held, seen) for _, held in self._read(value))
 
     def _read(self, function: FunctionType) -> Iterator[tuple[str, Any]]:
         """The global variables that it reads: its file's own functions, objects and containers."""
         own = function.__globals__
-        for name in set(_names(function.__code__)):
+        for name in set(names(function.__code__)):
             held = own.get(name)
             functions = isinstance(held, FunctionType) and held.__globals__ is own
             if functions or isinstance(held, _CHANGE) or type(held).__module__ == own.get("__name__"):
@@ -215,25 +286,20 @@ def _parts(value: Any) -> list[Any]:
         return [value.__func__, value.__self__]
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords, vars(value)]
+    if isinstance(value, _CACHED):
+        return [value.__wrapped__]
+    if type(value) is weakref.ref:
+        return [value()]
     if isinstance(value, dict):
         return [*value, *value.values()]
-    return list(value) if isinstance(value, list | tuple | set | frozenset) else []
+    return list(value) if isinstance(value, list | deque | tuple | set | frozenset) else []
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    """What a function reads by name, and the functions in it."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _names(inner)
-
-
-def _steps(code: CodeType) -> Iterator[dis.Instruction]:
-    """Of a function, and of the functions in it."""
-    yield from dis.get_instructions(code)
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _steps(inner)
+def _slots(kind: type) -> Iterator[Any]:
+    """Where objects of a class keep what is not in their ``__dict__``, if there is something."""
+    for each in kind.__mro__:
+        if "__slots__" in vars(each):
+            yield from (slot for slot in vars(each).values() if isinstance(slot, MemberDescriptorType))
 
 
 def _same(new: Any, old: Any) -> bool:

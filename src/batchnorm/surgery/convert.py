@@ -15,7 +15,7 @@ from batchnorm.surgery.adopt import OURS as OURS
 from batchnorm.surgery.adopt import become_ours, become_stock, left_alone
 from batchnorm.surgery.copied import computed, copied
 from batchnorm.surgery.fuse import fuse, unfuse
-from batchnorm.surgery.given import checked, replaced, scripted
+from batchnorm.surgery.given import checked, in_containers, only_copies_run, replaced, scripted
 from batchnorm.surgery.report import Report, Row
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,7 +40,8 @@ def from_torch(model: Model, example: Any = None) -> Model:
     others that folds or converts layers by their ``eps`` (a ``fuse()`` in the model's repository, torch's
     ``fuse_conv_bn_eval`` and ``SyncBatchNorm.convert_sync_batchnorm``) finds ordinary layers: reading it gives the
     activation back to where it was. So does the next forward pass after somebody put another module in a layer's place.
-    What was compiled in place is to be compiled again.
+    What was compiled in place is to be compiled again. Parts of the result are not to be run alone: where a layer takes
+    over an activation outside of its own parent, ``model.encoder(x)`` has it, and the module behind no longer does it.
 
     Args:
         model: any module.
@@ -69,7 +70,9 @@ def from_torch(model: Model, example: Any = None) -> Model:
         if type(module) in OURS and not replaced(module):
             become_ours(module, OURS[type(module)])
     before = getattr(converted, "batchnorm_report", Report())
-    report = _replaced(converted) if example is None else fuse(converted, example)
+    with only_copies_run(model, "from_torch"):
+        report = _replaced(converted) if example is None else fuse(converted, example)
+    report.extend(in_containers(converted))
     names = {row.layer for row in report}
     kept = [row for row in before if row.layer not in names]  # of ``accelerate``, whose recipe reads it
     converted.batchnorm_report = Report([*kept, *report])  # type: ignore[assignment]

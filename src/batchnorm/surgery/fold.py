@@ -17,10 +17,11 @@ from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
 from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, seen_by, to_double
 from batchnorm.surgery.fuse import unfuse
-from batchnorm.surgery.given import checked, scripted
+from batchnorm.surgery.given import checked, only_copies_run, scripted
 from batchnorm.surgery.neighbours import Place, after, before, tied
 from batchnorm.surgery.norms import check_statistics, computes, is_known, norms_of, rest_of
 from batchnorm.surgery.report import LEFT, Report, Row
+from batchnorm.surgery.rewrite import hooked
 from batchnorm.surgery.watch import Call, in_eager, watch
 from batchnorm.surgery.weights import affine, scale_inputs, scale_outputs
 
@@ -84,10 +85,11 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
         with in_eager(model):  # calls are played again, some of them random
             return _fold_all(model, example, wide, wide_example, ties)
 
-    report, folds = folded_in(folded, example)
-    report.extend(scripted(folded))
-    check_layers(folded, wide, wide_example, folds, tolerance)
-    check_outputs(model, folded, wide, example, wide_example, tolerance, folded_in)
+    with only_copies_run(model, "fold"):
+        report, folds = folded_in(folded, example)
+        report.extend(scripted(folded))
+        check_layers(folded, wide, wide_example, folds, tolerance)
+        check_outputs(model, folded, wide, example, wide_example, tolerance, folded_in)
     folded.batchnorm_report = report  # type: ignore[assignment]
     return folded
 
@@ -179,7 +181,7 @@ def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
         return f"a {type(layer).__qualname__} is given more than its input"
     if {2, "mask"} & {*calls[0].given}:
         return "it is given a mask"
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if hooked(layer):
         return "it has hooks, which would see something else"
     return None
 

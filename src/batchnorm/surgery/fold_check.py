@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from batchnorm.surgery.affine import affine_of
-from batchnorm.surgery.copied import copied
+from batchnorm.surgery.copied import cloned, copied, dense
+from batchnorm.surgery.given import in_containers
 from batchnorm.surgery.moves import play
 from batchnorm.surgery.report import one_line
 from batchnorm.surgery.watch import Call, run, tensors_of
@@ -152,7 +153,7 @@ def _shapes(tensors: list[Tensor]) -> str:
 
 
 def _floating(outputs: Any) -> list[Tensor]:
-    return [t for t in tensors_of(outputs) if t.is_floating_point()]
+    return [dense(t) for t in tensors_of(outputs) if t.is_floating_point()]
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -204,14 +205,8 @@ def beside(model: nn.Module, example: Any, found: list[Tensor], tolerance: float
 
 
 def to_double(example: Any) -> Any:
-    """The floating-point tensors of an example in float64; mappings that torch does not know become dicts."""
-
-    def wider(leaf: Any) -> Any:
-        if isinstance(leaf, Mapping):
-            return {key: to_double(value) for key, value in leaf.items()}
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return _pytree.tree_map(wider, example)
+    """A copy of an example with its floating-point tensors in float64."""
+    return cloned(example, lambda t: t.double() if t.is_floating_point() else t.clone())
 
 
 def run_in_double(wide: nn.Module, example: Any, prepare: Callable[[nn.Module], Any] | None = None) -> Any:
@@ -231,9 +226,11 @@ def run_in_double(wide: nn.Module, example: Any, prepare: Callable[[nn.Module], 
         with _EveryDtypeIsDouble():
             return run(wide, example, prepare=prepare)
     except Exception as failure:
+        hidden = [f"{row.layer}: {row.why}." for row in in_containers(wide)]
+        advice = "Let its forward take dtypes from its input (x.dtype), and keep its tensors in buffers."
         raise ValueError(
             f"the model does not run in float64, beside which the result is checked: {one_line(failure)}. "
-            "Let its forward take dtypes from its input (x.dtype), and keep its tensors in buffers."
+            f"{' '.join(hidden) or advice}"
         ) from failure
     finally:
         torch.set_default_dtype(default)

@@ -6,12 +6,16 @@ and reports.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from threading import get_ident
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from batchnorm.population.kept import check_materialized
 from batchnorm.surgery.report import LEFT, Report, Row
@@ -58,6 +62,34 @@ def checked(model: Any, verb: str, *, runs: bool = True) -> None:
         raise ValueError(f"{verb}: {name or 'the model'} is {done}: {advice}.")
 
 
+@contextmanager
+def only_copies_run(model: nn.Module, verb: str) -> Iterator[None]:
+    """Inside, copies of a model run. What belongs to the model given does not: it raises before anything is computed.
+
+    Raises:
+        ValueError: a module of the model was called, whatever became of the error that it raised.
+    """
+    own, thread, called = {module: name for name, module in model.named_modules()}, get_ident(), list[str]()
+
+    def refuse(module: nn.Module, inputs: Any) -> None:
+        if module in own and get_ident() == thread:
+            called.append(own[module])
+            raise RuntimeError("a module of the model given was called")
+
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        hook.remove()
+        if called:
+            name = f"layer {called[0]} of the model given" if called[0] else "the model given"
+            raise ValueError(
+                f"{verb}: {name} was called when a copy of it ran: something that is not copied holds it (an object "
+                "that gives itself as its copy, a registry, a function elsewhere). Have the forward take it from an "
+                "attribute of self."
+            )
+
+
 def on_all_ranks(verb: Verb) -> Verb:
     """A verb that gives a new network, also for one in ``DistributedDataParallel``: what is inside is changed, and a
     new wrapper like the old one put around it, which gives all ranks what rank 0 has. All ranks call it."""
@@ -99,6 +131,23 @@ def on_all_ranks(verb: Verb) -> Verb:
 def replaced(module: nn.Module) -> bool:
     """Whether the object has a forward that is not its class's: ``accelerate`` puts hooks there, say."""
     return "forward" in vars(module)
+
+
+def in_containers(model: nn.Module) -> Report:
+    """A row for each batch normalization that a module keeps in a list or the like, where torch does not see it."""
+    known, found = {*model.modules()}, Report()
+    for name, module in model.named_modules():
+        for key, value in vars(module).items() if not isinstance(module, torch.jit.ScriptModule) else ():
+            held = (
+                value.items() if isinstance(value, dict) else enumerate(value) if type(value) in (list, tuple) else ()
+            )
+            for place, part in held if key not in ("_modules", "taken_from") else ():
+                inside = part.modules() if isinstance(part, nn.Module) and part not in known else ()
+                if any(isinstance(each, _BatchNorm) for each in inside):
+                    kind = "ModuleDict" if isinstance(value, dict) else "ModuleList"
+                    why = f"it is in a {type(value).__name__}, in which torch sees no modules: use nn.{kind}"
+                    found.append(Row(f"{name}.{key}[{place!r}]".lstrip("."), LEFT, why))
+    return found
 
 
 def scripted(model: nn.Module, operations: tuple[str, ...] = _BATCH_NORM) -> Report:

@@ -17,12 +17,13 @@ from batchnorm.ops.split import Moments
 from batchnorm.population.batches import call_with_inputs, refuse_one_batch
 from batchnorm.surgery.affine import ROWS, affine_of
 from batchnorm.surgery.convert import Model
-from batchnorm.surgery.copied import copied, scratch
+from batchnorm.surgery.copied import cloned, copied, scratch
 from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, seen_by, to_double
-from batchnorm.surgery.given import AFFINE, checked, on_all_ranks, scripted
+from batchnorm.surgery.given import AFFINE, checked, on_all_ranks, only_copies_run, scripted
 from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.places import layers_of, row_of
 from batchnorm.surgery.report import LEFT, Row, one_line
+from batchnorm.surgery.rewrite import hooked
 from batchnorm.surgery.watch import in_eager, run, tensors_of, watch, watch_in_train
 from batchnorm.surgery.weights import outputs_of
 
@@ -86,7 +87,8 @@ def insert(
     layers = layers_of(inserted)
     skipped = _skipped(skip, layers)
     norms = [*norms_of(inserted).values()]
-    seen, in_train = watch(inserted, example, whole=norms), watch_in_train(inserted, example, whole=norms)
+    with only_copies_run(model, "insert"):
+        seen, in_train = watch(inserted, example, whole=norms), watch_in_train(inserted, example, whole=norms)
     report = scripted(inserted, AFFINE)
     with in_eager(inserted):  # calls are played again, some of them random
         for name, layer in layers.items():
@@ -97,15 +99,18 @@ def insert(
                 row = Row(name, LEFT, "skipped")
             elif row.done != LEFT and in_train is not None and row_of(in_train, name, layer) != row:
                 row = Row(name, LEFT, "it, or what reads it, is called differently in train")
+            if row.done != LEFT and hooked(layer, ("forward", "backward", "backward_pre")):
+                row = row._replace(why=f"{row.why}; its hooks now see the normalized output")
             report.append(row)
     names = report.of("normalized")
     moments = {} if batches is None else _moments(inserted, names, batches, forward or call_with_inputs)
     for name in names:
         _give(inserted.get_submodule(name), moments.get(name))
     _without_fast_paths(inserted)
-    _check_called(inserted, names, example)
-    if batches is not None:
-        _check(model, inserted, names, example)
+    with only_copies_run(model, "insert"):
+        _check_called(inserted, names, example)
+        if batches is not None:
+            _check(model, inserted, names, example)
     inserted.batchnorm_report = report  # type: ignore[assignment]
     return inserted
 
@@ -207,7 +212,7 @@ def _moments(
         model.get_submodule(name).register_forward_hook(noting(name))
     with torch.no_grad(), torch.random.fork_rng([]):
         for batch in batches:
-            forward(model, batch)
+            forward(model, cloned(batch))
             count += 1
     if names and not count:
         raise ValueError("batches yielded nothing: insert needs at least one batch of model inputs.")

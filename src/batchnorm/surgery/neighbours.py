@@ -10,9 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from batchnorm.surgery.affine import affine_of, does_more, is_computed, looks_affine, pads_with_zeros, unregistered
+from batchnorm.surgery.affine import (
+    PRUNED,
+    affine_of,
+    does_more,
+    is_computed,
+    is_pruned,
+    looks_affine,
+    pads_with_zeros,
+    unregistered,
+)
 from batchnorm.surgery.fold_check import Fold
 from batchnorm.surgery.moves import as_function, came_from, channels_between
+from batchnorm.surgery.rewrite import hooked
 from batchnorm.surgery.watch import Call, Watched
 
 
@@ -138,7 +148,9 @@ def _unusable(place: Place, call: Call, side: str) -> str | None:
     name, layer, seen = call.name, call.target, place.seen
     if len(seen.of(name)) != 1:
         return f"{name} {side} it is called {len(seen.of(name))} times"
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if is_pruned(layer):
+        return f"the weight of {name} {side} it {PRUNED}"
+    if hooked(layer):
         return f"{name} {side} it has hooks, which would see something else"
     if does_more(layer):
         return f"{name} {side} it is a {type(layer).__qualname__}, which may do more"

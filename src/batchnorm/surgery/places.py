@@ -10,9 +10,11 @@ from torch import nn
 from torch.nn.modules.pooling import _AdaptiveMaxPoolNd, _MaxPoolNd
 
 from batchnorm.surgery.affine import (
+    PRUNED,
     affine_of,
     does_more,
     is_computed,
+    is_pruned,
     looks_affine,
     unregistered,
 )
@@ -50,6 +52,8 @@ def row_of(seen: Watched, name: str, layer: nn.Module) -> Row | None:
         why = "its forward is not called on the example" if not calls else f"it is called {len(calls)} times"
     elif does_more(layer):
         why = f"a {type(layer).__qualname__} with a forward of its own may do more than its weights"
+    elif is_pruned(layer):
+        why = f"its weight {PRUNED}"
     elif is_computed(layer):
         why = "its weight is computed from others"
     elif f"{name}.bias" in seen.read:

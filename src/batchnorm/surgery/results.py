@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
-from batchnorm.surgery.copied import scratch, tensors_of
+from batchnorm.surgery.copied import cloned, dense, scratch, tensors_of
 from batchnorm.surgery.watch import in_eager
 
 TOLERANCE = 1e-9  # the largest error, in float64, relative to the largest value of a tensor
@@ -35,14 +34,14 @@ def _computed(module: nn.Module, given: Any, wide: bool, train: bool) -> list[li
     with in_eager(module), torch.inference_mode(False), torch.set_grad_enabled(wide):
         copied = scratch(module).train(train)
         copied = copied.double() if wide else copied
-        args, kwargs = _pytree.tree_map_only(Tensor, _leaf if wide else torch.clone, given)
-        out = list(tensors_of(copied(*args, **kwargs)))
+        args, kwargs = cloned(given, _leaf if wide else torch.clone)
+        out = [dense(t) for t in tensors_of(copied(*args, **kwargs))]
         wanted = [t for t in (*tensors_of((args, kwargs)), *copied.parameters()) if t.requires_grad]
         weighted = [(t * _weights(t)).sum() for t in out if t.requires_grad]
         gradients = torch.autograd.grad(weighted, wanted, allow_unused=True) if weighted else ()
         saved, parameters = copied.state_dict(), dict(copied.named_parameters())
-        buffers = [t for name, t in saved.items() if name not in parameters and isinstance(t, Tensor)]
-    return [[t.detach() for t in out], [t for t in gradients if t is not None], buffers]
+        buffers = [dense(t) for name, t in saved.items() if name not in parameters and isinstance(t, Tensor)]
+    return [[t.detach() for t in out], [dense(t) for t in gradients if t is not None], buffers]
 
 
 def _leaf(t: Tensor) -> Tensor:

@@ -15,16 +15,15 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
-from torch.utils import _pytree
 
 from batchnorm.functional import parse_activation
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.surgery.between import crossed, in_the_way, passes
-from batchnorm.surgery.copied import scratch, tensors_of
+from batchnorm.surgery.copied import cloned, dense, scratch, tensors_of
 from batchnorm.surgery.given import replaced
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.results import difference, results
@@ -130,11 +129,11 @@ def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tup
         seen, changed = found[name]
 
         def before(m: nn.Module, args: Any, kwargs: Any) -> None:
-            seen.append(_pytree.tree_map_only(Tensor, torch.clone, (args, kwargs)))
+            seen.append(cloned((args, kwargs)))
 
         def after(m: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            pairs = zip(tensors_of((args, kwargs)), tensors_of(seen[-1]), strict=True)
-            changed.append(not all(torch.equal(a, b) for a, b in pairs))
+            now, then = ([dense(t) for t in tensors_of(each)] for each in ((args, kwargs), seen[-1]))
+            changed.append(len(now) != len(then) or not all(map(torch.equal, now, then)))
 
         module = twin.get_submodule(name)
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -142,7 +141,7 @@ def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tup
 
     for name in names:
         noting(name)
-    run_itself(twin, example)
+    run_itself(twin, cloned(example))
     return {name: (seen, any(changed)) for name, (seen, changed) in found.items()}
 
 

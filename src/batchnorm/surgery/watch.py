@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.surgery import moves
-from batchnorm.surgery.copied import scratch, tensors_of
+from batchnorm.surgery.copied import cloned, scratch, tensors_of
 
 # What is asked of a tensor without reading its values.
 _ABOUT = {
@@ -117,9 +116,10 @@ def watch(model: nn.Module, example: Any, train: bool = False, whole: Collection
     """
     twin, example = scratch(model), cloned(example)
     noted = _Noted(model, twin, whole)
-    noted.made(example, noted.begin("input", "input", None, (), {}))
+    given = [*tensors_of(example)]  # an object among them may hold others afterwards
+    noted.made(given, noted.begin("input", "input", None, (), {}))
     out = run_itself(twin, example, noted, train)
-    held = noted.held((example, out))
+    held = noted.held((given, out))
     if held:
         noted.begin("held", "held", None, (held,), {})
     noted.begin("output", "output", None, (out,), {})
@@ -154,15 +154,10 @@ def run(
 def run_itself(
     model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None, train: bool = False
 ) -> Any:
-    """What the model gives, no copy of it, and with the example's own tensors; random numbers are as before."""
+    """What the model gives, no copy of it, and on the example itself; random numbers are as before."""
     positional, named = arguments(example)
     with torch.no_grad(), in_eager(model), watched_by or nullcontext():
         return model.train(train)(*positional, **named)
-
-
-def cloned(example: Any) -> Any:
-    """For a model that changes what it is given."""
-    return _pytree.tree_map_only(Tensor, torch.clone, example)
 
 
 @contextmanager
