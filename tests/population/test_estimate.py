@@ -188,7 +188,7 @@ def test_broken_eval_mode_is_mended() -> None:
         ([], {"estimator": "ema"}, 'unknown estimator "ema". Known: pooled, batch_mean'),
         ([], {"process_group": object()}, "init_process_group"),
         ([], {}, "batches yielded nothing"),
-        ([torch.zeros(4, 4).double()], {"max_batches": 0}, r"max_batches must be at least 1 \(got 0\)"),
+        ([torch.zeros(4, 4).double()], {"max_batches": 0}, r"max_batches must be a whole number, at least 1 \(got 0\)"),
         ([torch.zeros(1, 4).double()], {}, "Expected more than 1 value per channel"),
     ],
 )
