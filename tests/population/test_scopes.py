@@ -254,17 +254,19 @@ def test_a_forward_that_fails_and_is_caught_counts_nothing(kind):
     torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * x.var(0))
 
 
-def test_compiled_before_the_block():
-    for kind in KINDS:
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_compiled_before_the_block(momentum):
+    for kind in KINDS if momentum else [bn.BatchNorm1d]:  # torch's has no full graph of an average
         torch._dynamo.reset()
         model, x = network(kind), torch.randn(12, 4).double()
+        model[1].momentum = momentum
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         compiled(x)
         model[1].reset_running_stats()
         with bn.accumulate_statistics(model):
             for part in x.split(6):
                 compiled(part).sum().backward()
-        torch.testing.assert_close(model[1].running_mean, 0.3 * model[0](x).mean(0))
+        torch.testing.assert_close(model[1].running_mean, (momentum or 1) * model[0](x).mean(0))
         assert model[1].num_batches_tracked == 1
 
 
@@ -376,6 +378,8 @@ def test_a_copy_made_inside_is_a_model_of_its_own(kind, copied, momentum):
     expected = nn.BatchNorm1d(3, momentum=momentum)
     with bn.accumulate_statistics(layer), bn.accumulate_statistics(layer):
         layer(x[:6])
+        assert layer.momentum == momentum
+        assert repr(layer) == repr(kind(3, momentum=momentum))
         teacher = copied(layer)
         layer(x[6:])
         for one in (teacher, expected):
@@ -399,6 +403,43 @@ def test_buffers_follow_a_model_that_moves_inside(kind):
     with bn.preserve_state(model):  # of a buffer alone nothing is left
         model[1].running_mean = model[1].running_mean.double()
     assert model[1].running_mean.dtype == torch.bfloat16
+
+
+RENORM = bn.Renorm(schedule=((0, 0), (0, 0)))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_with_renorm_corrects_towards_its_own_statistics(copied):
+    layer, x = bn.BatchNorm1d(3, statistics=RENORM), torch.randn(12, 3) * 3 + 5
+    with bn.accumulate_statistics(layer):
+        teacher = copied(layer)
+    for _ in range(3):
+        torch.testing.assert_close(teacher(x), layer(x))
+
+
+@pytest.mark.parametrize("change", ["recalibrate", "load"])
+def test_renorm_corrects_towards_what_was_put_there_inside(change):
+    x, other = torch.randn(12, 3), bn.BatchNorm1d(3, statistics=RENORM)
+    layer = copy.deepcopy(other)
+    bn.recalibrate(other, [x * 2 + 3])
+    with bn.accumulate_statistics(layer):
+        if change == "load":
+            layer.load_state_dict(other.state_dict())
+        else:
+            bn.recalibrate(layer, [x * 2 + 3])
+        torch.testing.assert_close(layer(x), other(x))
+
+
+@pytest.mark.parametrize(("before", "after"), [(bn.Batch(), RENORM), (RENORM, bn.Batch())])
+def test_another_source_of_statistics_inside(before, after):
+    layer, x = bn.BatchNorm1d(3, statistics=before), torch.randn(12, 3)
+    with bn.accumulate_statistics(layer):
+        layer(x[:4])
+        layer.statistics = after
+        layer(x[4:8])
+        layer(x[8:])
+    torch.testing.assert_close(layer.running_mean, 0.1 * x.mean(0))
+    assert layer._buffers.get("renorm_steps") == (1 if after is RENORM else None)
 
 
 # ---- layers that do not update ---------------------------------------------------------------------------------------

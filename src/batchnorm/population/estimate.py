@@ -6,7 +6,7 @@ Comes from: any model with batch normalization layers, torch's or ours. Goes to:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -21,10 +21,9 @@ from batchnorm.nn.statistics import Running
 from batchnorm.nn.tracking import updates_running_statistics
 from batchnorm.population.batches import call_with_inputs, one_value_said, placed, refuse_one_batch
 from batchnorm.population.depth import depths, stages
-from batchnorm.population.estimators import ESTIMATORS, Estimator, Population, batch_in_buffers
+from batchnorm.population.estimators import ESTIMATORS, Estimator, Population
 from batchnorm.population.kept import check_materialized, let_go, set_aside
-
-_STATISTICS = ("running_mean", "running_var")
+from batchnorm.population.watching import STATISTICS, OldStatistics, Watch, batch_in_buffers
 
 
 class NoStatistics(ValueError):
@@ -114,8 +113,9 @@ def recalibrate(
         if isinstance(layer, FusedBatchNorm):
             layer.tell_skipped()
     reader = _Reader(batches, max_batches, device, forward or call_with_inputs, progress)
-    old = {name: dict(layer._buffers) for name, layer in layers.items()}
+    old = {name: {key: getattr(layer, key) for key in STATISTICS} for name, layer in layers.items()}
     found: dict[str, Population] = {}
+    left: set[str] = set()
     with _set_up(model, layers), torch.no_grad():
         passes = [list(layers)]
         if upstream == "population":
@@ -123,7 +123,7 @@ def recalibrate(
             print(f"batchnorm: recalibrate reads the batches {len(passes)} times, once per depth", file=sys.stderr)
         for stage in passes:
             estimate = ESTIMATORS[estimator]([layers[name] for name in stage])
-            reader.run(model, estimate)
+            left |= {stage[index] for index in reader.run(model, estimate, stage)}
             if process_group is not None:
                 _pool_over_ranks(estimate, process_group)
             for name, population in zip(stage, estimate.results(), strict=True):
@@ -137,12 +137,12 @@ def recalibrate(
                         )
                     raise NoStatistics(f"{which} saw values that are not finite: look at the batches and the weights.")
                 found[name] = population
-                for key, new in zip(_STATISTICS, population[2:], strict=True):  # for the next stage
-                    layers[name]._buffers[key].copy_(new if population.values else old[name][key])
+                for key, new in zip(STATISTICS, population[2:], strict=True):  # for the next stage
+                    getattr(layers[name], key).copy_(new if population.values else old[name][key])
         if not any(population.values for population in found.values()) and not reader.read:
             raise ValueError("batches yielded nothing: recalibrate needs at least one batch of model inputs.")
     reached = {name: found[name] for name in layers if name in found and found[name].values}
-    if layers and not reached:
+    if layers and not reached and not left:
         raise NoStatistics(
             f"recalibrate: none of the {len(layers)} layers of batch normalization saw a value of these batches: the "
             "batches are empty, or forward= runs another model than the one it is given."
@@ -190,25 +190,36 @@ class _Reader:
         with one_value_said(self.read + 1):
             self.forward(model, self._placed(batch))
 
-    def run(self, model: nn.Module, estimate: Estimator) -> None:
-        """All batches, with these layers normalizing by the batch."""
-        hooks = estimate.watch()
-        try:
-            with batch_in_buffers(estimate.layers):
+    def run(self, model: nn.Module, estimate: Estimator, names: Sequence[str]) -> set[int]:
+        """All batches, with these layers normalizing by the batch. Which of them ran without an update.
+
+        Raises:
+            ValueError: a layer with a forward of its own never takes over its batch's statistics.
+        """
+        with batch_in_buffers(estimate.layers):
+            watch = Watch(estimate)
+            hooks = watch.hooks()
+            try:
                 for layer in estimate.layers:
                     layer.train()
-                    for name in _STATISTICS:  # nothing of an earlier batch is left, were it NaN (0 * NaN is NaN)
-                        getattr(layer, name).zero_()
                 self.read = 0
                 for batch in self._shown(islice(self.batches, self.most)):
                     self._forward(model, batch)
-                    estimate.read()
+                    watch.read()
                     self.read += 1
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for layer in estimate.layers:
-                layer.eval()
+            except OldStatistics as error:
+                kind, index = error.args
+                raise ValueError(
+                    f"layer {names[index]} ({kind}) keeps a share of its old running statistics with momentum 1 too: "
+                    "they are never those of one batch, of which recalibrate makes the population's. To leave the "
+                    "layer as it is, set its track_running_stats = False before, and True again afterwards."
+                ) from None
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                for layer in estimate.layers:
+                    layer.eval()
+        return watch.left
 
     def _placed(self, batch: Any) -> Any:
         return batch if self.device is None else placed(batch, self.device)
@@ -241,7 +252,7 @@ def _set_up(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
             model.eval()
             for layer in layers.values():
                 if isinstance(layer, FusedBatchNorm) and isinstance(layer.statistics, Renorm | Synced):
-                    known: list[Any] = [layer._buffers.get(name) for name in (*_STATISTICS, "renorm_steps")]
+                    known: list[Any] = [layer._buffers.get(name) for name in (*STATISTICS, "renorm_steps")]
                     if isinstance(layer.statistics, Renorm) and all(t.isfinite().all() for t in known):
                         layer.held = Running(*(t.clone() for t in known))  # what it corrects towards in training
                     else:
@@ -273,7 +284,8 @@ def _pool_over_ranks(estimate: Estimator, group: dist.ProcessGroup) -> None:
 
 def _write(layer: Any, population: Population) -> None:
     """The new statistics into the layer."""
-    let_go(*(t for t in layer._buffers.values() if t is not None))
+    tensors = [layer.running_mean, layer.running_var, layer.num_batches_tracked]
+    let_go(*(t for t in tensors if t is not None))
     if layer.num_batches_tracked is not None:
         layer.reset_running_stats()  # what was skipped before is over
         layer.num_batches_tracked.fill_(population.batches)

@@ -2,24 +2,17 @@
 
 Shapes: L layers, C channels of all of them side by side, K batches.
 
-Comes from: the layers that ``recalibrate`` and ``accumulate_statistics`` watch. Goes to: running statistics. A new
+Comes from: ``watching``. Goes to: running statistics. A new
 estimator is one class and one line in ``ESTIMATORS``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
-
-from batchnorm.nn.base import FusedBatchNorm, is_recomputing
-from batchnorm.nn.tracking import updates_running_statistics
+from torch import Tensor
 
 _WAITING = 32  # batches that are merged together: on small tensors a call costs more than its arithmetic
 
@@ -33,74 +26,25 @@ class Population(NamedTuple):
     unbiased_var_C: Tensor
 
 
-@contextmanager
-def batch_in_buffers(layers: Sequence[Any]) -> Iterator[None]:
-    """In train, layers leave the statistics of their last batch in their buffers, whether they are finite or not."""
-    before = [dict(vars(layer)) for layer in layers]
-    try:
-        for layer in layers:
-            layer.momentum = 1.0
-            if isinstance(layer, FusedBatchNorm):
-                layer.guarded, layer.counts = False, []
-        yield
-    finally:
-        for layer, held in zip(layers, before, strict=True):
-            for name in ("momentum", "guarded", "counts"):
-                vars(layer).pop(name, None)
-                if name in held:
-                    vars(layer)[name] = held[name]
-
-
 class Estimator:
-    """What layers with their last batch in their buffers have seen. ``sums``, (2, C): what an estimator decides."""
+    """What layers have seen, batch by batch. ``sums``, (2, C): what an estimator decides."""
 
-    def __init__(self, layers: Sequence[_BatchNorm]) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
-        self.use(layers)
-        self.sizes = torch.tensor([len(t) for t in self.buffers[: len(layers)]], dtype=torch.int64)
-        self.device = self.buffers[0].device if layers else torch.device("cpu")
-        self.noted: dict[int, int] = {}  # values of the layers whose batch is still in their buffers
+        self.sizes = torch.tensor([len(layer.running_mean) for layer in layers], dtype=torch.int64)
+        self.device = layers[0].running_mean.device if layers else torch.device("cpu")
         self.waiting: list[tuple[dict[int, int], Tensor]] = []
         self.clear()
-
-    def use(self, layers: Sequence[Any]) -> None:
-        """Read the buffers that these have now."""
-        self.buffers: list[Any] = [m._buffers[name] for name in ("running_mean", "running_var") for m in layers]
 
     def clear(self) -> None:
         """As if nothing had been seen."""
         self.values_L, self.batches_L = torch.zeros(2, len(self.layers), dtype=torch.float64)
         self.sums = torch.zeros(2, int(self.sizes.sum()), dtype=torch.float64, device=self.device)
 
-    def watch(self) -> list[RemovableHandle]:
-        """Have the layers note what they see; ``read`` is to be called before anything else changes their buffers."""
-        return [
-            handle
-            for index, layer in enumerate(self.layers)
-            for handle in (
-                layer.register_forward_pre_hook(partial(self._before, index)),
-                layer.register_forward_hook(partial(self.note, index)),
-            )
-        ]
-
-    def _before(self, index: int, layer: nn.Module, inputs: Any) -> None:
-        if index in self.noted:  # used twice in one forward pass
-            self.read()
-
-    def note(self, index: int, layer: Any, inputs: Any, output: Any) -> None:
-        """After a forward pass: how many values are in the layer's buffers, where those are the ones that are read."""
-        x, counts = inputs[0] if inputs else output, getattr(layer, "counts", None)
-        # With a mask, or of several processes, a batch has not as many values as its shape says.
-        values = int(counts.pop().max()) if counts else x.numel() // max(x.shape[1], 1)
-        read = layer._buffers["running_mean"] is self.buffers[index]  # others are of preserve_state
-        if values and read and layer.training and updates_running_statistics(layer) and not is_recomputing(layer):
-            self.noted[index] = values
-
-    def read(self) -> None:
-        """Take over what is in the buffers."""
-        if self.noted:
-            self.waiting.append((self.noted, torch.cat([t.to(self.device) for t in self.buffers])))
-            self.noted = {}
+    def take(self, values: dict[int, int], row_2C: Tensor) -> None:
+        """One batch: how many values some of the layers saw, and the means of all layers, then the variances."""
+        if values:
+            self.waiting.append((values, row_2C))
             if len(self.waiting) == _WAITING:
                 self._settle()
 

@@ -66,7 +66,8 @@ class Kept:
                 del held[name]
             held.update(self.attributes)
         for p, wanted in self.wanted:
-            p.requires_grad_(wanted)
+            if p.requires_grad != wanted:  # it may be a tensor of inference_mode, which cannot be told
+                p.requires_grad_(wanted)
 
 
 @contextmanager

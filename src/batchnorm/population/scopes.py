@@ -5,7 +5,6 @@ Comes from: any model, torch's layers or ours. Goes to: its buffers and modes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,16 +14,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.nn.base import FusedBatchNorm, is_recomputing
 from batchnorm.nn.statistics import Running
 from batchnorm.nn.tracking import updates_running_statistics
 from batchnorm.ops.running import blend_
 from batchnorm.population.estimators import Pooled, Population
 from batchnorm.population.kept import check_materialized, is_set_aside, kind, let_go, set_aside
+from batchnorm.population.watching import STATISTICS, Values, finite, place
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_SETTINGS = ("momentum", "guarded", "counts", "held")
+_SETTINGS = ("guarded", "counts", "held")
+_COUNTED = (*STATISTICS, "num_batches_tracked", "renorm_steps")
 
 
 @contextmanager
@@ -116,50 +117,41 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
             _move(one.layer, seen)
 
 
-class _Waiting(float):
-    """A layer's momentum inside the block. Its type makes torch.compile look again, and find the hooks.
+class _Watched(float):
+    """A layer's eps inside the block. Its type makes torch.compile look again, and find the hooks.
 
-    Who reads it sees the layer's own; who sets another one takes its place; copies and files have the plain number.
+    Copies and files have the plain number.
     """
 
-    own: float | None
-
-    def __new__(cls, own: float | None) -> _Waiting:
-        one = super().__new__(cls, 0.0 if own is None else own)
-        one.own = own
-        return one
-
     def __reduce__(self) -> Any:
-        return copy.copy, (self.own,)
+        return float, (float(self),)
 
 
 class _Gathered:
     """What one layer sees inside the block: in buffers that each forward pass has for itself.
 
-    A pending backward of torch's layers holds the buffers of its forward pass, so each gets new ones.
+    A pending backward of torch's layers holds the buffers of its forward pass, so each gets new ones. Between forward
+    passes the layer is as it was: what is copied, loaded, moved or set then needs no care.
     """
 
     layer: Any = None  # of none: the hooks of a copy that was made, or saved, inside
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self.own, self.momentum = layer, dict(layer._buffers), layer.momentum
-        self.rest: Any = _Waiting(
-            layer.momentum
-        )  # its momentum between forward passes; not made in a hook: compiled ones
+        self.layer, self.pooled, self.values = layer, Pooled([layer]), Values(layer)
+        self.eps: float = vars(layer)["eps"]
+        self.mark = _Watched(self.eps)  # not made in a hook: compiled ones
         self.settings = {name: vars(layer)[name] for name in _SETTINGS if name in vars(layer)}
         self.guarded = getattr(layer, "guarded", None)
-        self.pooled = Pooled([layer])
-        self.gathers = self.lent = False  # this forward pass has buffers of its own; has the layer's momentum
+        self.gathers = self.repeats = self.marked = False  # this forward pass
+        self.moves: bool | None = None if self.values.foreign else True  # not known of somebody's own forward
+        self.adopt(layer)
 
     def __reduce__(self) -> Any:
         return object.__new__, (_Gathered,)
 
     def hold(self) -> list[RemovableHandle]:
-        """From now on; ``Renorm`` goes on correcting towards the statistics from before."""
-        self.layer.momentum = self.rest
-        if "renorm_steps" in self.own:
-            known = [self.own[name].clone() for name in ("running_mean", "running_var", "renorm_steps")]
-            self.layer.held = Running(*known)
+        """From now on."""
+        vars(self.layer)["eps"] = self.mark
         return [
             self.layer.register_forward_pre_hook(self.before),
             self.layer.register_forward_hook(self.after, always_call=True),
@@ -167,9 +159,9 @@ class _Gathered:
         ]
 
     def release(self) -> None:
-        """As before, but for a momentum that was set inside."""
-        if not isinstance(self.layer.momentum, _Waiting):
-            self.settings["momentum"] = self.layer.momentum
+        """As before, but for what was set inside."""
+        if isinstance(vars(self.layer)["eps"], _Watched):
+            vars(self.layer)["eps"] = self.eps
         for name in _SETTINGS:
             vars(self.layer).pop(name, None)
         vars(self.layer).update(self.settings)
@@ -177,43 +169,58 @@ class _Gathered:
     def adopt(self, layer: Any, _: Any = None) -> None:
         """Other buffers take the place of the layer's own: it was moved, or loaded with ``assign=True``."""
         if layer is self.layer and not is_set_aside(layer):
-            self.own = dict(layer._buffers)
+            self.own = {name: place(layer, name)[name] for name in _COUNTED if getattr(layer, name, None) is not None}
 
     def before(self, layer: Any, inputs: Any) -> None:
         """Give the forward pass buffers of its own, unless others are in place (of ``preserve_state``, say)."""
         if layer is not self.layer:
             return
-        now = layer._buffers["running_mean"]
+        self.marked = isinstance(vars(layer)["eps"], _Watched)
+        if self.marked:
+            vars(layer)["eps"] = self.eps
+        now = layer.running_mean
         if now is not None and kind(now) != kind(self.own["running_mean"]):
             self.adopt(layer)
-        mine = now is self.own["running_mean"]
-        self.gathers = mine and layer.training and updates_running_statistics(layer)
-        if mine and not isinstance(layer.momentum, _Waiting):  # set inside
-            self.momentum = self.rest = layer.momentum
-        if self.gathers:
-            for name, t in self.own.items():
-                if t is not None:
-                    layer._buffers[name] = torch.zeros_like(t) if name.startswith("running") else t.clone()
-            self.pooled.use([layer])
-            vars(layer)["momentum"] = 1.0
-            if self.guarded is not None:
-                vars(layer).update(guarded=False, counts=[])
-        elif isinstance(layer.momentum, _Waiting):
-            layer.momentum, self.lent = self.momentum, True
+        self.gathers = now is self.own["running_mean"] and layer.training and updates_running_statistics(layer)
+        if not self.gathers:
+            return
+        self.repeats = is_recomputing(layer)
+        self.own = {name: place(layer, name)[name] for name in _COUNTED if getattr(layer, name, None) is not None}
+        if self.guarded is not None:
+            vars(layer).update(guarded=False, counts=[])
+        if "renorm_steps" in self.own:  # what Renorm goes on correcting towards
+            vars(layer)["held"] = Running(*(self.own[name].clone() for name in (*STATISTICS, "renorm_steps")))
+        for name, t in self.own.items():
+            place(layer, name)[name] = finite(t) if name in STATISTICS else t.clone()
+        self.momentum = layer.momentum
+        vars(layer)["momentum"] = 1.0
+        self.values.begin()
 
     def after(self, layer: Any, inputs: Any, output: Any) -> None:
         """Each batch is read at once; None is the output of a forward pass that failed."""
         if layer is not self.layer:
             return
         if self.gathers:
-            if output is not None:
-                self.pooled.note(0, layer, inputs, output)
-                self.pooled.read()
-            layer._buffers.update(self.own)
+            values = self.values.end(inputs, output) if output is not None else 0
+            if values and layer.training and updates_running_statistics(layer) and not self.repeats:
+                self.read(values)
+            for name, t in self.own.items():
+                place(layer, name)[name] = t
+            vars(layer)["momentum"] = self.momentum
             if self.guarded is not None:
-                vars(layer).update(guarded=self.guarded, counts=None)
-        if self.gathers or self.lent:
-            layer.momentum, self.gathers, self.lent = self.rest, False, False
+                vars(layer).update(guarded=self.guarded, counts=None, held=None)
+        if self.marked:
+            vars(layer)["eps"] = self.mark
+        self.gathers = self.marked = False
+
+    def read(self, values: int) -> None:
+        """Take over what is in the buffers; of somebody's own forward, where the first one moved them."""
+        now = [place(self.layer, name)[name] for name in STATISTICS]
+        if self.moves is None and not torch.compiler.is_compiling():
+            before = [finite(self.own[name]) for name in STATISTICS]
+            self.moves = not all(torch.equal(t, old) for t, old in zip(now, before, strict=True))
+        if self.moves is not False:
+            self.pooled.take({0: values}, torch.cat([t.to(self.pooled.device) for t in now]))
 
 
 def _move(layer: _BatchNorm, seen: Population) -> None:
