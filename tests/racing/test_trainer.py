@@ -11,7 +11,7 @@ from processes import on_ranks
 from racing import toy
 from torch import nn
 
-from batchnorm.population.estimate import NotFinite
+from batchnorm.population.estimate import NoStatistics
 from batchnorm.racing.contenders import CONTENDERS
 from batchnorm.racing.task import load_task
 from batchnorm.racing.trainer import SCHEDULES, Diverged, Evaluation, Resumed, Run, Trainer, network_of, train
@@ -202,7 +202,7 @@ def scores_of_a_rank(rank: int, ranks: int, name: str, changes: dict[str, Any], 
         trainer.task.train.tensors[0][::2] = float("nan")  # in what this rank alone reads
     try:
         score = trainer.evaluate()
-    except NotFinite:
+    except NoStatistics:
         return "not finite"
     return score, trainer.evaluate(most=1), trainer.model.state_dict()
 
