@@ -207,6 +207,14 @@ def test_refused_with_nothing_changed(batches: list[Tensor], options: dict[str, 
     assert_same(state(model), before)
 
 
+def test_a_model_without_batch_normalization_has_no_rows() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5)).double()
+    for upstream in ("batch", "population"):
+        assert bn.recalibrate(model, [torch.randn(5, 4).double()], upstream=upstream) == []
+    with bn.accumulate_statistics(model):
+        model(torch.randn(5, 4).double())
+
+
 # ---- estimators, upstream, several processes -------------------------------------------------------------------------
 
 

@@ -102,7 +102,8 @@ class Watch:
         self.estimate, self.layers = estimate, estimate.layers
         self.own = self._now()
         self.start = [finite(t) for t in self.own]
-        torch._foreach_copy_(self.own, self.start)
+        if self.own:
+            torch._foreach_copy_(self.own, self.start)
         self.values = [Values(layer) for layer in self.layers]
         self.noted: dict[int, int] = {}  # values of the layers whose batch is still in their buffers
         self.left: set[int] = set()
