@@ -127,9 +127,13 @@ def test_functions_and_arguments_with_defaults():
     }
     assert fused.norm.activation == ("leaky_relu", 0.3)
     same(model, fused, X)
-    with pytest.raises(AssertionError, match="scale"):  # the forward was written for calls without it
-        fused(X, X)
     assert_back(model, fused)
+    fused.eval(), model.eval()
+    torch.testing.assert_close(fused(X, scale=None), model(X))
+    assert fused.norm.fused
+    torch.testing.assert_close(fused(X, X), model(X, X))  # the forward was written for calls without it
+    assert type(fused) is Functional
+    assert not fused.norm.fused
 
 
 class Unusual(nn.Module):

@@ -175,7 +175,7 @@ def _adopted(layer: Any, calls: list[Any], changes: bool) -> tuple[str | None, s
         return f"{more}, and the example calls it {len(calls)} times: it cannot be checked", ""
     ((name, activation),) = activations.items()
     before = results(layer, calls[0])
-    if len(before) != _PHASES:
+    if len(before.tensors) != _PHASES:
         return f"{more}, and it does not run in float64 in train and eval, in which it is checked", ""
     placeholder = Fused(activation)
     become_ours(layer, OURS[_base(layer)])

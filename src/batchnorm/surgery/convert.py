@@ -31,8 +31,9 @@ def from_torch(model: Model, example: Any = None) -> Model:
     With an ``example``, a layer also takes over the addition and the activation behind it, where a forward pass on the
     example shows that nothing else reads what is in between. An activation module that is then done becomes an
     ``nn.Identity``; an addition or an activation that is written in a module's ``forward`` is fused in a forward that
-    torch.fx writes anew. There, arguments that the example does not give and plain attributes that the forward reads
-    are constants. Subclasses of torch's layers that do batch normalization and then call a child of theirs, an
+    torch.fx writes anew. There, plain attributes and global variables (numbers, strings) that the forward reads are
+    constants; a call with other plain arguments than the example's, other containers, runs the forward that there was,
+    from then on. Subclasses of torch's layers that do batch normalization and then call a child of theirs, an
     activation (timm's ``BatchNormAct2d``), become ours with that activation. Outputs and gradients are checked beside
     the old ones, of each new forward and of the whole model. Copies run: the model given notices nothing.
 

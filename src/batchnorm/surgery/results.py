@@ -6,10 +6,11 @@ Comes from: ``rewrite`` and ``fuse``, before and after. Goes to: their reports.
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from batchnorm.surgery.copied import cloned, dense, scratch, tensors_of
 from batchnorm.surgery.watch import in_eager
@@ -18,30 +19,41 @@ TOLERANCE = 1e-9  # the largest error, in float64, relative to the largest value
 LEAST = 1e-3  # of the largest value of all: what that is at the least
 
 
-def results(module: nn.Module, given: Any) -> list[list[Tensor]]:
+class Results(NamedTuple):
+    """``kinds``: the classes of what is around the tensors of the output, and in it besides them."""
+
+    kinds: Any
+    tensors: list[list[Tensor]]
+
+
+def results(module: nn.Module, given: Any) -> Results:
     """Outputs in eval, as it is; then in float64 outputs, gradients and buffers, in eval and train, where it can.
 
     Copies run: the module notices nothing.
     """
-    found = [_computed(module, given, wide=False, train=False)[0]]
+    kinds, found = _computed(module, given, wide=False, train=False)
+    del found[1:]
     for train in (False, True):
         with suppress(Exception):  # whatever user code raises: a dtype that is written down, one value per channel
-            found += _computed(module, given, wide=True, train=train)
-    return found
+            found += _computed(module, given, wide=True, train=train).tensors
+    return Results(kinds, found)
 
 
-def _computed(module: nn.Module, given: Any, wide: bool, train: bool) -> list[list[Tensor]]:
+def _computed(module: nn.Module, given: Any, wide: bool, train: bool) -> Results:
     with in_eager(module), torch.inference_mode(False), torch.set_grad_enabled(wide):
         copied = scratch(module).train(train)
         copied = copied.double() if wide else copied
         args, kwargs = cloned(given, _leaf if wide else torch.clone)
-        out = [dense(t) for t in tensors_of(copied(*args, **kwargs))]
+        returned = copied(*args, **kwargs)
+        leaves, spec = _pytree.tree_flatten(returned)
+        out = [dense(t) for t in tensors_of(returned)]
         wanted = [t for t in (*tensors_of((args, kwargs)), *copied.parameters()) if t.requires_grad]
         weighted = [(t * _weights(t)).sum() for t in out if t.requires_grad]
         gradients = torch.autograd.grad(weighted, wanted, allow_unused=True) if weighted else ()
         saved, parameters = copied.state_dict(), dict(copied.named_parameters())
         buffers = [dense(t) for name, t in saved.items() if name not in parameters and isinstance(t, Tensor)]
-    return [[t.detach() for t in out], [dense(t) for t in gradients if t is not None], buffers]
+    tensors = [[t.detach() for t in out], [dense(t) for t in gradients if t is not None], buffers]
+    return Results((type(returned), spec, [type(leaf) for leaf in leaves]), tensors)
 
 
 def _leaf(t: Tensor) -> Tensor:
@@ -53,11 +65,14 @@ def _weights(t: Tensor) -> Tensor:
     return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
 
 
-def difference(before: list[list[Tensor]], after: list[list[Tensor]], tolerance: float = TOLERANCE) -> str | None:
+def difference(before: Results, after: Results, tolerance: float = TOLERANCE) -> str | None:
     """What is wrong, if anything. LEAST: the gradient of a bias before batch normalization is rounding alone."""
-    if [len(tensors) for tensors in before] != [len(tensors) for tensors in after]:
+    if before.kinds != after.kinds:
+        was, now = (f"a {of.kinds[0].__name__}" for of in (before, after))
+        return f"returns {now} instead of {was}" if was != now else f"returns {now} of other content"
+    if [len(tensors) for tensors in before.tensors] != [len(tensors) for tensors in after.tensors]:
         return "fails, or has other gradients"
-    for old, new in zip(before, after, strict=True):
+    for old, new in zip(before.tensors, after.tensors, strict=True):
         largest = max((_largest(t) for t in old), default=0.0)
         for a, b in zip(old, new, strict=True):
             if a.dtype != b.dtype or a.shape != b.shape:

@@ -6,7 +6,6 @@ Comes from: ``fuse``. Goes to: a subclass of the module's class.
 from __future__ import annotations
 
 import copy
-import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.surgery.between import crossed, in_the_way, passes
 from batchnorm.surgery.copied import cloned, dense, scratch, tensors_of
+from batchnorm.surgery.form import Form
 from batchnorm.surgery.given import replaced
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.results import difference, results
@@ -38,7 +38,7 @@ _CONTEXTS = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_en
 def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> list[Row]:
     """Fuse these layers in the forward of the module at ``place``, or leave all of it as it is.
 
-    Arguments that the example does not give, and plain attributes that the forward reads, are constants afterwards.
+    Plain attributes that the forward reads are constants afterwards.
     """
     module: Any = model.get_submodule(place)
     where = f"the forward of {place or 'the model'}"
@@ -55,10 +55,11 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
             raise RuntimeError(why)
         local = {name: name[len(place) + 1 :] if place else name for name in names}
         before = results(module, given)
-        if len(before) == 1:
+        if len(before.tensors) == 1:
             raise RuntimeError("it does not run in float64, in which it is checked")
         is_graph = isinstance(module, fx.GraphModule)
-        graph = copy.deepcopy(module.graph) if is_graph else _traced(module, given, list(local.values()))
+        form = None if is_graph else Form(type(module).forward, *given)
+        graph = copy.deepcopy(module.graph) if form is None else _traced(module, form, list(local.values()))
         found = {name: _fuse_in_graph(graph, module, local[name], layer) for name, layer in layers.items()}
         owners = {name: crossed for name, (_, crossed) in found.items()}
         called = {
@@ -68,7 +69,7 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
             for name in [str(node.target)]
         }
         fused = {name: layer for name, layer in called.items() if isinstance(layer, FusedBatchNorm) and layer.fused}
-        owner = Regraphed(module, fused, module.graph) if is_graph else Rewritten(module, fused)
+        owner = Rewritten(module, fused, form) if form else Regraphed(module, fused, module.graph)
         if isinstance(module, fx.GraphModule):
             module.graph = graph
         else:
@@ -145,21 +146,14 @@ def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tup
     return {name: (seen, any(changed)) for name, (seen, changed) in found.items()}
 
 
-def _traced(module: nn.Module, given: Any, layers: list[str]) -> fx.Graph:
-    """Its graph, which must not depend on train and eval; arguments that were not given keep their defaults."""
-    args, kwargs = given
-    signature = inspect.signature(type(module).forward)
-    bound = signature.bind(module, *args, **kwargs).arguments
-    values = {name: parameter.default for name, parameter in signature.parameters.items()} | bound
-    fixed = {
-        name: value for name, value in values.items() if value is None or isinstance(value, bool | int | float | str)
-    }
+def _traced(module: nn.Module, form: Form, layers: list[str]) -> fx.Graph:
+    """Its graph, which must not depend on train and eval."""
     graphs = []
     twin = scratch(module)
     with in_eager(twin), torch.enable_grad():
         for mode in (True, False):
             twin.train(mode)
-            graphs.append(_recorded(twin, layers, fixed))
+            graphs.append(_recorded(twin, layers, form))
         if str(graphs[0]) != str(graphs[1]):
             raise RuntimeError("it does something else in train than in eval")
         for node in graphs[0].nodes:
@@ -167,14 +161,14 @@ def _traced(module: nn.Module, given: Any, layers: list[str]) -> fx.Graph:
         if any({"dtype", "device"} & {*node.kwargs} for node in graphs[0].nodes if node.meta.get("made")):
             others = {torch.bfloat16, torch.float16} - {p.dtype for p in module.parameters()}
             moved = scratch(module).eval().to(device="meta", dtype=next(iter(others), torch.float32))
-            if str(_recorded(moved, layers, fixed)) != str(graphs[1]):
+            if str(_recorded(moved, layers, form)) != str(graphs[1]):
                 raise RuntimeError("it makes a tensor with the dtype or device of its parameters, a constant then")
     return graphs[0]
 
 
-def _recorded(twin: nn.Module, layers: list[str], fixed: dict[str, Any]) -> fx.Graph:
-    with _all_recorded(twin), Tracer(layers) as tracer:
-        return tracer.trace(twin, concrete_args=fixed or None)
+def _recorded(twin: nn.Module, layers: list[str], form: Form) -> fx.Graph:
+    with _all_recorded(twin), Tracer(layers, form) as tracer:
+        return tracer.trace(twin)
 
 
 @contextmanager
@@ -286,16 +280,18 @@ def _with_forward(kind: type, graph: fx.Graph) -> type:
 
 
 @cache
-def _written(kind: type, source: str) -> type:
+def _written(kind: Any, source: str) -> type:
     namespace: dict[str, Any] = {}
     exec(source, namespace)
     written = namespace["forward"]
 
-    @wraps(written)
+    @wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.written_by.is_whole():
-            return written(self, *args, **kwargs)
-        self.written_by.hand_back()
+        owner = self.written_by
+        given = owner.form.given(kind.forward, args, kwargs) if owner.is_whole() else None
+        if given is not None:
+            return written(self, *given)
+        owner.hand_back()
         return own_class(type(self)).forward(self, *args, **kwargs)  # of a shallow copy too
 
     def reduced(module: nn.Module, protocol: int) -> Any:

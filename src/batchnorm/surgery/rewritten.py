@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.surgery.form import Form
 
 
 def stands(root: Any, path: list[str], layer: FusedBatchNorm) -> bool:
@@ -38,8 +39,8 @@ def own_class(kind: Any) -> Any:
 class Rewritten:
     """A module whose forward was written anew, as the layers know it whose activations and additions are gone there."""
 
-    def __init__(self, module: Any, layers: dict[str, FusedBatchNorm]) -> None:
-        self.module, self.layers = module, [*layers.values()]
+    def __init__(self, module: Any, layers: dict[str, FusedBatchNorm], form: Form | None = None) -> None:
+        self.module, self.layers, self.form = module, [*layers.values()], form
         self.paths = [name.split(".") for name in layers]
 
     def is_whole(self) -> bool:
@@ -75,7 +76,7 @@ class Regraphed(Rewritten):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Regraphed:
         new = memo[id(self)] = Regraphed.__new__(Regraphed)
-        new.paths = self.paths
+        new.paths, new.form = self.paths, None
         new.module, new.layers = copy.deepcopy(self.module, memo), copy.deepcopy(self.layers, memo)
         new.graph = copy.deepcopy(self.graph, memo)
         return new

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from batchnorm.surgery.between import passes
+from batchnorm.surgery.form import Form
 from batchnorm.surgery.given import replaced
 from batchnorm.surgery.watch import is_leaf
 
@@ -24,9 +25,9 @@ class Tracer(fx.Tracer):
     on one device in one dtype. Here the calls that made it are written down.
     """
 
-    def __init__(self, layers: list[str]) -> None:
+    def __init__(self, layers: list[str], form: Form) -> None:
         super().__init__()
-        self.layers = layers
+        self.layers, self.form = layers, form
         self.making = _Making()
 
     def __enter__(self) -> Tracer:
@@ -54,6 +55,15 @@ class Tracer(fx.Tracer):
             if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
                 raise RuntimeError("it calls torch.utils.checkpoint, which would be lost")
         return super().create_proxy(*args, **kwargs)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        given = self.form.proxies(lambda name: self.create_proxy("placeholder", name, (), {}))
+        args, kwargs = self.form.arguments(given)
+
+        def forward(module: nn.Module) -> Any:
+            return root_fn(module, *args, **kwargs)
+
+        return forward, [self.root]
 
     def create_arg(self, a: Any) -> Any:
         made = self.making.how.get(id(a)) if isinstance(a, Tensor) else None
