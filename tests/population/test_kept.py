@@ -181,3 +181,92 @@ def test_lazy_layers_that_were_not_run_are_named(use: Callable[[nn.Module], obje
     assert isinstance(net(X.float()), Tensor)
     with bn.preserve_state(net):
         net(X.float())
+
+
+class Expanded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1).double().expand(4))
+        self.norm = nn.BatchNorm1d(4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x * self.scale)
+        return y
+
+
+def test_an_expanded_buffer_comes_back() -> None:
+    model = Expanded()
+    with bn.preserve_state(model):
+        model.scale.zero_()
+        model(X)
+    bn.recalibrate(model, [X])
+    assert model.scale.tolist() == [1.0] * 4
+    assert model.scale.stride() == (0,)
+
+
+class Cached(nn.Module):
+    """Positions, made when they are first needed, and anew for longer inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest, self.norm = 0, nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > self.longest:
+            self.longest = x.shape[-1]
+            self.register_buffer("places", torch.arange(self.longest).float(), persistent=False)
+        y: Tensor = self.norm(x + self.places[: x.shape[-1]])
+        return y
+
+
+def test_recalibrate_keeps_buffers_that_a_forward_makes() -> None:
+    model = Cached()
+    for length in (6, 9):
+        bn.recalibrate(model, [torch.randn(8, 3, length)])
+        model(torch.randn(8, 3, length))
+    assert "places" not in model.state_dict()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_inference_mode_can_be_preserved_and_recalibrated(kind: type[nn.Module]) -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4), kind(4)).eval()
+    with torch.no_grad(), bn.preserve_state(model):
+        model.train()(X.float())
+    assert not model.training
+    assert model[1].running_mean.eq(0).all()
+    bn.recalibrate(model, [X.float()])
+    assert model[1].running_mean.ne(0).all()
+
+
+@pytest.mark.parametrize("scope", [recalibrate, accumulate])
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_that_others_share_stays_shared_with_a_backward_pending(
+    kind: type[nn.Module], scope: Callable[[nn.Module], None]
+) -> None:
+    model = network(kind)
+    flat = torch.cat([model[2].running_mean, model[2].running_var]).share_memory_()
+    model[2].running_mean, model[2].running_var = flat[:6], flat[6:]
+    pending, before = model(X).square().sum(), flat.clone()
+    scope(model)
+    pending.backward()
+    assert not torch.isclose(flat, before).any()
+    assert torch.equal(flat, torch.cat([model[2].running_mean, model[2].running_var]))
+    assert model[2].running_var.is_shared()
+
+
+def test_parts_without_parameters_follow_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
+    with bn.preserve_state(model):
+        model[1].double()(X)
+    assert model[1].running_mean.dtype == torch.float64
+    assert model[1].running_var.eq(1).all()
+
+
+def test_the_shift_of_a_constant_channel_is_none_or_infinite() -> None:
+    layer, x = nn.BatchNorm1d(3), torch.randn(16, 3)
+    x[:, 0] = 2.0
+    assert bn.recalibrate(layer, [x])[0].mean_shift == torch.inf
+    (row,) = bn.recalibrate(layer, [x])
+    assert row.mean_shift < 1e-3
+    assert row.variance_ratio == pytest.approx((1, 1))

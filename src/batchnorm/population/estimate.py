@@ -35,6 +35,7 @@ class Shift(NamedTuple):
 
     ``values``: values per channel seen; ``mean_shift``: largest |running mean - E[x]| over the channels, in standard
     deviations of the population; ``variance_ratio``: smallest and largest running variance / Var[x] over the channels.
+    A constant channel is infinitely far off where the running one differs, and not at all where it does not.
     """
 
     layer: str
@@ -149,7 +150,8 @@ def recalibrate(
         )
     report = [_shift(name, population, old[name]) for name, population in reached.items()]
     for name, population in reached.items():
-        _write(layers[name], population)
+        with torch.inference_mode(torch.is_inference_mode_enabled() or layers[name].running_mean.is_inference()):
+            _write(layers[name], population)
     return report
 
 
@@ -245,7 +247,7 @@ def _set_up(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     parallel = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
     syncs = [m.require_forward_param_sync for m in parallel]
-    with set_aside(model), torch.random.fork_rng(devices):
+    with set_aside(model, grown=True), torch.random.fork_rng(devices):
         try:
             for m in parallel:  # their forward would send buffers, and wait for ranks that have no batch
                 m.require_forward_param_sync = False
@@ -295,6 +297,8 @@ def _write(layer: Any, population: Population) -> None:
 
 def _shift(name: str, population: Population, old: dict[str, Tensor]) -> Shift:
     mean_C, var_C = population.mean_C.cpu(), population.unbiased_var_C.cpu()
-    shift_C = (old["running_mean"].double().cpu() - mean_C).abs() / var_C.sqrt()
+    off_C = (old["running_mean"].double().cpu() - mean_C).abs()
+    shift_C = (off_C / var_C.sqrt()).where((var_C > 0) | (off_C != 0), 0.0)  # a constant channel may have its mean
     ratio_C = old["running_var"].double().cpu() / var_C
+    ratio_C = ratio_C.where((var_C > 0) | (old["running_var"].cpu() != 0), 1.0)
     return Shift(name, population.values, shift_C.max().item(), (ratio_C.min().item(), ratio_C.max().item()))

@@ -50,30 +50,48 @@ class Kept:
                 if isinstance(t, Tensor) and not t.requires_grad:  # a pruned weight is computed anew
                     yield place, name, t
 
-    def bring_back(self) -> None:
-        """As it was: the same objects, and nothing that was added."""
-        self.module.training = self.training
+    def bring_back(self, grown: bool = False) -> None:
+        """As it was: the same objects, and nothing that was added; but with ``grown`` what its forward pass made.
+
+        That are buffers that are new, or have another shape: a module may remember elsewhere that it has them.
+        """
+        module = self.module
+        module.training = self.training
         if not self.scripted:
-            for now, before in (
-                (self.module._buffers, self.buffers),
-                (self.module._non_persistent_buffers_set, self.not_saved),
-            ):
-                now.clear()
-                now.update(before)  # type: ignore[arg-type]
+            made = {name: t for name, t in module._buffers.items() if grown and _differs(t, self.buffers.get(name))}
+            not_saved = {name for name in module._non_persistent_buffers_set if name in made}
+            module._buffers.clear()
+            module._buffers.update(self.buffers | made)
+            module._non_persistent_buffers_set.clear()
+            module._non_persistent_buffers_set.update(self.not_saved | not_saved)
         if self.normalizes:
             held = vars(self.module)
             for name in held.keys() - self.attributes.keys() - _OF_EVERY_MODULE:
                 del held[name]
             held.update(self.attributes)
         for p, wanted in self.wanted:
-            if p.requires_grad != wanted:  # it may be a tensor of inference_mode, which cannot be told
+            if p.requires_grad != wanted:  # which inference tensors refuse to be asked
                 p.requires_grad_(wanted)
+
+    def moved(self) -> bool:
+        """Whether all that a module without parameters has was moved to another device or dtype."""
+        if any(True for _ in self.module.parameters(recurse=False)):
+            return False
+        both = [(self.module._buffers.get(name), t) for name, t in self.buffers.items() if t is not None]
+        floats = [(now, t) for now, t in both if t.is_floating_point()]
+        return bool(floats) and all(now is not None and kind(now) != kind(t) for now, t in floats)
+
+
+def _differs(now: Tensor | None, before: Tensor | None) -> bool:
+    """Whether a buffer was made, or made anew in another shape."""
+    return now is not None and (before is None or now.shape != before.shape)
 
 
 @contextmanager
-def set_aside(model: nn.Module) -> Iterator[None]:
+def set_aside(model: nn.Module, *, grown: bool = False) -> Iterator[None]:
     """Inside the model works on copies of its buffers. Afterwards it has its own again, with the values that they had.
 
+    With ``grown`` those stay that a forward pass inside made (a cache of positions, say).
     Buffers that modules share are shared inside too. Somebody else may hold the model's own, and change them
     meanwhile: DistributedDataParallel, which broadcasts them, or another model that shares them. Where the model moves
     inside, to another device or dtype, its buffers follow, since its parameters stay there.
@@ -84,7 +102,7 @@ def set_aside(model: nn.Module) -> Iterator[None]:
     mine = {id(t): t for *_, t in places}
     held = mine | {id(t): t for one in kept for t in one.buffers.values() if t is not None}
     with torch.inference_mode(False), torch.no_grad():
-        values = {key: t.clone() for key, t in held.items()}
+        values = {key: _once(t).clone() for key, t in held.items()}
         copies = {key: t.clone() for key, t in mine.items()}
     try:
         _aside.update(one.module for one in kept)
@@ -96,14 +114,15 @@ def set_aside(model: nn.Module) -> Iterator[None]:
         for module in [one.module for one in kept if not _aside[one.module]]:
             del _aside[module]
         moved = kinds != [kind(p) for p in model.parameters()]
-        theirs = [place.get(name) for place, name, _ in places] if moved else []
+        theirs = [(*place, place[0].get(place[1])) for one in kept if moved or one.moved() for place in one.tensors()]
         for one in kept:
-            one.bring_back()
+            one.bring_back(grown)
         for key, t in held.items():
-            t.data.copy_(values[key])  # not noticed by a pending backward, which saw these values
+            with torch.inference_mode(t.is_inference()):  # which alone may change its tensors
+                _once(t.data).copy_(values[key])  # not noticed by a pending backward, which saw these values
         followed: dict[int, Tensor] = {}
-        for (place, name, t), now in zip(places, theirs, strict=False):
-            if isinstance(now, Tensor) and kind(now) != kind(t):
+        for place, name, t, now in theirs:
+            if place.get(name) is t and isinstance(now, Tensor) and kind(now) != kind(t):
                 with torch.inference_mode(False), torch.no_grad():
                     place[name] = followed.setdefault(id(t), t.to(now))
 
@@ -118,16 +137,26 @@ def kind(t: Tensor) -> tuple[torch.device, torch.dtype]:
     return t.device, t.dtype
 
 
-def let_go(*tensors: Tensor) -> None:
-    """Before they are changed in place: what a pending backward holds keeps its values, in a tensor of its own.
+def _once(t: Tensor) -> Tensor:
+    """Of a tensor that was expanded, each element of its memory once."""
+    if t.layout is torch.strided:
+        for dim, stride in enumerate(t.stride()):
+            t = t if stride else t.narrow(dim, 0, min(t.shape[dim], 1))
+    return t
 
-    The objects stay, since others hold those too: the module, DistributedDataParallel, a user's list. And a tensor that
-    no backward holds keeps its memory, which a CUDA graph may read.
+
+def let_go(*tensors: Tensor) -> None:
+    """Before they are changed in place: what a pending backward holds keeps its values, in memory of its own.
+
+    The objects stay, since others hold those too: the module, DistributedDataParallel, a user's list. And they keep
+    their memory, which a CUDA graph may read, or another process or tensor share.
     """
     for t in tensors:
         if t._use_count() > _FREE:  # type: ignore[attr-defined]
             with torch.inference_mode(False):  # its tensors are refused in training
-                torch._C._swap_tensor_impl(t, t.clone())
+                values, of_backward = t.clone(), t.data
+                torch._C._swap_tensor_impl(t, of_backward)
+                of_backward.data = values
 
 
 def check_materialized(model: nn.Module, verb: str, *, weights: bool = False, runs: bool = False) -> None:
