@@ -1,6 +1,5 @@
 """A checkpoint is folded from the command line: as weights, as a program, as ONNX."""
 
-import os
 import re
 import subprocess
 import sys
@@ -130,20 +129,19 @@ def test_onnx(folder: Path) -> None:
 )
 def test_refused_in_one_line(folder: Path, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     before = {file: file.read_bytes() for file in folder.iterdir() if file.is_file()}
     app = typer.Typer()
     app.command()(fold)
     model = [] if "--model" in options else ["--model", "mine:model"]
     checkpoint = [] if "--checkpoint" in options else ["--checkpoint", "in.pt"]
     done = CliRunner().invoke(app, [*checkpoint, *model, *options])
+    sys.modules.pop("mine", None)
     assert done.exit_code == 2, done.output
     assert re.match("fold: (?!fold)", done.output)
     assert message in done.output
     assert len(done.output.strip().splitlines()) == 1
     assert {file: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
-    sys.modules.pop("mine", None)
-    if os.getcwd() in sys.path:
-        sys.path.remove(os.getcwd())
 
 
 def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

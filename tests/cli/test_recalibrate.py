@@ -142,7 +142,7 @@ def test_what_does_not_fit_ends_in_one_line_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    sys.modules.pop("mine", None)
     Path("mine.py").write_text(USER)
     torch.save(network().state_dict(), tmp_path / "in.pt")
     torch.save({"model": network().state_dict(), "thing": Anything()}, tmp_path / "object.pt")
@@ -152,7 +152,7 @@ def test_what_does_not_fit_ends_in_one_line_and_writes_nothing(
     app = typer.Typer()
     app.command()(recalibrate)
     done = CliRunner().invoke(app, ["--model", "mine:model", "--batches", "mine:batches", *options])
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    sys.modules.pop("mine", None)
     assert done.exit_code == 2
     assert words in done.stderr
     assert done.stderr.removesuffix("\n").count("\n") == ("reads the batches" in done.stderr)
