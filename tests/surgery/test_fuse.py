@@ -200,7 +200,7 @@ def test_what_is_left_alone_and_why():
     same(model, fused, X)
     assert_back(model, fused)
     in_place = bn.from_torch(shaken(nn.Sequential(InPlace())), example=X)
-    assert in_place.batchnorm_report[0].why.endswith("cannot be traced: it changes what it is given, in place")
+    assert in_place.batchnorm_report[0].why.endswith("cannot be traced: it changes what it is given")
     by_mode = bn.from_torch(shaken(ByMode()), example=X)
     assert by_mode.batchnorm_report[0].why.endswith("cannot be traced: it does something else in train than in eval")
 
@@ -359,7 +359,9 @@ class NotRecorded(nn.Module):
         ("set_grad_enabled", "it enters set_grad_enabled, which would be lost"),
         ("checkpoint", "it calls torch.utils.checkpoint, which would be lost"),
         *[(what, "it draws random numbers that would be constants") for what in ("random", "numpy", "torch")],
-        *[(what, "it changes its attributes, which would happen once") for what in ("attribute", "list", "buffer")],
+        ("attribute", "it changes an attribute of a NotRecorded, which would happen once"),
+        ("list", "it changes a list, which would happen once"),
+        ("buffer", "it changes a tensor in place, which would happen once"),
     ],
 )
 def test_what_torch_fx_would_lose_is_left_alone(what, why):
@@ -489,7 +491,10 @@ def in_place(_):
         (lambda self: torch.eye(6, dtype=next(self.parameters()).dtype), "dtype or device of its parameters"),
         (lambda self: torch.eye(6, device=next(self.parameters()).device), "dtype or device of its parameters"),
         (in_place, "it makes a tensor and changes it in place, which would be a constant"),
-        (lambda _: torch.from_numpy(numpy.ones(6)), "it changes its attributes, which would happen once"),
+        (
+            lambda _: torch.from_numpy(numpy.ones(6)),
+            "it changes an attribute of a MakesTensors, which would happen once",
+        ),
     ],
 )
 def test_tensors_that_a_forward_makes_are_made_again_each_time(make, why):

@@ -23,6 +23,7 @@ from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.surgery.between import crossed, in_the_way, passes
 from batchnorm.surgery.copied import cloned, dense, scratch, tensors_of
+from batchnorm.surgery.effects import Reached
 from batchnorm.surgery.form import Form
 from batchnorm.surgery.given import replaced
 from batchnorm.surgery.report import LEFT, Row
@@ -51,7 +52,7 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
             raise RuntimeError("it was replaced on the object, and a new one would not be called")
         ((given, *more), changes) = inputs_of(model, example, [place])[place]
         if more or changes:
-            why = f"it is called {1 + len(more)} times" if more else "it changes what it is given, in place"
+            why = f"it is called {1 + len(more)} times" if more else "it changes what it is given"
             raise RuntimeError(why)
         local = {name: name[len(place) + 1 :] if place else name for name in names}
         before = results(module, given)
@@ -128,13 +129,15 @@ def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tup
 
     def noting(name: str) -> None:
         seen, changed = found[name]
+        reached: list[Reached] = []
 
         def before(m: nn.Module, args: Any, kwargs: Any) -> None:
             seen.append(cloned((args, kwargs)))
+            reached.append(Reached(args, kwargs))
 
         def after(m: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             now, then = ([dense(t) for t in tensors_of(each)] for each in ((args, kwargs), seen[-1]))
-            changed.append(len(now) != len(then) or not all(map(torch.equal, now, then)))
+            changed.append(bool(reached.pop().changed()) or not all(map(torch.equal, now, then)))
 
         module = twin.get_submodule(name)
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -178,8 +181,7 @@ def _all_recorded(module: nn.Module) -> Iterator[None]:
     def refused(context: Any) -> None:
         raise RuntimeError(f"it enters {type(context).__name__}, which would be lost")
 
-    modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    drawn, marks = _drawn(), [_marks(m) for m in modules]
+    drawn, reached = _drawn(), Reached(module)
     entered = [(context, context.__enter__) for context in _CONTEXTS]
     for context in _CONTEXTS:
         context.__enter__ = refused  # type: ignore[method-assign]
@@ -187,8 +189,8 @@ def _all_recorded(module: nn.Module) -> Iterator[None]:
         yield
         if _drawn() != drawn:
             raise RuntimeError("it draws random numbers that would be constants")
-        if [_marks(m) for m in modules] != marks:
-            raise RuntimeError("it changes its attributes, which would happen once")
+        if changed := reached.changed():
+            raise RuntimeError(f"it changes {changed}, which would happen once")
     finally:
         for context, enter in entered:
             context.__enter__ = enter  # type: ignore[method-assign]
@@ -200,14 +202,6 @@ def _drawn() -> list[Any]:
     on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     states = [state.tolist() for state in (torch.get_rng_state(), *on_cuda)]
     return [random.getstate(), states, numpy and str(numpy.random.get_state())]
-
-
-def _marks(module: nn.Module) -> list[Any]:
-    """Other ones where an attribute, or what is in one, is another, or a buffer was written to."""
-    held = [value for value in vars(module).values() if isinstance(value, list | set | dict)]
-    inside = [each for value in held for each in (value.values() if isinstance(value, dict) else value)]
-    written = [t._version for t in module._buffers.values() if t is not None]
-    return [*vars(module), *map(id, (*vars(module).values(), *inside)), *written]
 
 
 def _fuse_in_graph(graph: fx.Graph, module: nn.Module, name: str, layer: Any) -> tuple[str, tuple[Any, ...]]:
