@@ -221,7 +221,7 @@ class _Rebound:
         if id(value) in seen or isinstance(value, nn.Module | torch.Tensor | type):
             return False
         seen.add(id(value))
-        return any(self._reaches(ids, part, seen) for part in _parts(value))
+        return any(self._reaches(ids, part, seen) for part in _parts(value) if not isinstance(part, _FIXED))
 
 
 class _Apart(_Rebound):
@@ -276,7 +276,7 @@ class _Apart(_Rebound):
 
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, FunctionType):
-        return [*(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__, vars(value)]
+        return [*(value.__closure__ or ()), *filter(None, (value.__defaults__, value.__kwdefaults__, vars(value)))]
     if isinstance(value, CellType):
         try:
             return [value.cell_contents]

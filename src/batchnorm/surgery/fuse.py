@@ -9,6 +9,7 @@ Comes from: ``from_torch``, ``to_torch``. Goes to: ``watch``, torch.fx.
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import takewhile
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from batchnorm.surgery.between import crossed, in_the_way, passes
 from batchnorm.surgery.given import replaced, scripted
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.results import difference, results
-from batchnorm.surgery.rewrite import ADDITIONS, hooked, rewrite
+from batchnorm.surgery.rewrite import ADDITIONS, hooked, inputs_of, rewrite
 from batchnorm.surgery.watch import Call, Watched, arguments, watch, watch_in_train
 
 TOLERANCE = 1e-6  # of the whole model in float64, where roundings add up
@@ -48,8 +49,9 @@ def fuse(model: nn.Module, example: Any) -> Report:
             report.append(Row(name, "fused", f"with {last.name}"))
         else:
             within.setdefault(_around(name, last.owner), []).append(name)
+    called = cache(lambda: inputs_of(model, example, [*within]))  # rewriting inner ones changes none
     for place in sorted(within, key=len, reverse=True):  # inner ones first, which outer ones may take up
-        report += rewrite(model, example, place, within[place])
+        report += rewrite(model, called, place, within[place])
     report += scripted(model)
     order = [name for name, _ in model.named_modules()]
     report.sort(key=lambda row: order.index(row.layer))

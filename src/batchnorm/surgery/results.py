@@ -29,19 +29,20 @@ class Results(NamedTuple):
 def results(module: nn.Module, given: Any) -> Results:
     """Outputs in eval, as it is; then in float64 outputs, gradients and buffers, in eval and train, where it can.
 
-    Copies run: the module notices nothing.
+    A copy runs: the module notices nothing.
     """
-    kinds, found = _computed(module, given, wide=False, train=False)
+    copied = scratch(module)
+    kinds, found = _computed(copied, given, wide=False, train=False)
     del found[1:]
     for train in (False, True):
         with suppress(Exception):  # whatever user code raises: a dtype that is written down, one value per channel
-            found += _computed(module, given, wide=True, train=train).tensors
+            found += _computed(copied, given, wide=True, train=train).tensors
     return Results(kinds, found)
 
 
-def _computed(module: nn.Module, given: Any, wide: bool, train: bool) -> Results:
-    with in_eager(module), torch.inference_mode(False), torch.set_grad_enabled(wide):
-        copied = scratch(module).train(train)
+def _computed(copied: nn.Module, given: Any, wide: bool, train: bool) -> Results:
+    with in_eager(copied), torch.inference_mode(False), torch.set_grad_enabled(wide):
+        copied.train(train)
         copied = copied.double() if wide else copied
         args, kwargs = cloned(given, _leaf if wide else torch.clone)
         returned = copied(*args, **kwargs)

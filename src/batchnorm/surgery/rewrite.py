@@ -36,8 +36,12 @@ ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__", "iadd")
 _CONTEXTS = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
 
 
-def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> list[Row]:
+def rewrite(
+    model: nn.Module, called: Callable[[], dict[str, tuple[list[Any], bool]]], place: str, names: list[str]
+) -> list[Row]:
     """Fuse these layers in the forward of the module at ``place``, or leave all of it as it is.
+
+    ``called``: gives what ``inputs_of`` found, for this module too.
 
     Plain attributes that the forward reads are constants afterwards.
     """
@@ -50,7 +54,7 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
     try:
         if replaced(module):
             raise RuntimeError("it was replaced on the object, and a new one would not be called")
-        ((given, *more), changes) = inputs_of(model, example, [place])[place]
+        ((given, *more), changes) = called()[place]
         if more or changes:
             why = f"it is called {1 + len(more)} times" if more else "it changes what it is given"
             raise RuntimeError(why)
