@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_model, save, save_model
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import batchnorm as bn
 from batchnorm.population.checkpoint import Checkpoint
@@ -106,6 +107,16 @@ def test_several_sets_of_names_that_fit_are_for_the_user_to_choose(tmp_path: Pat
         Checkpoint(tmp_path / "both.pt", prefix="").load_into(model)
     with pytest.raises(ValueError, match=r"does not fit Sequential: missing"):
         Checkpoint(tmp_path / "both.pt", prefix="ema").load_into(model)
+
+
+def test_a_prefix_that_all_but_the_models_own_tensors_have(tmp_path: Path) -> None:
+    torch.save(network().state_dict(), tmp_path / "plain.pt")
+    with pytest.raises(ValueError, match=r'missing: n_averaged \(left off: "module." before the model\'s names\)'):
+        Checkpoint(tmp_path / "plain.pt").load_into(AveragedModel(network()))
+    averaged = AveragedModel(other_weights(network()))
+    for model in (network(), AveragedModel(network())):
+        round_trip(averaged, model, tmp_path / "averaged.pt")
+        assert torch.equal(next(model.parameters()), next(averaged.parameters()))
 
 
 def test_a_name_too_many_or_too_few_under_the_prefix_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ class Names(NamedTuple):
 def fit(of_file: Iterable[str], of_model: Collection[str], prefix: str | None = None) -> Names:
     """The prefixes, of the file and of the model, without which most names are the same; none, if that does as well.
 
-    ``prefix``: of the file, where it is known. The model's can only be one that all its names have.
+    ``prefix``: of the file, where it is known. The model's can only be one of all that are in modules
+    (``AveragedModel`` counts in ``n_averaged``, and has all else in ``module.``).
     """
     theirs: dict[tuple[str, ...], str] = {}
     for name in of_file:
@@ -53,7 +54,7 @@ def fit(of_file: Iterable[str], of_model: Collection[str], prefix: str | None = 
     given = None if prefix is None else _bare(prefix.rstrip("."))
     hits: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
     for length in range(len(common) + 1):
-        short = {name[length:] for name in ours}
+        short = {name[length:] for name in ours if len(name) > length}
         for parts in theirs:
             for i in range(len(parts)):
                 if parts[i:] in short and (given is None or parts[:i] == given):
@@ -63,7 +64,8 @@ def fit(of_file: Iterable[str], of_model: Collection[str], prefix: str | None = 
     best = [prefixes for prefixes, count in hits.items() if count == most]
     before, left = min(best, key=lambda both: len(both[0]) + len(both[1]))
     under = {name[len(before) :]: whole for name, whole in theirs.items() if name[: len(before)] == before}
-    pairs = {whole: under[name[len(left) :]] for name, whole in ours.items() if name[len(left) :] in under}
+    inside = {name[len(left) :]: whole for name, whole in ours.items() if name[: len(left)] == left}
+    pairs = {whole: under[name] for name, whole in inside.items() if name in under}
     more = sorted(set(under.values()) - set(pairs.values()))
     rivals = [_prefix(other) for other, its_left in best if before and its_left == left and other != before]
     return Names(pairs, more, _prefix(before), _prefix(left), rivals)
@@ -92,7 +94,7 @@ def _prefix(parts: tuple[str, ...]) -> str:
 
 
 def _common(names: Collection[tuple[str, ...]]) -> tuple[str, ...]:
-    """Before the last part of each name, what all have in common."""
-    heads = [name[:-1] for name in names]
+    """Before the last part of each name, what all have in common that have something there."""
+    heads = [name[:-1] for name in names if len(name) > 1]
     pairs = zip(min(heads, default=()), max(heads, default=()), strict=False)
     return tuple(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
