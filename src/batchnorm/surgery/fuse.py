@@ -49,9 +49,9 @@ def fuse(model: nn.Module, example: Any) -> Report:
             report.append(Row(name, "fused", f"with {last.name}"))
         else:
             within.setdefault(_around(name, last.owner), []).append(name)
-    called = cache(lambda: inputs_of(model, example, [*within]))  # rewriting inner ones changes none
+    calls = cache(lambda: inputs_of(model, example, [*within]))  # rewriting inner ones changes none
     for place in sorted(within, key=len, reverse=True):  # inner ones first, which outer ones may take up
-        report += rewrite(model, called, place, within[place])
+        report += rewrite(model, calls, place, within[place])
     report += scripted(model)
     order = [name for name, _ in model.named_modules()]
     report.sort(key=lambda row: order.index(row.layer))

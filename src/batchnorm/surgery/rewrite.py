@@ -37,11 +37,11 @@ _CONTEXTS = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_en
 
 
 def rewrite(
-    model: nn.Module, called: Callable[[], dict[str, tuple[list[Any], bool]]], place: str, names: list[str]
+    model: nn.Module, calls: Callable[[], dict[str, tuple[list[Any], bool]]], place: str, names: list[str]
 ) -> list[Row]:
     """Fuse these layers in the forward of the module at ``place``, or leave all of it as it is.
 
-    ``called``: gives what ``inputs_of`` found, for this module too.
+    ``calls``: gives what ``inputs_of`` found, for this module too.
 
     Plain attributes that the forward reads are constants afterwards.
     """
@@ -54,7 +54,7 @@ def rewrite(
     try:
         if replaced(module):
             raise RuntimeError("it was replaced on the object, and a new one would not be called")
-        ((given, *more), changes) = called()[place]
+        ((given, *more), changes) = calls()[place]
         if more or changes:
             why = f"it is called {1 + len(more)} times" if more else "it changes what it is given"
             raise RuntimeError(why)
