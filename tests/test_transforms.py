@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
@@ -128,3 +129,54 @@ def test_second_derivatives_are_right(training, with_residual, activation):
         return bn.batch_norm(x, *statistics, w, b, training, activation=activation, residual=r[0] if r else None)
 
     assert torch.autograd.gradgradcheck(f, (x, w, b, *([r] if with_residual else [])))
+
+
+TRANSFORMED = {
+    "input": lambda layer, p, x: grad(lambda x: layer(x).pow(3).sum())(x),
+    "weight": lambda layer, p, x: grad(lambda w: called(layer, p | {"weight": w}, x).pow(3).sum())(p["weight"]),
+    "per sample": lambda layer, p, x: vmap(grad(lambda x: layer(x[None]).pow(3).sum()))(x),
+    "jacobian": lambda layer, p, x: jacrev(lambda x: layer(x).pow(3).sum(0))(x),
+    "twice": lambda layer, p, x: grad(lambda x: grad(lambda x: layer(x).pow(3).sum())(x).pow(2).sum())(x),
+    "vjp": lambda layer, p, x: vjp(lambda x: layer(x).pow(3), x)[1](x)[0],
+}
+
+
+def called(layer, tensors, x):
+    """The layer with new tensors, in train too: torch.func lets nobody change those of outside."""
+    buffers = {name: b.clone() for name, b in layer.named_buffers()}
+    return functional_call(layer, tensors | buffers, (x,))
+
+
+@pytest.mark.parametrize("what", TRANSFORMED)
+@pytest.mark.parametrize(
+    ("trained", "options"),
+    [(True, {}), (False, {}), (False, {"bias": False}), (False, {"activation": "silu"})],
+    ids=str,
+)
+def test_compiled_gradients_of_torch_func(what, trained, options):
+    layer, x = bn.BatchNorm1d(3, **options).double().eval().requires_grad_(trained), torch.randn(4, 3).double()
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: TRANSFORMED[what](layer, parameters, x), backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, TRANSFORMED[what](layer, parameters, x))
+    assert compiled.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"statistics": bn.Ghost(2)}, {"statistics": bn.Renorm()}], ids=str
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_gradients_of_torch_func_in_training(options, masked):
+    layer, x = bn.BatchNorm1d(3, **options).double(), torch.randn(4, 3, 5).double()
+    mask = torch.rand(4, 5) > 0.2 if masked else None
+
+    def gradient(weight):
+        def loss(weight):
+            buffers = {name: b.clone() for name, b in layer.named_buffers()}
+            return functional_call(layer, {"weight": weight} | buffers, (x,), {"mask": mask}).pow(3).sum()
+
+        return grad(loss)(weight)
+
+    given = layer.weight.detach() * 2
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(gradient, backend="aot_eager")(given), gradient(given))

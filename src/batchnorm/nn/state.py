@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
 from batchnorm.nn.statistics import Batch, Renorm, Statistics
+from batchnorm.ops.running import is_transformed
 
 # Bits of what is frozen: the statistics, the affine parameters, and which of these required a gradient before.
 _STATISTICS, _AFFINE, _WEIGHT, _BIAS = 1, 2, 4, 8
@@ -114,7 +115,7 @@ class State(_BatchNorm):
             return None
         with nullcontext() if compiling else _disable_current_modes():
             counter = torch.zeros(mean.shape, dtype=torch.int64, device=mean.device)
-        if compiling or torch._C._functorch.peek_interpreter_stack() is None:  # else it is of that call alone
+        if not is_transformed():  # else it is of that call alone
             self.skipped_batches, self._told = counter, 0
         return counter
 

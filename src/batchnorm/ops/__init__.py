@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from batchnorm.ops import fallback, reference, schema
-from batchnorm.ops.running import blend_
+from batchnorm.ops.running import blend_, is_transformed
 
 _HALVES = (torch.bfloat16, torch.float16)
 _CODES = {name: code for code, name in enumerate(schema.ACTIVATIONS)}
@@ -148,7 +148,7 @@ def _train_without_gradient(*arguments: Any) -> Tensor:
 
 def is_eager() -> bool:
     """No torch.compile and no torch.func around."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    return not torch.compiler.is_compiling() and not is_transformed()
 
 
 def is_traced() -> bool:
@@ -163,6 +163,9 @@ def is_functionalized() -> bool:
     functorch = torch._C._functorch
     stack = functorch.get_interpreter_stack() or ()
     return any(level.key() == functorch.TransformType.Functionalize for level in stack)
+
+
+is_functionalized._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_gradient(running_mean: Tensor | None, running_var: Tensor | None) -> None:
@@ -189,6 +192,8 @@ def has_kernel(
     device, dtype = x.device, x.dtype
     served = dtypes_served(device.type)
     if dtype not in served or x.dim() < 2 or eps <= 0 or x.layout != torch.strided or is_traced():
+        return False
+    if torch.compiler.is_compiling() and is_transformed():  # Dynamo would write our Functions without their gradients
         return False
     channels, values = x.shape[1], x.numel()
     if values == 0 or (running_mean is None) != (running_var is None):
@@ -234,7 +239,7 @@ def _through(
         return function(x, running_mean, running_var, weight, bias, training, momentum, *rest)
     # momentum=1.0 gives the batch alone, or, for an empty batch, the running statistics as they are.
     zero = torch.zeros_like(running_mean)  # 0 * NaN is NaN
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transformed():
         zero = zero + x.new_zeros(running_mean.shape, dtype=running_mean.dtype)  # batched by vmap as x is
     mean, var = (t.detach().nan_to_num() + zero for t in (running_mean, running_var))
     y = function(x, mean, var, weight, bias, training, 1.0, *rest)

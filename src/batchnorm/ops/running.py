@@ -14,6 +14,15 @@ import torch
 from torch import Tensor
 
 
+def is_transformed() -> bool:
+    """Whether torch.func is around."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# torch.compile asks when it traces: a graph is for the transforms around it alone.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def blend_(
     running_mean: Tensor,
     running_var: Tensor,
@@ -38,7 +47,7 @@ def blend_(
         counted: whether it is a batch at all, as a tensor; default: it is.
     """
     wide = torch.float32 if running_mean.device.type == "mps" else torch.float64  # MPS has no float64
-    observable = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
+    observable = not is_transformed()
     one: Any = 1 if counted is None else counted
     a: Any = momentum
     if momentum is None and batches is not None:
