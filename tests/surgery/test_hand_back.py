@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -245,6 +246,18 @@ def test_to_mkldnn():
     deployed = torch.utils.mkldnn.to_mkldnn(bn.from_torch(model, example=x))
     assert type(deployed[2]) is nn.ReLU
     torch.testing.assert_close(deployed(x.to_mkldnn()).to_dense(), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [BaseConv, Residual])
+def test_dynamic_quantization_of_what_is_no_convolution(kind):
+    """It asks every layer for its ``qconfig``."""
+    model = shaken(nn.Sequential(kind(), nn.Flatten(), nn.Linear(144, 2))).float().eval()
+    fused = bn.from_torch(model, example=X.float())
+    assert fused[0].bn.fused
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's
+        expected, got = (torch.ao.quantization.quantize_dynamic(m, {nn.Linear})(X.float()) for m in (model, fused))
+    torch.testing.assert_close(got, expected)
 
 
 def test_hooks_and_the_mode_that_the_placeholder_has_stay():

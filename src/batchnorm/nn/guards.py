@@ -50,8 +50,9 @@ class Epsilon:
 class QConfig:
     """The attribute ``qconfig``: missing, until set, but an error on a layer with an activation or other statistics.
 
-    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and quantization read it. ``torch.ao.quantization.prepare`` sets
-    it, and would then not find the layer by its exact type: that raises.
+    ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` and quantization read it: as with ``eps``, what came from the
+    network around the layer goes back. ``torch.ao.quantization.prepare`` sets it, and would then not find the layer by
+    its exact type: that raises.
     """
 
     def __get__(self, layer: FusedBatchNorm | None, owner: type) -> Any:
@@ -68,7 +69,9 @@ class QConfig:
                 f"(statistics={source!r}): use batchnorm.convert_sync_batchnorm, and revert_sync_batchnorm "
                 "before you quantize."
             )
-        if layer.activation is None:
+        if layer.taken_from:
+            layer.hand_back()
+        if vars(layer).get("activation") is None:
             raise AttributeError("qconfig")
         raise TypeError(
             f"SyncBatchNorm.convert_sync_batchnorm and quantization drop the activation of {owner.__name__}"
