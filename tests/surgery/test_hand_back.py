@@ -311,3 +311,80 @@ def test_a_graph_module():
         again.get_submodule("0.norm").eps  # noqa: B018
     torch.testing.assert_close(again(X), model(X))
     torch.testing.assert_close(bn.to_torch(fused)(X), model(X))
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm's."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.LeakyReLU(0.2)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Blocks(nn.Module):
+    """An activation of each kind that is taken over: a block's child, a layer's own, one behind, one behind a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.2)
+        self.seq = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.LeakyReLU(0.2))
+        self.timm = NormAct(4)
+        self.bn2, self.act2 = nn.BatchNorm2d(4), nn.LeakyReLU(0.2)
+
+    def forward(self, x):
+        x = self.timm(self.seq(self.act(self.bn(self.conv(x)))))
+        return self.act2(self.bn2(x) + x)
+
+
+def slope(parent, name):
+    parent.get_submodule(name).negative_slope = 0.7
+
+
+CHANGES = {
+    "another": lambda parent, name: setattr(parent, name, nn.GELU()),
+    "nothing": lambda parent, name: setattr(parent, name, nn.Identity()),
+    "behind torch's back": lambda parent, name: parent._modules.update({name: nn.Tanh()}),
+    "slope": slope,
+}
+
+
+@pytest.mark.parametrize("first", [as_it_is, copy.deepcopy, pickled])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+@pytest.mark.parametrize("place", ["act", "seq.2", "timm.act", "act2"])
+def test_an_activation_that_was_taken_over_is_another(place, change, first):
+    """By others who put something else there, or change it: the layer does no more what was there."""
+    model = shaken(Blocks()).eval()
+    fused, expected = first(bn.from_torch(model, example=X)), copy.deepcopy(model)
+    assert len([m for m in fused.modules() if getattr(m, "fused", False)]) == 4
+    torch.testing.assert_close(fused(X), model(X))
+    around, _, name = place.rpartition(".")
+    for each in (fused, expected):
+        change(each.get_submodule(around), name)
+    torch.testing.assert_close(fused(X), expected(X))
+    torch.testing.assert_close(bn.to_torch(fused)(X), expected(X))
+    torch.testing.assert_close(model(X), shaken(Blocks()).eval()(X))
+
+
+def test_a_wrapped_activation_stays_taken_over_and_its_attributes_are_there():
+    fused = bn.from_torch(shaken(nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.2))), example=X).eval()
+    expected = fused(X)
+    assert fused[1].negative_slope == 0.2
+    assert not hasattr(fused[1], "p")
+    fused[1].inplace = True
+    fused[1] = Wrapper(fused[1])
+    torch.testing.assert_close(fused(X), expected)
+    assert fused[0].fused
+    assert fused[0].eps == 1e-5
+    assert (type(fused[1].module), fused[1].module.inplace) == (nn.LeakyReLU, True)
+    torch.testing.assert_close(fused(X), expected)
+
+
+def test_a_compiled_network_sees_that_an_activation_is_another():
+    fused = bn.from_torch(shaken(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())), example=X).eval()
+    compiled = torch.compile(fused, backend="eager")
+    assert compiled(X).min() == 0
+    fused[1] = nn.Identity()
+    assert compiled(X).min() < 0

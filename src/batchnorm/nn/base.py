@@ -51,7 +51,8 @@ class FusedBatchNorm(State):
     held: Running | None = None  # of Renorm: what to correct towards while the running statistics are in use elsewhere
     counts: list[Tensor] | None = None  # where someone wants to know how many values a batch had
     fused = False  # the activation, or a residual, came from the network around it (``from_torch``)
-    taken_from: tuple[Any, ...] = ()  # whose work the layer does: each gets it back by its ``hand_back()``
+    # Whose work the layer does: each gets it back by its ``hand_back()``, and must where it no longer ``is_there()``.
+    taken_from: tuple[Any, ...] = ()
     eps: Any = Epsilon()
     qconfig = QConfig()
     # Not looked at by torch.jit: some refuse to be read, and none means anything to TorchScript.
@@ -89,6 +90,11 @@ class FusedBatchNorm(State):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """activation(BN(input) + residual): batch statistics in train, running ones in eval (where tracked)."""
+        for owner in self.taken_from:
+            if not owner.is_there():
+                self.hand_back()  # it may be of the class that it had before
+                more = () if residual is None and mask is None else (residual, mask)
+                return type(self).forward(self, input, *more)
         if type(input) is not Tensor or residual is not None or mask is not None:
             if any(isinstance(t, torch.fx.Proxy) for t in (input, residual, mask)):
                 return tracing.as_node(self, input, residual, mask)

@@ -35,30 +35,69 @@ _HARMLESS = {"__init__", "__repr__", "extra_repr"}
 
 
 class Fused(nn.Identity):
-    """In the place of an activation that a layer took over; ``by``: from where it goes to the layer, and that."""
+    """In the place of an activation that a layer took over.
 
-    def __init__(self, activation: nn.Module, by: tuple[nn.Module, list[str], FusedBatchNorm] | None = None) -> None:
+    ``by``: from where it goes to the layer, and that; ``held``: the module whose child it is, and by what name.
+    """
+
+    def __init__(
+        self,
+        activation: nn.Module,
+        layer: FusedBatchNorm,
+        by: tuple[nn.Module, list[str], FusedBatchNorm] | None = None,
+        held: tuple[nn.Module, str] | None = None,
+    ) -> None:
         super().__init__()
-        self.was = (activation,)  # a tuple hides it from torch
-        self.by = by
         self.train(activation.training)
+        self.layer = (layer,)  # a tuple hides it from torch
+        self.by, self.held = by, held
+        self.was = (activation,)
 
     def forward(self, input: Tensor) -> Tensor:
         """Nothing; the activation, and from then on, where the layer is gone."""
         if self.by is None or stands(*self.by):
             return input
-        (activation,), (_, _, layer) = self.was, self.by
+        (activation,), (layer,) = self.was, self.layer
         layer.hand_back()
         return activation.forward(input)
+
+    def __getattr__(self, name: str) -> Any:
+        """The activation's, where it is none of its own: its slope, say."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "was" not in vars(self):
+                raise
+            return getattr(self.was[0], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """An attribute of the activation's makes it that again, but for ``inplace``, which means nothing before."""
+        activation = vars(self).get("was", (None,))[0]
+        its_own = activation is not None and name in vars(activation) and name not in vars(self)
+        if its_own and name == "inplace":
+            setattr(activation, name, value)
+        elif its_own:
+            self.layer[0].hand_back()
+            setattr(self, name, value)  # of its own class now
+        else:
+            super().__setattr__(name, value)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For ``torch.jit.script``."""
         return nn.Identity()
 
+    def is_there(self) -> bool:
+        """Whether it is where it was put, alone or in somebody's wrapper."""
+        if self.held is None:
+            return True
+        around, name = self.held
+        found = around._modules.get(name)
+        return found is self or (found is not None and any(part is self for part in found.modules()))
+
     def hand_back(self) -> None:
         """Be the activation again, with the mode and the hooks that this has now."""
         (activation,) = self.was
-        now = {key: value for key, value in vars(self).items() if key not in ("was", "by")}
+        now = {key: value for key, value in vars(self).items() if key not in ("was", "by", "layer", "held")}
         self.__class__ = type(activation)  # type: ignore[assignment]
         vars(self).clear()
         vars(self).update(vars(activation) | now)
@@ -69,6 +108,10 @@ class Former:
 
     def __init__(self, layer: FusedBatchNorm, kind: type) -> None:
         self.layer, self.kind = layer, kind
+
+    def is_there(self) -> bool:
+        """Always."""
+        return True
 
     def hand_back(self) -> None:
         """Be of that class again."""
@@ -177,7 +220,7 @@ def _adopted(layer: Any, calls: list[Any], changes: bool) -> tuple[str | None, s
     before = results(layer, calls[0])
     if len(before.tensors) != _PHASES:
         return f"{more}, and it does not run in float64 in train and eval, in which it is checked", ""
-    placeholder = Fused(activation)
+    placeholder = Fused(activation, layer, held=(layer, name))
     become_ours(layer, OURS[_base(layer)])
     layer._modules[name] = placeholder
     layer.activation, layer.fused = activation, True

@@ -46,6 +46,10 @@ class Crossed:
         dropout.__class__ = _watched(_kind(dropout))
         vars(dropout)["crossed_by"] = (*vars(dropout).get("crossed_by", ()), self)
 
+    def is_there(self) -> bool:
+        """Always: a dropout that is gone drops nothing."""
+        return True
+
     def hand_back(self) -> None:
         """Nobody needs to know p any more."""
         left = tuple(each for each in vars(self.dropout).get("crossed_by", ()) if each is not self)

@@ -160,8 +160,12 @@ def _take_over(model: nn.Module, place: str, call: Call, between: tuple[Any, ...
     name, _ = parse_activation(activation)
     layer.activation, layer.fused = activation, True
     root = model.get_submodule(around)
-    by = None if isinstance(root, fx.GraphModule) else (root, path, layer)  # such a program cannot hold itself
-    placeholder = Fused(activation, by)
+    parent, _, child = call.name.rpartition(".")
+    by, held = (root, path, layer), (model.get_submodule(parent), child)
+    if isinstance(root, fx.GraphModule):  # such a program cannot hold itself
+        placeholder = Fused(activation, layer)
+    else:
+        placeholder = Fused(activation, layer, by, held)
     layer.taken_from = (*layer.taken_from, placeholder, *crossed(list(between), layer, name, adds=False))
     for module in model.modules():
         for child, found in module._modules.items():

@@ -48,6 +48,10 @@ class Rewritten:
         places = zip(self.paths, self.layers, strict=False)
         return bool(self.layers) and all(stands(self.module, path, layer) for path, layer in places)
 
+    def is_there(self) -> bool:
+        """Always: it asks itself, before its layers run."""
+        return True
+
     def hand_back(self) -> None:
         """The module's own forward, and all of its layers without what was fused into them."""
         layers, self.layers = self.layers, []
@@ -87,6 +91,10 @@ class Lost:
 
     def __init__(self, layers: list[tuple[FusedBatchNorm, Any]]) -> None:
         self.layers = layers
+
+    def is_there(self) -> bool:
+        """As far as anybody knows."""
+        return True
 
     def hand_back(self) -> None:
         """It cannot: leave the layers as they are, and say so."""
