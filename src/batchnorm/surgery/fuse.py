@@ -19,10 +19,11 @@ from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.surgery.adopt import Fused, adopt
 from batchnorm.surgery.between import crossed, in_the_way, passes
-from batchnorm.surgery.given import replaced, scripted
+from batchnorm.surgery.given import hooked, replaced, scripted
+from batchnorm.surgery.graph import ADDITIONS
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.results import difference, results
-from batchnorm.surgery.rewrite import ADDITIONS, hooked, rewrite
+from batchnorm.surgery.rewrite import rewrite
 from batchnorm.surgery.watch import Call, Watched, arguments, watch, watch_in_train
 
 TOLERANCE = 1e-6  # of the whole model in float64, where roundings add up

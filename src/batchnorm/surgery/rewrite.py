@@ -18,20 +18,18 @@ from torch import fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
 
-from batchnorm.functional import parse_activation
 from batchnorm.nn.base import FusedBatchNorm
-from batchnorm.ops import fallback
-from batchnorm.surgery.between import crossed, in_the_way, passes
 from batchnorm.surgery.copied import cloned, dense, scratch, tensors_of
 from batchnorm.surgery.form import Form
 from batchnorm.surgery.given import replaced
+from batchnorm.surgery.graph import fuse_in_graph
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.results import difference, results
 from batchnorm.surgery.rewritten import Regraphed, Rewritten, own_class
+from batchnorm.surgery.subclass import subclass
 from batchnorm.surgery.tracer import Tracer
 from batchnorm.surgery.watch import in_eager, run_itself
 
-ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__", "iadd")
 _CONTEXTS = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
 
 
@@ -60,7 +58,7 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
         is_graph = isinstance(module, fx.GraphModule)
         form = None if is_graph else Form(type(module).forward, *given)
         graph = copy.deepcopy(module.graph) if form is None else _traced(module, form, list(local.values()))
-        found = {name: _fuse_in_graph(graph, module, local[name], layer) for name, layer in layers.items()}
+        found = {name: fuse_in_graph(graph, module, local[name], layer) for name, layer in layers.items()}
         owners = {name: crossed for name, (_, crossed) in found.items()}
         called = {
             name: module.get_submodule(name)
@@ -114,11 +112,6 @@ def _undo(module: Any, layers: list[Any]) -> Callable[[], None]:
             layer.activation, layer.fused = None, False
 
     return undo
-
-
-def hooked(module: nn.Module, kinds: tuple[str, ...] = ("forward", "forward_pre", "backward", "backward_pre")) -> bool:
-    """Whether somebody looks at what comes in or goes out."""
-    return any(getattr(module, f"_{kind}_hooks") for kind in kinds)
 
 
 def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tuple[list[Any], bool]]:
@@ -210,69 +203,6 @@ def _marks(module: nn.Module) -> list[Any]:
     return [*vars(module), *map(id, (*vars(module).values(), *inside)), *written]
 
 
-def _fuse_in_graph(graph: fx.Graph, module: nn.Module, name: str, layer: Any) -> tuple[str, tuple[Any, ...]]:
-    """Fuse one layer; what with, or nothing; and the dropouts in between that are to stay without effect."""
-    nodes = [node for node in graph.nodes if node.op == "call_module" and node.target == name]
-    if len(nodes) != 1:
-        return "", ()
-    (node,) = nodes
-    chain, kwargs, passed = [node], dict(node.kwargs), list[Any]()
-    after = _only_user(node)
-    while after is not None and after.op == "call_module" and passes(module.get_submodule(str(after.target))):
-        chain.append(after)
-        passed.append(module.get_submodule(str(after.target)))
-        after = _only_user(after)
-    between, adds = chain[1:], False
-    if after is not None and _name(after) in ADDITIONS and len(after.all_input_nodes) == 2 and not after.kwargs:
-        kwargs["residual"] = next(other for other in after.all_input_nodes if other is not chain[-1])
-        chain.append(after)
-        after, adds = _only_user(after), True
-    activation = None if after is None else _activation_of(module, after)
-    if after is not None and activation is not None:
-        chain.append(after)
-    taken = chain[1 + len(between) :]
-    known = activation[0] if isinstance(activation, tuple) else activation
-    if not taken or in_the_way(passed, known, adds):
-        return "", ()
-    with graph.inserting_before(chain[-1]):
-        new = graph.call_module(name, node.args, kwargs)
-        for one in between:  # what comes between stays, behind
-            new = graph.call_module(str(one.target), (new,))
-        chain[-1].replace_all_uses_with(new)
-    for done in reversed(chain):
-        graph.erase_node(done)
-    layer.activation, layer.fused = activation, True
-    what = [str(done.target) if done.op == "call_module" else f"{_name(done)}()" for done in taken]
-    return " and ".join(what), crossed(passed, layer, known, adds)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def _activation_of(module: nn.Module, node: fx.Node) -> str | tuple[str, float] | None:
-    """As a layer has it."""
-    if node.op == "call_module":
-        target = module.get_submodule(str(node.target))
-        if hooked(target) or replaced(target):
-            return None
-        try:
-            name, slope = parse_activation(target)
-        except TypeError:
-            return None
-    else:
-        found, (_, *args) = _name(node).rstrip("_"), node.args
-        if found not in fallback.ACTIVATIONS or len(node.all_input_nodes) != 1:
-            return None
-        slope = node.kwargs.get("negative_slope", args[0] if args else 0.01) if found == "leaky_relu" else 0.01  # type: ignore[assignment]
-        name = found
-    return (name, float(slope)) if name == "leaky_relu" else name
-
-
 def _with_forward(kind: type, graph: fx.Graph) -> type:
     """A subclass whose forward the graph is. It is found again when a module is copied or unpickled."""
     code = graph.python_code("self")
@@ -297,9 +227,15 @@ def _written(kind: Any, source: str) -> type:
     def reduced(module: nn.Module, protocol: int) -> Any:
         return _remade, (kind, source), module.__dict__
 
-    return type(kind.__name__, (kind,), {"forward": forward, "written_for": kind, "__reduce_ex__": reduced})
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return own_class(cls)(*args, **kwargs)  # type(module)(...) has the forward that there was
+
+    content = {"forward": forward, "written_for": kind, "__reduce_ex__": reduced, "__new__": new}
+    try:
+        return subclass(kind, content)
+    except TypeError as error:
+        raise RuntimeError(f"its class, {kind.__name__}, takes no subclass: {error}") from error
 
 
-def _remade(kind: type, source: str) -> nn.Module:
-    made: Any = _written(kind, source)
-    return made.__new__(made)
+def _remade(kind: Any, source: str) -> nn.Module:
+    return own_class(kind).__new__(_written(kind, source))
