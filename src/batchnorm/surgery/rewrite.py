@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -25,7 +26,7 @@ from batchnorm.surgery.given import replaced
 from batchnorm.surgery.graph import fuse_in_graph
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.results import difference, results
-from batchnorm.surgery.rewritten import Regraphed, Rewritten, own_class
+from batchnorm.surgery.rewritten import Regraphed, Rewritten, own_class, through
 from batchnorm.surgery.subclass import subclass
 from batchnorm.surgery.tracer import Tracer
 from batchnorm.surgery.watch import in_eager, run_itself
@@ -58,16 +59,13 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
         is_graph = isinstance(module, fx.GraphModule)
         form = None if is_graph else Form(type(module).forward, *given)
         graph = copy.deepcopy(module.graph) if form is None else _traced(module, form, list(local.values()))
+        calls = _called(graph)
         found = {name: fuse_in_graph(graph, module, local[name], layer) for name, layer in layers.items()}
         owners = {name: crossed for name, (_, crossed) in found.items()}
-        called = {
-            name: module.get_submodule(name)
-            for node in graph.nodes
-            if node.op == "call_module"
-            for name in [str(node.target)]
-        }
+        called = {name: module.get_submodule(name) for name in _called(graph)}
         fused = {name: layer for name, layer in called.items() if isinstance(layer, FusedBatchNorm) and layer.fused}
-        owner = Rewritten(module, fused, form) if form else Regraphed(module, fused, module.graph)
+        passed = [*through(module, calls, calls - _called(graph))]
+        owner = Rewritten(module, fused, form, passed) if form else Regraphed(module, fused, module.graph)
         if isinstance(module, fx.GraphModule):
             module.graph = graph
         else:
@@ -93,6 +91,11 @@ def rewrite(model: nn.Module, example: Any, place: str, names: list[str]) -> lis
         else Row(name, LEFT, f"nothing is left for it in {where}: another layer took it over, or it is not alone")
         for name, (what, _) in found.items()
     ]
+
+
+def _called(graph: fx.Graph) -> Counter[str]:
+    """Where the modules are that it calls, and how often."""
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
 
 
 def _undo(module: Any, layers: list[Any]) -> Callable[[], None]:
