@@ -195,7 +195,7 @@ def test_what_is_left_alone_and_why():
         "used_twice": "it is called 2 times",
         "to_conv": "its output goes to conv",
         "never": "the example does not reach it",
-        "broadcast": "its output goes to add()",
+        "broadcast": "its output goes to add(), of something of another shape, (1, 4, 6, 6)",
     }
     same(model, fused, X)
     assert_back(model, fused)

@@ -110,8 +110,10 @@ def _follow(seen: Watched, name: str, layer: FusedBatchNorm) -> _Followed:
     after = seen.only_reader(reader) if adds else reader
     activation = None if after is None else _activation(after)
     if not adds and activation is None:
-        unusual = reader.kind == "module" and not _unwatched(reader.target)
-        return _Followed(f"its output goes to {reader.label}{', which has hooks' if unusual else ''}")
+        other = _summand(seen, call, reader)
+        unusual = ", which has hooks" if reader.kind == "module" and not _unwatched(reader.target) else ""
+        unusual = f", of something of another shape, {other.shape}" if other and other.shape != call.shape else unusual
+        return _Followed(f"its output goes to {reader.label}{unusual}")
     why = in_the_way(between, activation, adds)
     if why is not None:
         return _Followed(why)
@@ -128,10 +130,16 @@ def _unwatched(module: Any) -> bool:
 
 def _adds(seen: Watched, call: Call, reader: Call) -> bool:
     """Whether that adds something of the same shape to it."""
+    other = _summand(seen, call, reader)
+    in_place_of_another = reader.name in _IN_PLACE and reader.inputs.index(call.index) == 1
+    return other is not None and other.shape == call.shape and not in_place_of_another
+
+
+def _summand(seen: Watched, call: Call, reader: Call) -> Call | None:
+    """What an addition adds to it."""
     if reader.kind != "function" or reader.name not in ADDITIONS or len(reader.inputs) != 2:
-        return False
-    mine = reader.inputs.index(call.index)
-    return seen.calls[reader.inputs[1 - mine]].shape == call.shape and not (reader.name in _IN_PLACE and mine == 1)
+        return None
+    return seen.calls[reader.inputs[1 - reader.inputs.index(call.index)]]
 
 
 def _activation(call: Call) -> str | None:
