@@ -28,6 +28,7 @@ from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.results import difference, results
 from batchnorm.surgery.rewritten import Regraphed, Rewritten, own_class, through
 from batchnorm.surgery.subclass import subclass
+from batchnorm.surgery.surroundings import SURROUNDINGS
 from batchnorm.surgery.tracer import Tracer
 from batchnorm.surgery.watch import in_eager, run_itself
 
@@ -143,15 +144,17 @@ def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tup
 
 
 def _traced(module: nn.Module, form: Form, layers: list[str]) -> fx.Graph:
-    """Its graph, which must not depend on train and eval."""
-    graphs = []
+    """Its graph, which must not depend on train and eval, or on what it finds around it."""
+    graphs: list[fx.Graph] = []
     twin = scratch(module)
     with in_eager(twin), torch.enable_grad():
-        for mode in (True, False):
-            twin.train(mode)
-            graphs.append(_recorded(twin, layers, form))
-        if str(graphs[0]) != str(graphs[1]):
-            raise RuntimeError("it does something else in train than in eval")
+        for said, around in SURROUNDINGS:
+            for mode in (True, False):
+                twin.train(mode)
+                with around():
+                    graphs.append(_recorded(twin, layers, form))
+                if str(graphs[-1]) != str(graphs[0]):
+                    raise RuntimeError(f"it does something else {said}")
         for node in graphs[0].nodes:
             node.type = None  # annotations, which may be strings
         if any({"dtype", "device"} & {*node.kwargs} for node in graphs[0].nodes if node.meta.get("made")):
