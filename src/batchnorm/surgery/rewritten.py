@@ -63,8 +63,11 @@ def through(module: nn.Module, called: Collection[str], gone: Collection[str], p
 
 
 def _names(module: nn.Module) -> list[str]:
-    held: Any = (module._modules, module._parameters, module._buffers)
-    return [name for each in held for name, value in each.items() if value is not None]
+    names = [name for name, child in module._modules.items() if child is not None]
+    if module._parameters or module._buffers:  # seldom: this is asked in each call
+        held: Any = (module._parameters, module._buffers)
+        names += [name for each in held for name, t in each.items() if t is not None]
+    return names
 
 
 class Rewritten:
