@@ -195,7 +195,7 @@ def test_what_is_left_alone_and_why():
         "used_twice": "it is called 2 times",
         "to_conv": "its output goes to conv",
         "never": "the example does not reach it",
-        "broadcast": "its output goes to add()",
+        "broadcast": "its output goes to add(), of something of another shape, (1, 4, 6, 6)",
     }
     same(model, fused, X)
     assert_back(model, fused)
@@ -227,9 +227,9 @@ def test_what_is_called_otherwise_in_train_or_looked_at_by_hooks():
 
 
 def test_a_forward_that_would_give_other_values_is_put_back(monkeypatch):
-    from batchnorm.surgery import rewrite
+    from batchnorm.surgery import graph
 
-    monkeypatch.setattr(rewrite, "_activation_of", lambda module, node: "tanh")  # were it read wrongly
+    monkeypatch.setattr(graph, "_activation_of", lambda module, node: "tanh")  # were it read wrongly
     model = shaken(nn.Sequential(Block()))
     fused = bn.from_torch(model, example=X)
     assert all("rewritten, gives other values" in row.why for row in fused.batchnorm_report)

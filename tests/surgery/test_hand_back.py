@@ -1,8 +1,10 @@
 """Fused layers in the hands of code that knows torch's only: it finds ordinary layers, and the numbers stay."""
 
 import copy
+import functools
 import pickle
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -359,13 +361,14 @@ def test_an_activation_that_was_taken_over_is_another(place, change, first):
     model = shaken(Blocks()).eval()
     fused, expected = first(bn.from_torch(model, example=X)), copy.deepcopy(model)
     assert len([m for m in fused.modules() if getattr(m, "fused", False)]) == 4
-    torch.testing.assert_close(fused(X), model(X))
+    before = model(X)
+    torch.testing.assert_close(fused(X), before)
     around, _, name = place.rpartition(".")
     for each in (fused, expected):
         change(each.get_submodule(around), name)
     torch.testing.assert_close(fused(X), expected(X))
     torch.testing.assert_close(bn.to_torch(fused)(X), expected(X))
-    torch.testing.assert_close(model(X), shaken(Blocks()).eval()(X))
+    torch.testing.assert_close(model(X), before)
 
 
 def test_a_wrapped_activation_stays_taken_over_and_its_attributes_are_there():
@@ -388,3 +391,59 @@ def test_a_compiled_network_sees_that_an_activation_is_another():
     assert compiled(X).min() == 0
     fused[1] = nn.Identity()
     assert compiled(X).min() < 0
+
+
+def doubled(self, x):
+    return 2 * self.relu(self.bn(self.conv(x)) + x)
+
+
+PATCHES = {
+    "on the object": lambda block: setattr(block, "forward", MethodType(doubled, block)),
+    "its class's own, on the object": lambda block: setattr(block, "forward", MethodType(Patched.forward, block)),
+    "in the class": lambda block: setattr(Patched, "forward", doubled),
+}
+
+
+class Patched(nn.Module):
+    """One whose forward others replace."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.bn(self.conv(x)) + x)
+
+
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=list(PATCHES))
+def test_a_forward_that_others_replace(patch, monkeypatch):
+    model = shaken(nn.Sequential(Patched())).eval()
+    fused = bn.from_torch(model, example=X)
+    assert fused[0].bn.fused
+    monkeypatch.setattr(Patched, "forward", Patched.forward)  # as it is, and so again afterwards
+    for each in (model, fused):
+        patch(each[0])
+    torch.testing.assert_close(fused(X), model(X))
+
+
+def test_a_wrapper_around_the_rewritten_forward_keeps_what_was_fused():
+    """As accelerate's hooks are."""
+    model = shaken(nn.Sequential(Patched())).eval()
+    fused = bn.from_torch(model, example=X)
+    fused[0].forward = functools.update_wrapper(
+        functools.partial(lambda old, x: old(x), fused[0].forward), fused[0].forward
+    )
+    torch.testing.assert_close(fused(X), model(X))
+    assert fused[0].bn.fused
+
+
+@pytest.mark.parametrize("kind", [Patched, BaseConv, Residual])
+@pytest.mark.parametrize("mode", [True, False])
+def test_scripts_of_rewritten_forwards(kind, mode):
+    model = shaken(nn.Sequential(kind())).train(mode)
+    fused, x = bn.from_torch(model, example=X), X.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted, expected = torch.jit.script(fused), torch.jit.script(copy.deepcopy(model))
+    torch.testing.assert_close(scripted(x), expected(x))
+    torch.testing.assert_close(scripted.state_dict(), expected.state_dict())

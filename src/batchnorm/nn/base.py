@@ -30,6 +30,7 @@ from batchnorm.nn.guards import Epsilon, QConfig
 from batchnorm.nn.state import State
 from batchnorm.nn.statistics import Batch, Renorm, Running, Statistics, Synced
 from batchnorm.nn.tracking import has_running_statistics
+from batchnorm.ops.fallback import ACTIVATIONS
 from batchnorm.ops.repetition import is_repeated, own_copies
 from batchnorm.ops.split import Affine, count_, is_eager
 
@@ -167,6 +168,9 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
     plain = batches is None or (batches.dtype == torch.int64 and batches.is_cpu == input.is_cpu)
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
     name, slope = parse_activation(layer.activation)
+    behind = None  # a sum that the network broadcasts, where it did not do so when the layer took it over
+    if layer.fused and residual is not None and residual.shape != input.shape:
+        behind, residual, name = (residual, name), None, None
     if mask is None and plain and (not in_train or type(layer.statistics) is Batch):
         y = normalize(
             input,
@@ -192,7 +196,11 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             y = normalize_by(source, input, mean, var, affine, mask, momentum, batches, skipped, one_value)
         else:
             y = normalize_masked(input, mean, var, affine, mask)  # type: ignore[arg-type]
-    return y
+    return y if behind is None else _activated(y + behind[0], behind[1], slope)
+
+
+def _activated(y: Tensor, name: str | None, slope: float) -> Tensor:
+    return y if name is None else ACTIVATIONS[name](y, slope)
 
 
 def _tensors(layer: FusedBatchNorm) -> list[Any]:

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from batchnorm.surgery.globals import Globals, names, steps
+from batchnorm.surgery.subclass import subclass
 
 # What functions change that read it as a global variable.
 _CHANGE = (list, dict, set, bytearray, deque, count, random.Random, torch.Tensor, torch.Generator, nn.Module)
@@ -135,10 +136,7 @@ class _Rebound:
                 if isinstance(function, FunctionType | _CACHED) and self._reaches(self.modules, function, set()):
                     new = self.of(function)
                     changed[name] = new if function is method else type(method)(new)
-            self.done[id(kind)] = (
-                kind,
-                type(kind)(kind.__name__, (kind,), {"__slots__": (), **changed}) if changed else kind,
-            )
+            self.done[id(kind)] = (kind, subclass(kind, changed) if changed else kind)
         return self.done[id(kind)][1]
 
     def check_forward(self, name: str, module: nn.Module) -> None:

@@ -31,11 +31,13 @@ def from_torch(model: Model, example: Any = None) -> Model:
     With an ``example``, a layer also takes over the addition and the activation behind it, where a forward pass on the
     example shows that nothing else reads what is in between. An activation module that is then done becomes an
     ``nn.Identity``; an addition or an activation that is written in a module's ``forward`` is fused in a forward that
-    torch.fx writes anew. There, plain attributes and global variables (numbers, strings) that the forward reads are
-    constants; a call with other plain arguments than the example's, other containers, runs the forward that there was,
-    from then on. Subclasses of torch's layers that do batch normalization and then call a child of theirs, an
-    activation (timm's ``BatchNormAct2d``), become ours with that activation. Outputs and gradients are checked beside
-    the old ones, of each new forward and of the whole model. Copies run: the model given notices nothing.
+    torch.fx writes anew. There, plain values that the forward reads, attributes and global variables, are constants; a
+    call with other plain arguments than the example's, other containers, runs the forward that there was, from then
+    on, and so does any after a container of modules in it was changed. A forward that does something else under
+    autocast, without gradients, in inference mode or with another default dtype is left alone. Subclasses of torch's
+    layers that do batch normalization and then call a child of theirs, an activation (timm's ``BatchNormAct2d``),
+    become ours with that activation. Outputs and gradients are checked beside the old ones, of each new forward and of
+    the whole model. Copies run: the model given notices nothing.
 
     ``batchnorm_report`` of the result has a row for each layer: what became of it, or why it was left alone. Code of
     others that folds or converts layers by their ``eps`` (a ``fuse()`` in the model's repository, torch's

@@ -17,11 +17,10 @@ from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import copied
 from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, seen_by, to_double
 from batchnorm.surgery.fuse import unfuse
-from batchnorm.surgery.given import checked, only_copies_run, scripted
+from batchnorm.surgery.given import checked, hooked, only_copies_run, scripted
 from batchnorm.surgery.neighbours import Place, after, before, tied
 from batchnorm.surgery.norms import check_statistics, computes, is_known, norms_of, rest_of
 from batchnorm.surgery.report import LEFT, Report, Row
-from batchnorm.surgery.rewrite import hooked
 from batchnorm.surgery.watch import Call, in_eager, watch
 from batchnorm.surgery.weights import affine, scale_inputs, scale_outputs
 

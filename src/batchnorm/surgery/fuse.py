@@ -20,10 +20,11 @@ from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.surgery.adopt import Fused, adopt
 from batchnorm.surgery.between import crossed, in_the_way, passes
-from batchnorm.surgery.given import replaced, scripted
+from batchnorm.surgery.given import hooked, replaced, scripted
+from batchnorm.surgery.graph import ADDITIONS
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.results import difference, results
-from batchnorm.surgery.rewrite import ADDITIONS, hooked, inputs_of, rewrite
+from batchnorm.surgery.rewrite import inputs_of, rewrite
 from batchnorm.surgery.watch import Call, Watched, arguments, watch, watch_in_train
 
 TOLERANCE = 1e-6  # of the whole model in float64, where roundings add up
@@ -49,9 +50,9 @@ def fuse(model: nn.Module, example: Any) -> Report:
             report.append(Row(name, "fused", f"with {last.name}"))
         else:
             within.setdefault(_around(name, last.owner), []).append(name)
-    calls = cache(lambda: inputs_of(model, example, [*within]))  # rewriting inner ones changes none
+    inputs = cache(lambda: inputs_of(model, example, [*within]))  # rewriting inner ones changes none
     for place in sorted(within, key=len, reverse=True):  # inner ones first, which outer ones may take up
-        report += rewrite(model, calls, place, within[place])
+        report += rewrite(model, inputs, place, within[place])
     report += scripted(model)
     order = [name for name, _ in model.named_modules()]
     report.sort(key=lambda row: order.index(row.layer))
@@ -111,8 +112,10 @@ def _follow(seen: Watched, name: str, layer: FusedBatchNorm) -> _Followed:
     after = seen.only_reader(reader) if adds else reader
     activation = None if after is None else _activation(after)
     if not adds and activation is None:
-        unusual = reader.kind == "module" and not _unwatched(reader.target)
-        return _Followed(f"its output goes to {reader.label}{', which has hooks' if unusual else ''}")
+        other = _summand(seen, call, reader)
+        unusual = ", which has hooks" if reader.kind == "module" and not _unwatched(reader.target) else ""
+        unusual = f", of something of another shape, {other.shape}" if other and other.shape != call.shape else unusual
+        return _Followed(f"its output goes to {reader.label}{unusual}")
     why = in_the_way(between, activation, adds)
     if why is not None:
         return _Followed(why)
@@ -129,10 +132,16 @@ def _unwatched(module: Any) -> bool:
 
 def _adds(seen: Watched, call: Call, reader: Call) -> bool:
     """Whether that adds something of the same shape to it."""
+    other = _summand(seen, call, reader)
+    in_place_of_another = reader.name in _IN_PLACE and reader.inputs.index(call.index) == 1
+    return other is not None and other.shape == call.shape and not in_place_of_another
+
+
+def _summand(seen: Watched, call: Call, reader: Call) -> Call | None:
+    """What an addition adds to it."""
     if reader.kind != "function" or reader.name not in ADDITIONS or len(reader.inputs) != 2:
-        return False
-    mine = reader.inputs.index(call.index)
-    return seen.calls[reader.inputs[1 - mine]].shape == call.shape and not (reader.name in _IN_PLACE and mine == 1)
+        return None
+    return seen.calls[reader.inputs[1 - reader.inputs.index(call.index)]]
 
 
 def _activation(call: Call) -> str | None:
@@ -162,10 +171,8 @@ def _take_over(model: nn.Module, place: str, call: Call, between: tuple[Any, ...
     root = model.get_submodule(around)
     parent, _, child = call.name.rpartition(".")
     by, held = (root, path, layer), (model.get_submodule(parent), child)
-    if isinstance(root, fx.GraphModule):  # such a program cannot hold itself
-        placeholder = Fused(activation, layer)
-    else:
-        placeholder = Fused(activation, layer, by, held)
+    where = () if isinstance(root, fx.GraphModule) else (by, held)  # such a program cannot hold itself
+    placeholder = Fused(activation, layer, *where)
     layer.taken_from = (*layer.taken_from, placeholder, *crossed(list(between), layer, name, adds=False))
     for module in model.modules():
         for child, found in module._modules.items():

@@ -133,6 +133,11 @@ def replaced(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
+def hooked(module: nn.Module, kinds: tuple[str, ...] = ("forward", "forward_pre", "backward", "backward_pre")) -> bool:
+    """Whether somebody looks at what comes in or goes out."""
+    return any(getattr(module, f"_{kind}_hooks") for kind in kinds)
+
+
 def in_containers(model: nn.Module) -> Report:
     """A row for each batch normalization that a module keeps in a list or the like, where torch does not see it."""
     known, found = {*model.modules()}, Report()

@@ -19,11 +19,10 @@ from batchnorm.surgery.affine import ROWS, affine_of
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copied import cloned, copied, scratch
 from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, seen_by, to_double
-from batchnorm.surgery.given import AFFINE, checked, on_all_ranks, only_copies_run, scripted
+from batchnorm.surgery.given import AFFINE, checked, hooked, on_all_ranks, only_copies_run, scripted
 from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.places import layers_of, row_of
 from batchnorm.surgery.report import LEFT, Row, one_line
-from batchnorm.surgery.rewrite import hooked
 from batchnorm.surgery.watch import in_eager, run, tensors_of, watch, watch_in_train
 from batchnorm.surgery.weights import outputs_of
 

@@ -21,8 +21,8 @@ from batchnorm.surgery.affine import (
     unregistered,
 )
 from batchnorm.surgery.fold_check import Fold
+from batchnorm.surgery.given import hooked
 from batchnorm.surgery.moves import as_function, came_from, channels_between
-from batchnorm.surgery.rewrite import hooked
 from batchnorm.surgery.watch import Call, Watched
 
 

@@ -19,10 +19,10 @@ from batchnorm.surgery.affine import (
     unregistered,
 )
 from batchnorm.surgery.between import NOTHING
+from batchnorm.surgery.graph import ADDITIONS
 from batchnorm.surgery.moves import came_from
 from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.report import LEFT, Row
-from batchnorm.surgery.rewrite import ADDITIONS
 from batchnorm.surgery.watch import Call, Watched
 
 _NONLINEARITIES = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
@@ -18,32 +19,30 @@ from torch import fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
 
-from batchnorm.functional import parse_activation
 from batchnorm.nn.base import FusedBatchNorm
-from batchnorm.ops import fallback
-from batchnorm.surgery.between import crossed, in_the_way, passes
 from batchnorm.surgery.copied import cloned, dense, scratch, tensors_of
 from batchnorm.surgery.effects import Reached
 from batchnorm.surgery.form import Form
 from batchnorm.surgery.given import replaced
+from batchnorm.surgery.graph import fuse_in_graph
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.results import difference, results
-from batchnorm.surgery.rewritten import Regraphed, Rewritten, own_class
+from batchnorm.surgery.rewritten import Regraphed, Rewritten, own_class, through
+from batchnorm.surgery.subclass import subclass
+from batchnorm.surgery.surroundings import SURROUNDINGS
 from batchnorm.surgery.tracer import Tracer
 from batchnorm.surgery.watch import in_eager, run_itself
 
-ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__", "iadd")
 _CONTEXTS = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
 
 
 def rewrite(
-    model: nn.Module, calls: Callable[[], dict[str, tuple[list[Any], bool]]], place: str, names: list[str]
+    model: nn.Module, inputs: Callable[[], dict[str, tuple[list[Any], bool]]], place: str, names: list[str]
 ) -> list[Row]:
     """Fuse these layers in the forward of the module at ``place``, or leave all of it as it is.
 
-    ``calls``: gives what ``inputs_of`` found, for this module too.
-
-    Plain attributes that the forward reads are constants afterwards.
+    ``inputs``: gives what ``inputs_of`` found, for this module too. Plain values that the forward reads are constants
+    afterwards.
     """
     module: Any = model.get_submodule(place)
     where = f"the forward of {place or 'the model'}"
@@ -54,7 +53,7 @@ def rewrite(
     try:
         if replaced(module):
             raise RuntimeError("it was replaced on the object, and a new one would not be called")
-        ((given, *more), changes) = calls()[place]
+        ((given, *more), changes) = inputs()[place]
         if more or changes:
             why = f"it is called {1 + len(more)} times" if more else "it changes what it is given"
             raise RuntimeError(why)
@@ -65,16 +64,13 @@ def rewrite(
         is_graph = isinstance(module, fx.GraphModule)
         form = None if is_graph else Form(type(module).forward, *given)
         graph = copy.deepcopy(module.graph) if form is None else _traced(module, form, list(local.values()))
-        found = {name: _fuse_in_graph(graph, module, local[name], layer) for name, layer in layers.items()}
+        calls = _called(graph)
+        found = {name: fuse_in_graph(graph, module, local[name], layer) for name, layer in layers.items()}
         owners = {name: crossed for name, (_, crossed) in found.items()}
-        called = {
-            name: module.get_submodule(name)
-            for node in graph.nodes
-            if node.op == "call_module"
-            for name in [str(node.target)]
-        }
+        called = {name: module.get_submodule(name) for name in _called(graph)}
         fused = {name: layer for name, layer in called.items() if isinstance(layer, FusedBatchNorm) and layer.fused}
-        owner = Rewritten(module, fused, form) if form else Regraphed(module, fused, module.graph)
+        passed = [*through(module, calls, calls - _called(graph))]
+        owner = Rewritten(module, fused, form, passed) if form else Regraphed(module, fused, module.graph)
         if isinstance(module, fx.GraphModule):
             module.graph = graph
         else:
@@ -102,6 +98,11 @@ def rewrite(
     ]
 
 
+def _called(graph: fx.Graph) -> Counter[str]:
+    """Where the modules are that it calls, and how often."""
+    return Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+
+
 def _undo(module: Any, layers: list[Any]) -> Callable[[], None]:
     """What makes a forward, and layers that nothing is fused into, as they are now."""
     kind: Any = type(module)
@@ -119,11 +120,6 @@ def _undo(module: Any, layers: list[Any]) -> Callable[[], None]:
             layer.activation, layer.fused = None, False
 
     return undo
-
-
-def hooked(module: nn.Module, kinds: tuple[str, ...] = ("forward", "forward_pre", "backward", "backward_pre")) -> bool:
-    """Whether somebody looks at what comes in or goes out."""
-    return any(getattr(module, f"_{kind}_hooks") for kind in kinds)
 
 
 def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tuple[list[Any], bool]]:
@@ -154,15 +150,16 @@ def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tup
 
 
 def _traced(module: nn.Module, form: Form, layers: list[str]) -> fx.Graph:
-    """Its graph, which must not depend on train and eval."""
-    graphs = []
+    """Its graph, which must not depend on train and eval, or on what it finds around it."""
+    graphs: list[fx.Graph] = []
     twin = scratch(module)
     with in_eager(twin), torch.enable_grad():
-        for mode in (True, False):
+        for said, mode, around in SURROUNDINGS:
             twin.train(mode)
-            graphs.append(_recorded(twin, layers, form))
-        if str(graphs[0]) != str(graphs[1]):
-            raise RuntimeError("it does something else in train than in eval")
+            with around():
+                graphs.append(_recorded(twin, layers, form))
+            if str(graphs[-1]) != str(graphs[0]):
+                raise RuntimeError(f"it does something else {said}")
         for node in graphs[0].nodes:
             node.type = None  # annotations, which may be strings
         if any({"dtype", "device"} & {*node.kwargs} for node in graphs[0].nodes if node.meta.get("made")):
@@ -208,69 +205,6 @@ def _drawn() -> list[Any]:
     return [random.getstate(), states, numpy and str(numpy.random.get_state())]
 
 
-def _fuse_in_graph(graph: fx.Graph, module: nn.Module, name: str, layer: Any) -> tuple[str, tuple[Any, ...]]:
-    """Fuse one layer; what with, or nothing; and the dropouts in between that are to stay without effect."""
-    nodes = [node for node in graph.nodes if node.op == "call_module" and node.target == name]
-    if len(nodes) != 1:
-        return "", ()
-    (node,) = nodes
-    chain, kwargs, passed = [node], dict(node.kwargs), list[Any]()
-    after = _only_user(node)
-    while after is not None and after.op == "call_module" and passes(module.get_submodule(str(after.target))):
-        chain.append(after)
-        passed.append(module.get_submodule(str(after.target)))
-        after = _only_user(after)
-    between, adds = chain[1:], False
-    if after is not None and _name(after) in ADDITIONS and len(after.all_input_nodes) == 2 and not after.kwargs:
-        kwargs["residual"] = next(other for other in after.all_input_nodes if other is not chain[-1])
-        chain.append(after)
-        after, adds = _only_user(after), True
-    activation = None if after is None else _activation_of(module, after)
-    if after is not None and activation is not None:
-        chain.append(after)
-    taken = chain[1 + len(between) :]
-    known = activation[0] if isinstance(activation, tuple) else activation
-    if not taken or in_the_way(passed, known, adds):
-        return "", ()
-    with graph.inserting_before(chain[-1]):
-        new = graph.call_module(name, node.args, kwargs)
-        for one in between:  # what comes between stays, behind
-            new = graph.call_module(str(one.target), (new,))
-        chain[-1].replace_all_uses_with(new)
-    for done in reversed(chain):
-        graph.erase_node(done)
-    layer.activation, layer.fused = activation, True
-    what = [str(done.target) if done.op == "call_module" else f"{_name(done)}()" for done in taken]
-    return " and ".join(what), crossed(passed, layer, known, adds)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def _activation_of(module: nn.Module, node: fx.Node) -> str | tuple[str, float] | None:
-    """As a layer has it."""
-    if node.op == "call_module":
-        target = module.get_submodule(str(node.target))
-        if hooked(target) or replaced(target):
-            return None
-        try:
-            name, slope = parse_activation(target)
-        except TypeError:
-            return None
-    else:
-        found, (_, *args) = _name(node).rstrip("_"), node.args
-        if found not in fallback.ACTIVATIONS or len(node.all_input_nodes) != 1:
-            return None
-        slope = node.kwargs.get("negative_slope", args[0] if args else 0.01) if found == "leaky_relu" else 0.01  # type: ignore[assignment]
-        name = found
-    return (name, float(slope)) if name == "leaky_relu" else name
-
-
 def _with_forward(kind: type, graph: fx.Graph) -> type:
     """A subclass whose forward the graph is. It is found again when a module is copied or unpickled."""
     code = graph.python_code("self")
@@ -283,10 +217,12 @@ def _written(kind: Any, source: str) -> type:
     exec(source, namespace)
     written = namespace["forward"]
 
-    @wraps(kind.forward)
+    was = kind.forward
+
+    @wraps(was)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         owner = self.written_by
-        given = owner.form.given(kind.forward, args, kwargs) if owner.is_whole() else None
+        given = owner.form.given(was, args, kwargs) if kind.forward is was and owner.is_whole() else None
         if given is not None:
             return written(self, *given)
         owner.hand_back()
@@ -295,9 +231,42 @@ def _written(kind: Any, source: str) -> type:
     def reduced(module: nn.Module, protocol: int) -> Any:
         return _remade, (kind, source), module.__dict__
 
-    return type(kind.__name__, (kind,), {"forward": forward, "written_for": kind, "__reduce_ex__": reduced})
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return own_class(cls)(*args, **kwargs)  # type(module)(...) has the forward that there was
+
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        if name == "forward" and not _calls(value, forward):  # it is to call the layers by itself
+            self.written_by.hand_back()
+        kind.__setattr__(self, name, value)
+
+    def scriptable(self: Any) -> nn.Module:
+        """For ``torch.jit.script``, which reads the class's own forward."""
+        from batchnorm.surgery.convert import to_torch
+
+        return to_torch(self)
+
+    content = {
+        "forward": forward,
+        "written_for": kind,
+        "__reduce_ex__": reduced,
+        "__new__": new,
+        "__setattr__": set_attribute,
+        "__prepare_scriptable__": scriptable,
+    }
+    try:
+        return subclass(kind, content)
+    except TypeError as error:
+        raise RuntimeError(f"its class, {kind.__name__}, takes no subclass: {error}") from error
 
 
-def _remade(kind: type, source: str) -> nn.Module:
-    made: Any = _written(kind, source)
-    return made.__new__(made)
+def _calls(function: Any, forward: Any) -> bool:
+    """Whether it is a wrapper of that, as functools has it: accelerate's hooks are."""
+    while function is not None:
+        if getattr(function, "__func__", function) is forward:
+            return True
+        function = vars(function).get("__wrapped__") if hasattr(function, "__dict__") else None
+    return False
+
+
+def _remade(kind: Any, source: str) -> nn.Module:
+    return own_class(kind).__new__(_written(kind, source))

@@ -6,9 +6,10 @@ Comes from: ``rewrite``. Goes to: ``layer.taken_from``.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.surgery.form import Form
@@ -36,17 +37,75 @@ def own_class(kind: Any) -> Any:
     return kind
 
 
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+Through = tuple[nn.Module, list[str], list[tuple[str, nn.Module]]]
+
+
+def through(module: nn.Module, called: Collection[str], gone: Collection[str], path: str = "") -> Iterator[Through]:
+    """The modules that a graph goes through, each with the names of what it holds, and the children that must be the
+    ones that they are: of containers all, since a forward may go through them in a loop.
+
+    Args:
+        module: whose forward is written anew.
+        called: where the modules are that the graph calls.
+        gone: which of these it calls less often now: activations that a layer took over.
+    """
+    same = []
+    for name, child in module._modules.items():
+        at, layer = f"{path}.{name}".lstrip("."), isinstance(child, FusedBatchNorm)
+        inside = any(other.startswith(f"{at}.") for other in called)
+        inside = inside or (isinstance(child, _CONTAINERS) and at not in called)
+        if child is not None and (inside or at in gone or (isinstance(module, _CONTAINERS) and not layer)):
+            same.append((name, child))
+        if child is not None and inside:
+            yield from through(child, called, gone, at)
+    yield module, _names(module), same
+
+
+def _names(module: nn.Module) -> list[str]:
+    names = [name for name, child in module._modules.items() if child is not None]
+    if module._parameters or module._buffers:  # seldom: this is asked in each call
+        held: Any = (module._parameters, module._buffers)
+        names += [name for each in held for name, t in each.items() if t is not None]
+    return names
+
+
 class Rewritten:
     """A module whose forward was written anew, as the layers know it whose activations and additions are gone there."""
 
-    def __init__(self, module: Any, layers: dict[str, FusedBatchNorm], form: Form | None = None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        layers: dict[str, FusedBatchNorm],
+        form: Form | None = None,
+        passed: Collection[Through] = (),
+    ) -> None:
         self.module, self.layers, self.form = module, [*layers.values()], form
-        self.paths = [name.split(".") for name in layers]
+        places = {name: name.rpartition(".") for name in layers}
+        self.places = [(module.get_submodule(places[n][0]), places[n][2], layer) for n, layer in layers.items()]
+        inner = [vars(each).get("written_by") for each, *_ in passed]  # what these went through is in the text too
+        self.passed = [*passed, *(each for other in inner if other for each in other.passed)]
+        children = [child for *_, same in self.passed for _, child in same]
+        self.slopes = [(child, child.negative_slope) for child in children if isinstance(child, nn.LeakyReLU)]
 
     def is_whole(self) -> bool:
-        """Whether all of its layers are where they were."""
-        places = zip(self.paths, self.layers, strict=False)
-        return bool(self.layers) and all(stands(self.module, path, layer) for path, layer in places)
+        """Whether all of its layers are where they were, and what the forward went through is what it was."""
+        for module, names, same in self.passed:
+            if _names(module) != names:
+                return False
+            for name, child in same:
+                if module._modules[name] is not child:
+                    return False
+        for child, slope in self.slopes:
+            if child.negative_slope != slope:
+                return False
+        for around, name, layer in self.places:
+            if not (around._modules.get(name) is layer and layer.fused) and not stands(around, [name], layer):
+                return False
+            for owner in layer.taken_from:  # activations behind others of its layers, which are modules of their own
+                if not owner.is_there():
+                    return False
+        return bool(self.layers)
 
     def is_there(self) -> bool:
         """Always: it asks itself, before its layers run."""
@@ -58,7 +117,8 @@ class Rewritten:
         if layers:
             self._own_forward()
         for layer in layers:
-            layer.hand_back()
+            if isinstance(layer, FusedBatchNorm):  # else it is of the class that it had before
+                layer.hand_back()
 
     def _own_forward(self) -> None:
         self.module.__class__ = own_class(type(self.module))
@@ -80,7 +140,7 @@ class Regraphed(Rewritten):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Regraphed:
         new = memo[id(self)] = Regraphed.__new__(Regraphed)
-        new.paths, new.form = self.paths, None
+        new.form, new.places, new.passed, new.slopes = None, [], [], []  # it is never asked
         new.module, new.layers = copy.deepcopy(self.module, memo), copy.deepcopy(self.layers, memo)
         new.graph = copy.deepcopy(self.graph, memo)
         return new

@@ -14,7 +14,7 @@ from torch.utils import _pytree
 
 from batchnorm.surgery.between import passes
 from batchnorm.surgery.form import Form
-from batchnorm.surgery.given import replaced
+from batchnorm.surgery.given import hooked, replaced
 from batchnorm.surgery.watch import is_leaf
 
 
@@ -44,9 +44,19 @@ class Tracer(fx.Tracer):
             return True
         if replaced(m):
             raise RuntimeError(f"the forward of {module_qualified_name} in it was replaced on the object")
-        if any(getattr(m, f"_{kind}_hooks") for kind in ("forward", "forward_pre", "backward", "backward_pre")):
+        if hooked(m):
             raise RuntimeError(f"{module_qualified_name} in it has hooks, which would not be called")
         return False
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            self.path_of_module(m)
+        except NameError:
+            if _holds_nothing(m) and not hooked(m) and not replaced(m) and type(m).__module__.startswith("torch.nn."):
+                return forward(*args, **kwargs)  # the function that it is: F.silu
+            kind = type(m).__name__
+            raise RuntimeError(f"it calls a {kind} that is no child of a module (a class has it, or a list)") from None
+        return super().call_module(m, forward, args, kwargs)
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         frame = sys._getframe()
@@ -70,7 +80,7 @@ class Tracer(fx.Tracer):
         if made is None:
             return super().create_arg(a)
         _, version, function, args, kwargs = made
-        if a._version != version:
+        if not a.is_inference() and a._version != version:
             raise RuntimeError("it makes a tensor and changes it in place, which would be a constant")
         name = getattr(function, "__name__", "")
         if name == "__get__":  # a property: t.T
@@ -81,6 +91,11 @@ class Tracer(fx.Tracer):
             proxy = self.create_proxy("call_function", function, args, kwargs)
         proxy.node.meta["made"] = True
         return proxy.node
+
+
+def _holds_nothing(module: nn.Module) -> bool:
+    """Whether it has neither tensors nor children."""
+    return not any((module._parameters, module._buffers, module._modules))
 
 
 class _Making(TorchFunctionMode):
@@ -95,5 +110,5 @@ class _Making(TorchFunctionMode):
         given = _pytree.tree_leaves((args, kwargs))
         out = function(*args, **kwargs)
         if type(out) is Tensor and not any(isinstance(each, fx.Proxy) or each is out for each in given):
-            self.how[id(out)] = out, out._version, function, args, kwargs
+            self.how[id(out)] = out, 0 if out.is_inference() else out._version, function, args, kwargs
         return out
