@@ -119,9 +119,10 @@ class State(_BatchNorm):
         """torch's, and no batch was skipped. Frozen statistics stay: ``torch.optim.swa_utils.update_bn`` resets all."""
         if not self.frozen_statistics:
             super().reset_running_stats()
-            self._forget_skipped()
+            self.forget_skipped()
 
-    def _forget_skipped(self) -> None:
+    def forget_skipped(self) -> None:
+        """What was skipped before is over."""
         self._told = 0
         if self.skipped_batches is not None:
             self.skipped_batches.zero_()
@@ -221,7 +222,7 @@ class State(_BatchNorm):
 
         ``renorm_steps`` may be missing, and may be there for a layer that does not count steps.
         """
-        self._forget_skipped()  # the loaded statistics have a past of their own
+        self.forget_skipped()  # the loaded statistics have a past of their own
         saved = {key: state_dict[f"{prefix}{key}"] for key in _KEYS if f"{prefix}{key}" in state_dict}
         bits = sum(_KEYS[key] for key, flag in saved.items() if not flag.is_meta and flag > 0.5)
         if bits:

@@ -297,11 +297,14 @@ def _pool_over_ranks(estimate: Estimator, group: dist.ProcessGroup) -> None:
 
 def _write(layer: Any, population: Population) -> None:
     """The new statistics into the layer."""
-    tensors = [layer.running_mean, layer.running_var, layer.num_batches_tracked]
-    let_go(*(t for t in tensors if t is not None))
-    if layer.num_batches_tracked is not None:
-        layer.reset_running_stats()  # what was skipped before is over
-        layer.num_batches_tracked.fill_(population.batches)
+    tensors = counted(layer)
+    tensors.pop("renorm_steps", None)  # which no batch of these moved
+    let_go(*tensors.values())
+    if "num_batches_tracked" in tensors:
+        layer.reset_running_stats()
+        tensors["num_batches_tracked"].fill_(population.batches)
+    if isinstance(layer, FusedBatchNorm):
+        layer.forget_skipped()
     layer.running_mean.copy_(population.mean_C)
     layer.running_var.copy_(population.unbiased_var_C)
 
