@@ -145,6 +145,59 @@ def test_memory_that_nobody_filled_is_not_read(monkeypatch):
     assert layer.skipped_batches.tolist() == [0, 0, 0]
 
 
+def one_by_one(layer, state):
+    """As from_pretrained does it."""
+    for name, t in list(layer.named_buffers()):
+        setattr(layer, name, state[name] if name in state else torch.empty_like(t, device="cpu"))
+
+
+def all_at_once(layer, state):
+    layer.to_empty(device="cpu").load_state_dict(state)
+
+
+WAYS = [one_by_one, all_at_once, lambda layer, state: layer.load_state_dict(state, assign=True)]
+
+
+@pytest.mark.parametrize("start", ["meta", "moved to meta", "copied", "saved", "inside a model"])
+@pytest.mark.parametrize("fill", WAYS, ids=["one by one", "to_empty", "assign"])
+def test_steps_that_a_checkpoint_lacks_are_zero_from_the_meta_device(fill, start, monkeypatch):
+    with torch.device("cpu" if start == "moved to meta" else "meta"):
+        layer = bn.BatchNorm1d(3, affine=False, statistics=bn.Renorm())
+    if start == "moved to meta":
+        layer.renorm_steps.fill_(7)
+        layer.to("meta")
+    elif start == "copied":
+        layer = copy.deepcopy(layer)
+    elif start == "saved":
+        layer = pickle.loads(pickle.dumps(layer))
+    elif start == "inside a model":
+        torch.nn.Sequential(layer).bfloat16().to("meta").float()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # memory that nobody filled is the largest integer then
+    try:
+        fill(layer, bn.BatchNorm1d(3, affine=False).state_dict())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert type(layer.renorm_steps) is torch.Tensor
+    assert layer.renorm_steps == 0
+    layer(X[0].float())
+    assert layer.renorm_steps == 1
+
+
+def test_steps_stay_where_memory_is_made_anew():
+    layer, plain = bn.BatchNorm1d(3, statistics=bn.Renorm()), bn.BatchNorm1d(3)
+    layer.renorm_steps.fill_(7)
+    layer.to_empty(device="cpu").load_state_dict(plain.state_dict())
+    assert layer.share_memory().double().renorm_steps == 7
+    with torch.device("meta"):
+        empty = bn.BatchNorm1d(3, statistics=bn.Renorm())
+    assert empty(torch.empty(4, 3, device="meta")).is_meta
+    file = io.BytesIO()
+    torch.save(empty.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file)["renorm_steps"].is_meta
+
+
 def test_a_plain_average_goes_on_after_a_resume_with_a_batch_that_was_left_out():
     broken = X[1].clone()
     broken[0, 1] = torch.nan

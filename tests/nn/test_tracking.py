@@ -25,6 +25,55 @@ def buffers_gone(layer):
     layer.running_mean = layer.running_var = None
 
 
+def without_count(layer):
+    layer.num_batches_tracked = None
+
+
+def count_deleted(layer):
+    del layer.num_batches_tracked
+
+
+def accumulated(layer):
+    with bn.accumulate_statistics(layer):
+        return layer(X)
+
+
+def masked(layer):
+    return layer(X[..., None], mask=torch.ones(len(X), 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda layer: layer(X),
+        masked,
+        accumulated,
+        lambda layer: bn.recalibrate(layer, [X * 2, X + 1])[0].mean_shift,
+        lambda layer: buffers_gone(layer) or layer(X),
+        lambda layer: torch.fx.symbolic_trace(layer)(X),
+    ],
+    ids=["train", "mask", "accumulate", "recalibrate", "no statistics", "fx"],
+)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_count_that_was_deleted_is_as_one_of_none(use, momentum):
+    layers = bn.BatchNorm1d(3, momentum=momentum), bn.BatchNorm1d(3, momentum=momentum)
+    outputs = []
+    for layer, change in zip(layers, (without_count, count_deleted), strict=True):
+        change(layer)
+        outputs.append(use(layer))
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    torch.testing.assert_close(*(dict(layer.state_dict()) for layer in layers), rtol=0, atol=0)
+
+
+def test_recalibrate_forgets_what_was_skipped_without_a_count_too():
+    layer = bn.BatchNorm1d(3)
+    without_count(layer)
+    layer.skipped_batches[0] = 2
+    with pytest.warns(UserWarning, match="2 batches were not finite"):
+        bn.recalibrate(layer, [X])
+    assert layer.skipped_batches.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("change", [lambda layer: None, off, gone, buffers_gone])
 @pytest.mark.parametrize("built", [True, False])
 @pytest.mark.parametrize("train", [True, False])

@@ -1,6 +1,9 @@
 """preserve_state leaves no trace; accumulate_statistics updates once, as from one large batch (pain 9)."""
 
+import contextlib
 import copy
+import copyreg
+import functools
 import io
 import warnings
 
@@ -242,6 +245,63 @@ def test_a_block_within_a_block_adds_to_the_outer_one(kind):
     assert layer.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trial_of_accumulation_is_as_the_real_thing_and_leaves_no_trace(kind, around):
+    model, x = network(kind), torch.randn(12, 4).double()
+    before, hidden, used = state(model), model[0](x).detach(), torch.randn(8, 4).double() + 1
+    with bn.accumulate_statistics(model) if around else contextlib.nullcontext():
+        with bn.preserve_state(model):
+            with bn.accumulate_statistics(model):
+                for part in x.split(4):
+                    model(part)
+                assert same(state(model), before)
+                with bn.preserve_state(model):  # and a look inside the trial
+                    model(x * 9)
+            torch.testing.assert_close(model[1].running_mean, 0.3 * hidden.mean(0))
+            torch.testing.assert_close(model[1].running_var, 0.7 + 0.3 * hidden.var(0))
+            assert model[1].num_batches_tracked == 1
+        assert same(state(model), before)
+        if around:
+            model(used)
+    if around:
+        torch.testing.assert_close(model[1].running_mean, 0.3 * model[0](used).mean(0))
+    assert not any(hooks for m in model.modules() for name, hooks in vars(m).items() if "_hooks" in name)
+
+
+def test_blocks_that_end_out_of_order_write_nothing():
+    model = network()
+    before = state(model)
+    preserved, accumulated = bn.preserve_state(model), bn.accumulate_statistics(model)
+    preserved.__enter__()
+    accumulated.__enter__()
+    model(torch.randn(8, 4).double())
+    preserved.__exit__(None, None, None)
+    accumulated.__exit__(None, None, None)
+    assert same(state(model), before)
+
+
+@pytest.mark.parametrize("upstream", ["batch", "population"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulation_inside_recalibrate_is_left_to_recalibrate(kind, upstream):
+    """A forward= that is a step of training, say."""
+    model, x = network(kind), torch.randn(12, 4).double()
+    expected = copy.deepcopy(model)
+    bn.recalibrate(expected, x.split(4), upstream=upstream)
+
+    def forward(model, batch):
+        with bn.preserve_state(model), bn.accumulate_statistics(model):
+            model(batch * 9)
+        with bn.accumulate_statistics(model):
+            for part in batch.split(4):
+                model(part)
+
+    bn.recalibrate(model, x.split([4, 8]), forward=forward, upstream=upstream)
+    for key, value in model.state_dict().items():
+        if "running" in key:
+            torch.testing.assert_close(value, expected.state_dict()[key])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_forward_that_fails_and_is_caught_counts_nothing(kind):
     """Out of memory, say: the batch is left out, and training goes on."""
@@ -387,6 +447,122 @@ def test_a_copy_made_inside_is_a_model_of_its_own(kind, copied, momentum):
     assert (teacher.momentum, layer.momentum) == (momentum, momentum)
     torch.testing.assert_close(teacher.running_mean, expected.running_mean)
     torch.testing.assert_close(layer.running_mean, (momentum or 1) * x.mean(0))
+
+
+def accumulating(model, x, look):
+    with bn.accumulate_statistics(model):
+        model(x)
+        with bn.accumulate_statistics(model):
+            look()
+        model(x)
+
+
+def within_a_forward_pass(model, x, look):
+    with bn.accumulate_statistics(model), bn.accumulate_statistics(model):
+        model[1].forward = looking(model[1].forward, look)
+        model(x)
+        del model[1].forward
+
+
+def looking(forward, look):
+    def looks_and_runs(x):
+        forward_of_his = vars(layer := forward.__self__).pop("forward")
+        look()
+        layer.forward = forward_of_his
+        return forward(x)
+
+    return looks_and_runs
+
+
+def preserving(model, x, look):
+    with bn.preserve_state(model):
+        look()
+
+
+def recalibrating(model, x, look, **options):
+    def forward(model, batch):
+        model(batch)
+        look()
+
+    bn.recalibrate(model, [x, x + 1], forward=forward, **options)
+
+
+def recalibrating_by_depth(model, x, look):
+    recalibrating(model, x, look, upstream="population")
+
+
+def held_by(layer):
+    """All that is set on it, but for its mode."""
+    return {k: v for k, v in vars(layer).items() if k not in ("_parameters", "_buffers", "training", "skipped_batches")}
+
+
+class Marked(bn.BatchNorm1d):
+    """Taken apart in a way of its own."""
+
+    def __getstate__(self):
+        return self.__dict__ | {"mark": 1}
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+@pytest.mark.parametrize(
+    "inside", [accumulating, within_a_forward_pass, preserving, recalibrating, recalibrating_by_depth]
+)
+@pytest.mark.parametrize("kind", [*KINDS, Marked, functools.partial(bn.BatchNorm1d, statistics=bn.Renorm())])
+def test_a_copy_has_nothing_of_what_is_on_the_layers_inside(kind, inside, copied):
+    model, x, found = network(kind), torch.randn(12, 4).double(), []
+
+    def look():
+        found.append([(state(one), held_by(one)) for one in (copied(model[1]), copied(model[3]))])
+
+    model(x)
+    users, taken_apart = model[1].register_forward_hook(of_the_users), dict(copyreg.dispatch_table)
+    look()
+    inside(model, x, look)
+    assert copyreg.dispatch_table == taken_apart
+    (expected, *others) = found
+    for layers in others:
+        for (buffers, held), (own_buffers, own) in zip(layers, expected, strict=True):
+            torch.testing.assert_close(buffers, own_buffers, rtol=0, atol=0)
+            assert held == own
+    assert others
+    users.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model)
+
+
+def of_the_users(*_):
+    """A hook."""
+
+
+class Copying(bn.BatchNorm1d):
+    """In a way of its own, hooks and all."""
+
+    def __deepcopy__(self, memo):
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+
+@pytest.mark.parametrize("inside", [accumulating, recalibrating])
+def test_hooks_that_a_class_copies_itself_do_nothing(inside):
+    model, x, copies = network(Copying), torch.randn(12, 4).double(), []
+    inside(model, x, lambda: copies.append(copy.deepcopy(model)))
+    for made in copies:
+        expected = network()
+        expected.load_state_dict(made.state_dict())
+        expected[1].momentum = made[1].momentum
+        torch.testing.assert_close(made.train()(x), expected(x))
+        torch.testing.assert_close(made[1].state_dict(), expected[1].state_dict())
+
+
+@pytest.mark.parametrize("take", [bn.fold, torch.fx.symbolic_trace, torch.jit.script])
+@pytest.mark.parametrize("inside", [accumulating, recalibrating])
+def test_tools_take_a_copy_made_inside(inside, take):
+    model, x, copies = network(), torch.randn(12, 4).double(), []
+    inside(model, x, lambda: copies.append(copy.deepcopy(model).eval()))
+    taken = take(copies[0], x) if take is bn.fold else take(copies[0])
+    torch.testing.assert_close(taken(x), copies[0](x))
+    if take is bn.fold:
+        assert not any(isinstance(m, bn.BatchNorm1d) for m in list(taken)[:2])
 
 
 @pytest.mark.parametrize("kind", KINDS)

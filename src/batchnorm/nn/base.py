@@ -155,13 +155,14 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             f"{'running_mean' if mean is None else 'running_var'} of {type(layer).__name__}({layer.num_features}) is "
             "None alone."
         )
-    if mean is None and in_train and layer.track_running_stats and layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(not is_repeated(layer))  # torch's count goes on alone
+    count = layer._buffers.get("num_batches_tracked")  # None where it was deleted too
+    if mean is None and in_train and layer.track_running_stats and count is not None:
+        count.add_(not is_repeated(layer))  # torch's count goes on alone
     training = in_train or mean is None
     updates = in_train and mean is not None and not is_repeated(layer)
     batches = skipped = None
     if in_train and mean is not None:
-        batches, skipped = layer._buffers.get("num_batches_tracked"), layer.counter(mean)
+        batches, skipped = count, layer.counter(mean)
         if not updates:
             mean, var, batches, skipped = own_copies(mean, var, batches, skipped)
     # A count of another dtype, of a checkpoint that was averaged say, or on another device, is none that kernels take.

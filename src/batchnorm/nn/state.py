@@ -26,6 +26,30 @@ _STATISTICS, _AFFINE, _WEIGHT, _BIAS = 1, 2, 4, 8
 _KEYS = {"frozen_statistics": _STATISTICS, "frozen_affine": _AFFINE, "frozen_weight": _WEIGHT, "frozen_bias": _BIAS}
 
 
+class _Zero(Tensor):
+    """A count on the meta device. Memory that is made in its likeness holds 0 already.
+
+    Whoever makes a model of no values real (``to_empty``, transformers' ``from_pretrained``) leaves to chance what the
+    checkpoint lacks, and a plain one lacks ``renorm_steps``. In a state_dict it is torch's tensor.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return (torch.zeros_like if function is torch.empty_like else function)(*args, **kwargs or {})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return memo.setdefault(id(self), _counted_from_zero(self.device))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _counted_from_zero, (self.device,)
+
+
+def _counted_from_zero(device: torch.device) -> Tensor:
+    zero = torch.tensor(0, device=device)
+    return zero.as_subclass(_Zero) if zero.is_meta else zero
+
+
 class State(_BatchNorm):
     """torch's layer and what ours keep besides.
 
@@ -75,7 +99,7 @@ class State(_BatchNorm):
             if self.running_mean is None:
                 raise ValueError("Renorm corrects towards the running statistics: it needs track_running_stats=True.")
             if "renorm_steps" not in self._buffers:
-                self.register_buffer("renorm_steps", torch.tensor(0, device=self.running_mean.device))
+                self.register_buffer("renorm_steps", _counted_from_zero(self.running_mean.device))
         elif "renorm_steps" in self._buffers:
             del self.renorm_steps
         self._statistics = statistics
@@ -96,9 +120,10 @@ class State(_BatchNorm):
         """torch's, and no batch was skipped. Frozen statistics stay: ``torch.optim.swa_utils.update_bn`` resets all."""
         if not self.frozen_statistics:
             super().reset_running_stats()
-            self._forget_skipped()
+            self.forget_skipped()
 
-    def _forget_skipped(self) -> None:
+    def forget_skipped(self) -> None:
+        """What was skipped before is over."""
         self._told = 0
         if self.skipped_batches is not None:
             self.skipped_batches.zero_()
@@ -135,8 +160,15 @@ class State(_BatchNorm):
             )
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
-        """torch's: to another device, dtype or memory. The counter goes along."""
+        """torch's: to another device, dtype or memory. What is counted goes along, also where nothing is copied."""
+        steps = self._buffers.get("renorm_steps")
         super()._apply(function, recurse)
+        now = self._buffers.get("renorm_steps")
+        if now is not None and now.is_meta:
+            self._buffers["renorm_steps"] = _counted_from_zero(now.device)
+        elif now is not steps and type(now) is Tensor:
+            with torch.inference_mode(now.is_inference()):
+                now.copy_(steps) if type(steps) is Tensor and not steps.is_meta else now.zero_()
         mean, counter = self.running_mean, self.skipped_batches
         if mean is not None and counter is not None and counter.device != mean.device:
             self.skipped_batches = None if counter.is_meta or mean.is_meta else counter.to(mean.device)
@@ -191,7 +223,7 @@ class State(_BatchNorm):
 
         ``renorm_steps`` may be missing, and may be there for a layer that does not count steps.
         """
-        self._forget_skipped()  # the loaded statistics have a past of their own
+        self.forget_skipped()  # the loaded statistics have a past of their own
         saved = {key: state_dict[f"{prefix}{key}"] for key in _KEYS if f"{prefix}{key}" in state_dict}
         bits = sum(_KEYS[key] for key, flag in saved.items() if not flag.is_meta and flag > 0.5)
         if bits:
@@ -201,7 +233,7 @@ class State(_BatchNorm):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *rest)
         if steps is not None:
             fits = not steps.is_meta or self.running_mean is None or self.running_mean.is_meta
-            self._buffers["renorm_steps"] = steps if fits else torch.zeros_like(steps, device=self.running_mean.device)  # type: ignore[union-attr]
+            self._buffers["renorm_steps"] = steps if fits else _counted_from_zero(self.running_mean.device)  # type: ignore[union-attr]
         for name in (*_KEYS, "renorm_steps"):
             if f"{prefix}{name}" in unexpected:
                 unexpected.remove(f"{prefix}{name}")

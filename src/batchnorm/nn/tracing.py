@@ -93,7 +93,7 @@ def _as_function(layer: FusedBatchNorm, tracer: Any, path: str, *given: Any) -> 
     tensors = {
         name: tracer.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
         for name in ("weight", "bias", *(statistics if read else []))
-        if getattr(layer, name) is not None
+        if getattr(layer, name, None) is not None
     }
     batches = tensors.pop("num_batches_tracked", None)
     name, slope = parse_activation(layer.activation)

@@ -14,6 +14,8 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from batchnorm.population.attached import Attached
+
 
 def depths(model: nn.Module, layers: dict[str, Any], run: Callable[[nn.Module], None]) -> dict[str, int]:
     """1 for a layer with no other one before it, 2 for one that comes after those alone, and so on.
@@ -22,7 +24,7 @@ def depths(model: nn.Module, layers: dict[str, Any], run: Callable[[nn.Module], 
     """
     watch = _Watch()
     depth: dict[str, int] = {}
-    hooks = []
+    hooks: list[Attached] = []
 
     def note(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -33,7 +35,7 @@ def depths(model: nn.Module, layers: dict[str, Any], run: Callable[[nn.Module], 
         return hook
 
     try:
-        hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+        hooks += [Attached(layer, [layer.register_forward_hook(note(name))]) for name, layer in layers.items()]
         with watch:
             run(model)
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -19,11 +20,15 @@ from batchnorm.nn import Batch, Renorm, Synced
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.statistics import Running
 from batchnorm.nn.tracking import updates_running_statistics
+from batchnorm.population.attached import ABSENT, Attached
 from batchnorm.population.batches import call_with_inputs, one_value_said, placed, refuse_one_batch
 from batchnorm.population.depth import depths, stages
 from batchnorm.population.estimators import ESTIMATORS, Estimator, Population
 from batchnorm.population.kept import check_materialized, let_go, set_aside
-from batchnorm.population.watching import STATISTICS, OldStatistics, Watch, batch_in_buffers
+from batchnorm.population.watching import STATISTICS, OldStatistics, Watch, batch_in_buffers, counted
+
+# What is set on a layer meanwhile: copies that somebody makes have what the layer had.
+_SET = ("momentum", "guarded", "counts", "held", "_statistics", "_check_input_dim")
 
 
 class NoStatistics(ValueError):
@@ -247,8 +252,12 @@ def _set_up(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     parallel = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
     syncs = [m.require_forward_param_sync for m in parallel]
+    own = [counted(layer) | {name: vars(layer).get(name, ABSENT) for name in _SET} for layer in layers.values()]
+    held: list[Attached] = []
     with set_aside(model, grown=True), torch.random.fork_rng(devices):
         try:
+            for layer, before in zip(layers.values(), own, strict=True):
+                held.append(Attached(layer, own=partial(dict, before)))
             for m in parallel:  # their forward would send buffers, and wait for ranks that have no batch
                 m.require_forward_param_sync = False
             model.eval()
@@ -258,9 +267,11 @@ def _set_up(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
                     if isinstance(layer.statistics, Renorm) and all(t.isfinite().all() for t in known):
                         layer.held = Running(*(t.clone() for t in known))  # what it corrects towards in training
                     else:
-                        layer.statistics = Batch()  # of this process alone, as it is
+                        vars(layer)["_statistics"] = Batch()  # of this process alone, as it is
             yield
         finally:
+            for attached in held:
+                attached.remove()
             for m, sync in zip(parallel, syncs, strict=True):
                 m.require_forward_param_sync = sync
 
@@ -286,11 +297,14 @@ def _pool_over_ranks(estimate: Estimator, group: dist.ProcessGroup) -> None:
 
 def _write(layer: Any, population: Population) -> None:
     """The new statistics into the layer."""
-    tensors = [layer.running_mean, layer.running_var, layer.num_batches_tracked]
-    let_go(*(t for t in tensors if t is not None))
-    if layer.num_batches_tracked is not None:
-        layer.reset_running_stats()  # what was skipped before is over
-        layer.num_batches_tracked.fill_(population.batches)
+    tensors = counted(layer)
+    tensors.pop("renorm_steps", None)  # which no batch of these moved
+    let_go(*tensors.values())
+    if "num_batches_tracked" in tensors:
+        layer.reset_running_stats()
+        tensors["num_batches_tracked"].fill_(population.batches)
+    if isinstance(layer, FusedBatchNorm):
+        layer.forget_skipped()
     layer.running_mean.copy_(population.mean_C)
     layer.running_var.copy_(population.unbiased_var_C)
 

@@ -127,9 +127,9 @@ def set_aside(model: nn.Module, *, grown: bool = False) -> Iterator[None]:
                     place[name] = followed.setdefault(id(t), t.to(now))
 
 
-def is_set_aside(module: nn.Module) -> bool:
-    """Whether it works on copies now, or on what took their place."""
-    return module in _aside
+def times_set_aside(module: nn.Module) -> int:
+    """0 where it works on its own state; else on copies, on copies of these, and so on, or on what took their place."""
+    return _aside[module]
 
 
 def kind(t: Tensor) -> tuple[torch.device, torch.dtype]:

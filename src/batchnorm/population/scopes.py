@@ -12,20 +12,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
 from batchnorm.nn.base import FusedBatchNorm, is_recomputing
 from batchnorm.nn.statistics import Running
 from batchnorm.nn.tracking import updates_running_statistics
 from batchnorm.ops.running import blend_
+from batchnorm.population.attached import ABSENT, Attached, own_now
 from batchnorm.population.estimators import Pooled, Population
-from batchnorm.population.kept import check_materialized, is_set_aside, kind, let_go, set_aside
-from batchnorm.population.watching import STATISTICS, Values, finite, place
+from batchnorm.population.kept import check_materialized, kind, let_go, set_aside, times_set_aside
+from batchnorm.population.watching import STATISTICS, Values, counted, finite, place
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _SETTINGS = ("guarded", "counts", "held")
-_COUNTED = (*STATISTICS, "num_batches_tracked", "renorm_steps")
 
 
 @contextmanager
@@ -78,7 +77,8 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
 
     Inside, between forward passes, the running statistics are those from before, so that evaluation and ``recalibrate``
     work there. What is seen inside ``preserve_state`` does not count; a block inside another one of the same model adds
-    to the outer one. Layers that do not update (frozen, ``track_running_stats=False``, in eval) are left alone.
+    to the outer one, and a block inside ``preserve_state`` updates what is gone after it. Layers that do not update
+    (frozen, ``track_running_stats=False``, in eval) are left alone, and those that ``recalibrate`` runs meanwhile.
     Backward may come inside or after the block. A momentum that is set inside stays and is the one of the update; the
     model may move to another device or dtype, be loaded, copied or saved.
 
@@ -100,20 +100,24 @@ def accumulate_statistics(model: Model) -> Iterator[Model]:
     Source: the sums of Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     check_materialized(model, "accumulate_statistics")
-    gathered = [_Gathered(layer) for layer in model.modules() if updates_running_statistics(layer)]
-    hooks: list[RemovableHandle] = []
+    gathered = [
+        _Gathered(layer)
+        for layer in model.modules()
+        if updates_running_statistics(layer) and "momentum" not in own_now(layer)  # else others read each batch
+    ]
+    held: list[Attached] = []
     try:
         for one in gathered:
-            hooks += one.hold()
+            held.append(one.hold())
         yield model
     finally:
-        for hook in hooks:
-            hook.remove()
+        for attached in held:
+            attached.remove()
         for one in gathered:
             one.release()
     for one in gathered:
         (seen,) = one.pooled.results()
-        if seen.values and updates_running_statistics(one.layer):  # not frozen meanwhile
+        if seen.values and one.has_its_own() and updates_running_statistics(one.layer):  # not frozen meanwhile
             _move(one.layer, seen)
 
 
@@ -134,10 +138,11 @@ class _Gathered:
     passes the layer is as it was: what is copied, loaded, moved or set then needs no care.
     """
 
-    layer: Any = None  # of none: the hooks of a copy that was made, or saved, inside
+    layer: Any = None  # of none: the hooks of a copy that a class makes in a way of its own
 
     def __init__(self, layer: Any) -> None:
         self.layer, self.pooled, self.values = layer, Pooled([layer]), Values(layer)
+        self.aside = times_set_aside(layer)
         self.eps: float = vars(layer)["eps"]
         self.mark = _Watched(self.eps)  # not made in a hook: compiled ones
         self.settings = {name: vars(layer)[name] for name in _SETTINGS if name in vars(layer)}
@@ -149,14 +154,25 @@ class _Gathered:
     def __reduce__(self) -> Any:
         return object.__new__, (_Gathered,)
 
-    def hold(self) -> list[RemovableHandle]:
+    def hold(self) -> Attached:
         """From now on."""
         vars(self.layer)["eps"] = self.mark
-        return [
+        hooks = [
             self.layer.register_forward_pre_hook(self.before),
             self.layer.register_forward_hook(self.after, always_call=True),
             self.layer.register_load_state_dict_post_hook(self.adopt),
         ]
+        return Attached(self.layer, hooks, self.of_copies)
+
+    def of_copies(self) -> dict[str, Any]:
+        """What the layer had before, and where a forward pass runs now, what it has between them."""
+        settings = {name: self.settings.get(name, ABSENT) for name in _SETTINGS}
+        inside = self.own | {"momentum": self.momentum, "_check_input_dim": ABSENT} if self.gathers else {}
+        return settings | inside
+
+    def has_its_own(self) -> bool:
+        """Whether the layer works on what it had when the block began, not on copies of ``preserve_state``."""
+        return times_set_aside(self.layer) == self.aside
 
     def release(self) -> None:
         """As before, but for what was set inside."""
@@ -168,8 +184,8 @@ class _Gathered:
 
     def adopt(self, layer: Any, _: Any = None) -> None:
         """Other buffers take the place of the layer's own: it was moved, or loaded with ``assign=True``."""
-        if layer is self.layer and not is_set_aside(layer):
-            self.own = {name: place(layer, name)[name] for name in _COUNTED if getattr(layer, name, None) is not None}
+        if layer is self.layer and self.has_its_own():
+            self.own = counted(layer)
 
     def before(self, layer: Any, inputs: Any) -> None:
         """Give the forward pass buffers of its own, unless others are in place (of ``preserve_state``, say)."""
@@ -185,7 +201,7 @@ class _Gathered:
         if not self.gathers:
             return
         self.repeats = is_recomputing(layer)
-        self.own = {name: place(layer, name)[name] for name in _COUNTED if getattr(layer, name, None) is not None}
+        self.own = counted(layer)
         if self.guarded is not None:
             vars(layer).update(guarded=False, counts=[])
         if "renorm_steps" in self.own:  # what Renorm goes on correcting towards
@@ -234,6 +250,6 @@ def _move(layer: _BatchNorm, seen: Population) -> None:
     # torch's layers have no counter; nothing that is not finite enters them either.
     counter = layer.counter(mean) if isinstance(layer, FusedBatchNorm) else None
     skipped = torch.zeros_like(mean, dtype=torch.int64) if counter is None else counter
-    batches = running.num_batches_tracked
+    batches = counted(layer).get("num_batches_tracked")
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
     blend_(mean, var, batches, skipped, seen.mean_C.to(mean.device), unbiased_var_C.to(var.device), momentum)

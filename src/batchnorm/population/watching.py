@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.utils import _pytree
-from torch.utils.hooks import RemovableHandle
 
 from batchnorm.nn.base import FusedBatchNorm, is_recomputing
 from batchnorm.nn.tracking import updates_running_statistics
+from batchnorm.population.attached import Attached
 from batchnorm.population.estimators import Estimator
 
 STATISTICS = ("running_mean", "running_var")
+COUNTED = (*STATISTICS, "num_batches_tracked", "renorm_steps")  # what a batch changes
 _KNOWN = (_BatchNorm.forward, SyncBatchNorm.forward, FusedBatchNorm.forward)
 _DEPENDS = 0.01  # the share of the old statistics in new ones from which on they are no batch's
 
@@ -31,6 +32,12 @@ _DEPENDS = 0.01  # the share of the old statistics in new ones from which on the
 def place(layer: nn.Module, name: str) -> dict[str, Any]:
     """Where the layer has this tensor: among its buffers, or as an attribute that took a buffer's place."""
     return layer._buffers if name in layer._buffers else vars(layer)
+
+
+def counted(layer: nn.Module) -> dict[str, Tensor]:
+    """What a batch changes, as far as the layer has it: a count may be set to None, or deleted."""
+    held = {name: place(layer, name).get(name) for name in COUNTED}
+    return {name: t for name, t in held.items() if t is not None}
 
 
 def finite(t: Tensor) -> Tensor:
@@ -98,6 +105,8 @@ class Watch:
     what is not finite. Layers that do not update them, whatever their mode and flags say, are ``left`` alone.
     """
 
+    again = True  # of none: the hooks of a copy that a class makes in a way of its own
+
     def __init__(self, estimate: Estimator) -> None:
         self.estimate, self.layers = estimate, estimate.layers
         self.own = self._now()
@@ -112,6 +121,9 @@ class Watch:
         self.mine: dict[int, bool] = {}  # whether a forward pass has these buffers; others are of preserve_state
         self.again = False
 
+    def __reduce__(self) -> Any:
+        return object.__new__, (Watch,)
+
     def _now(self) -> list[Tensor]:
         """The means of all layers, then the variances."""
         return [place(layer, name)[name] for name in STATISTICS for layer in self.layers]
@@ -121,15 +133,17 @@ class Watch:
             place(layer, name)[name] = t
         torch._foreach_copy_(self.own, self.start)
 
-    def hooks(self) -> list[RemovableHandle]:
+    def hooks(self) -> list[Attached]:
         """Have the layers note what they see; ``read`` is to be called after each forward pass of the model."""
         return [
-            handle
-            for index, layer in enumerate(self.layers)
-            for handle in (
-                layer.register_forward_pre_hook(partial(self._before, index), with_kwargs=True),
-                layer.register_forward_hook(partial(self._after, index), with_kwargs=True),
+            Attached(
+                layer,
+                (
+                    layer.register_forward_pre_hook(partial(self._before, index), with_kwargs=True),
+                    layer.register_forward_hook(partial(self._after, index), with_kwargs=True),
+                ),
             )
+            for index, layer in enumerate(self.layers)
         ]
 
     def _before(self, index: int, layer: Any, args: Any, kwargs: Any) -> None:
