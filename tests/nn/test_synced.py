@@ -320,9 +320,9 @@ LIMIT = 6.0  # seconds
     ("world", "how", "stage", "backend"),
     [
         (2, "killed", "backward", "gloo"),
-        (4, "killed", "forward", "gloo"),
+        pytest.param(4, "killed", "forward", "gloo", marks=pytest.mark.slow),
         (2, "never arrives", "forward", None),
-        (4, "never arrives", "backward", "cpu:gloo"),
+        pytest.param(4, "never arrives", "backward", "cpu:gloo", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_is_gone_is_named_within_the_time_limit(world, how, stage, backend):
