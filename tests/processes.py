@@ -34,7 +34,7 @@ def outcomes(world, function, *arguments, seconds=60.0, backend="gloo"):
     """("result", value) or ("error", text) of each rank; None of one that did not live to tell."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")  # imports once, before the fork
-        context.set_forkserver_preload(["batchnorm", "torch._dynamo", "torch.distributed.fsdp"])
+        context.set_forkserver_preload(["batchnorm", "pytest", "torch._dynamo", "torch.distributed.fsdp"])
         processes = [
             context.Process(target=_enter, args=(rank, world, folder, seconds, backend, function, arguments))
             for rank in range(world)

@@ -1,28 +1,18 @@
 """examples/: the task that shows how to race one's own model runs, by the command that it names."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from commands import invoke
+
+from batchnorm.cli.race import race
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_my_model_races(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "batchnorm",
-        "race",
-        "--task",
-        "my_model:task",
-        "--quick",
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=EXAMPLES, env=environment, capture_output=True, text=True, timeout=200)
+    options = ("--task", "my_model:task", "--quick", "--workers", "1", "--out", str(tmp_path / "o"))
+    done = invoke(race, EXAMPLES, *options)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     rows = {row["name"]: row for row in results["contenders"]}

@@ -1,6 +1,7 @@
 """lightning.py: what is validated and saved has population statistics, and training does not notice (pains 1, 21)."""
 
 import copy
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
+from processes import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -218,11 +220,18 @@ def test_under_the_trainers_precision(tmp_path: Path, precision: Any, dtype: tor
     assert_population(module.seen[-1], **tolerance)
 
 
-def test_two_processes_pool_their_values(tmp_path: Path) -> None:
-    files = ModelCheckpoint(dirpath=tmp_path)
-    t = trainer(tmp_path, files, Recalibrate(), devices=2, strategy="ddp_spawn", max_epochs=1)
+def trained_on_a_rank(rank: int, world: int, folder: Path) -> str:
+    os.environ["LOCAL_RANK"] = str(rank)  # as torchrun does: the trainer starts no processes
+    files = ModelCheckpoint(dirpath=folder)
+    t = trainer(folder, files, Recalibrate(), devices=world, strategy="ddp", max_epochs=1)
+    assert t.world_size == world
     t.fit(Regression(), train_loader(), val_loader())
-    assert_population(saved(files.best_model_path))
+    return files.best_model_path
+
+
+def test_two_processes_pool_their_values(tmp_path: Path) -> None:
+    file, _ = on_ranks(2, trained_on_a_rank, tmp_path)
+    assert_population(saved(file))
 
 
 def test_a_bad_batch_warns_and_training_goes_on(tmp_path: Path) -> None:

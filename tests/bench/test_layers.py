@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from commands import invoke
 
 from batchnorm.bench import layers
 from batchnorm.bench.layers import Case, Row, bench, geometric_mean, measure, wrong
+from batchnorm.cli.bench import bench as command
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -68,10 +70,21 @@ def run(*options):
     return subprocess.run([sys.executable, "-m", "batchnorm", "bench", *options], capture_output=True, text=True)
 
 
-def test_the_command_prints_a_table_and_writes_json_and_plot(tmp_path):
+def measured_here(cases, sides, *, seconds, threads, keep_memory):
+    return (measure(case, sides, seconds, threads) for case in cases)
+
+
+def test_the_command_times_a_shape():
+    done = run("--shape", "8x3", "--seconds", "0.01", "--no-compile")
+    assert done.returncode == 0, done.stderr
+    assert "geometric mean" in done.stdout
+
+
+def test_the_command_prints_a_table_and_writes_json_and_plot(tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "bench", measured_here)
     files = tmp_path / "rows.json", tmp_path / "bars.png"
-    done = run("--shape", "4,3,5,5", "--shape", "8x3", "--seconds", "0.01", "--no-compile",
-               "--json", str(files[0]), "--plot", str(files[1]))  # fmt: skip
+    done = invoke(command, tmp_path, "--shape", "4,3,5,5", "--shape", "8x3", "--seconds", "0.01", "--no-compile",
+                  "--json", str(files[0]), "--plot", str(files[1]))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "geometric mean" in done.stdout
     rows = json.loads(files[0].read_text())["rows"]
@@ -94,8 +107,8 @@ def test_the_command_prints_a_table_and_writes_json_and_plot(tmp_path):
         (("--json", "/nowhere/rows.json"), "there is no directory"),
     ],
 )
-def test_bad_options_end_in_one_line(options, words):
-    done = run(*options)
+def test_bad_options_end_in_one_line(options, words, tmp_path):
+    done = invoke(command, tmp_path, *options)
     assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.count("\n") == 1

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import invoke
+from racing import toy
 
+import batchnorm as bn
 from batchnorm import cli
+from batchnorm.cli.race import race
 from batchnorm.racing.contenders import CONTENDERS, DEFAULT
 
 TESTS = Path(__file__).parent.parent
@@ -39,6 +43,13 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     out, err = process.communicate(timeout=240)
     assert process.returncode == code, out + err
     return out, err
+
+
+def run_here(*options: str, code: int = 0) -> tuple[str, str]:
+    """The same in this process, which has imported all that it takes; it starts one training process."""
+    done = invoke(race, TESTS, "--workers", "1", *options)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout, done.stderr
 
 
 def numbers(directory: Path) -> list[list[str]]:
@@ -102,25 +113,26 @@ def test_curves_and_plots_are_written(whole: Path) -> None:
 
 
 def test_same_race_again_gives_the_same_accuracies(whole: Path, tmp_path: Path) -> None:
-    out, _ = finish(start("--task", "racing.toy:task", "--seeds", "2", "--workers", "1", "--out", str(tmp_path / "o")))
+    out, _ = run_here("--task", "racing.toy:task", "--seeds", "2", "--out", str(tmp_path / "o"))
     assert numbers(tmp_path / "o") == numbers(whole)
     assert "target" in out
     assert "\x1b[" not in out  # readable when piped
 
 
-def test_killed_race_resumes_to_the_same_numbers(tmp_path: Path) -> None:
-    """SIGKILL to the whole group in the middle, twice."""
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_race_resumes_to_the_same_numbers(tmp_path: Path, times: int) -> None:
+    """SIGKILL to the whole group in the middle."""
+    bn.race(toy.slow(), ["baseline", "accelerated"], seeds=1, out=tmp_path / "whole")
+    directory, workers = tmp_path / "killed", ("--workers", str(times))
     options = ("--task", "racing.toy:slow", "--contenders", "baseline,accelerated", "--seeds", "1")
-    finish(start(*options, "--out", str(tmp_path / "whole")))
-    directory = tmp_path / "killed"
-    process = start(*options, "--out", str(directory))
-    for _ in range(2):
+    process = start(*options, *workers, "--out", str(directory))
+    for _ in range(times):
         since = time.time()
         wait_for(lambda: newest(directory / "runs") > since, process)  # noqa: B023
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         assert not (directory / "results.json").exists()
-        process = start("--resume", str(directory))
+        process = start(*workers, "--resume", str(directory))
     finish(process)
     assert numbers(directory) == numbers(tmp_path / "whole")
     results = [json.loads((d / "results.json").read_text()) for d in (directory, tmp_path / "whole")]
@@ -142,7 +154,7 @@ def test_workers_end_when_the_parent_alone_is_killed(tmp_path: Path) -> None:
 
 def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
     directory = tmp_path / "stopped"
-    process = start("--task", "racing.toy:slow", "--out", str(directory))
+    process = start("--task", "racing.toy:slow", "--workers", "1", "--out", str(directory))
     wait_for(lambda: list((directory / "runs").glob("*.pt")), process)
     os.killpg(process.pid, signal.SIGINT)
     _, err = finish(process, 130)
@@ -151,7 +163,7 @@ def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
 
 
 def test_diverging_contender_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
-    out, _ = finish(start("--task", "racing.toy:explodes", "--seeds", "1", "--out", str(tmp_path / "o")))
+    out, _ = run_here("--task", "racing.toy:explodes", "--seeds", "1", "--out", str(tmp_path / "o"))
     rows = {row["name"]: row for row in json.loads((tmp_path / "o" / "results.json").read_text())["contenders"]}
     assert rows["bn-x5"]["status"].startswith("diverged at step ")
     assert rows["bn-x5"]["steps_to_target"] is None
@@ -169,7 +181,7 @@ def test_torchrun_trains_data_parallel_to_the_same_losses_and_rank_0_alone_write
     assert out.count("Written:") == 1
     results = json.loads((tmp_path / "two" / "results.json").read_text())
     assert results["environment"]["processes"] == 2
-    finish(start(*options, "--out", str(tmp_path / "one")))
+    bn.race(toy.no_dropout(), ["baseline"], seeds=1, out=tmp_path / "one")
     for one, two in zip(numbers(tmp_path / "one"), numbers(tmp_path / "two"), strict=True):
         assert one[:3] == two[:3]
         assert float(one[4]) == pytest.approx(float(two[4]), rel=1e-4)
@@ -189,16 +201,16 @@ def test_torchrun_with_bn_resumes_and_refuses_another_number_of_processes(tmp_pa
 
 
 def test_killed_or_failing_training_process_ends_the_race_with_its_reason(tmp_path: Path) -> None:
-    _, err = finish(start("--task", "racing.toy:dies", "--out", str(tmp_path / "dies")), 1)
+    _, err = run_here("--task", "racing.toy:dies", "--out", str(tmp_path / "dies"), code=1)
     assert "race: a training process ended with exit code -9" in err
     assert f"Go on with: batchnorm race --resume {tmp_path / 'dies'}" in err
-    _, err = finish(start("--task", "racing.toy:fails", "--out", str(tmp_path / "fails")), 1)
+    _, err = run_here("--task", "racing.toy:fails", "--out", str(tmp_path / "fails"), code=1)
     assert "ArithmeticError: a mistake of the user's" in err
 
 
 def test_other_batches_reach_the_training_processes(tmp_path: Path) -> None:
     options = ("--contenders", "baseline", "--seeds", "1", "--batch-size", "10")
-    finish(start("--task", "racing.toy:task", *options, "--out", str(tmp_path / "o")))
+    run_here("--task", "racing.toy:task", *options, "--out", str(tmp_path / "o"))
     steps, epochs = zip(*(row[2:4] for row in numbers(tmp_path / "o")), strict=True)
     assert max(map(int, steps)) == 400  # for 200 of 20 examples
     assert max(map(float, epochs)) == 4
@@ -279,6 +291,6 @@ def test_resume_of_another_configuration_is_refused(
 
 def test_resume_of_a_finished_race_reports_the_same_again(whole: Path) -> None:
     before = json.loads((whole / "results.json").read_text())
-    finish(start("--resume", str(whole)))
+    run_here("--resume", str(whole))
     after = json.loads((whole / "results.json").read_text())
     assert after["contenders"] == before["contenders"]

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
+from commands import invoke
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from typer.testing import CliRunner
 
 from batchnorm.cli.recalibrate import recalibrate
 
@@ -65,10 +64,19 @@ def expected() -> torch.Tensor:
     return network()[0](x).mean(0)
 
 
+GIVEN = ("--model", "mine:model", "--batches", "mine:batches")
+
+
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own."""
     (folder / "mine.py").write_text(USER)
-    command = [sys.executable, "-m", "batchnorm", "recalibrate", "--model", "mine:model", "--batches", "mine:batches"]
-    return subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, "-m", "batchnorm", "recalibrate", *GIVEN, *options]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+def run_here(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    (folder / "mine.py").write_text(USER)
+    return invoke(recalibrate, folder, *GIVEN, *options)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "net."])
@@ -78,7 +86,7 @@ def test_running_statistics_alone_are_exchanged(tmp_path: Path, place: str | Non
     content = state if place is None else {place: state, "epoch": 7, "optimizer": {"state": {}}}
     torch.save(content, tmp_path / "in.pt")
     key = ("--key", place) if place == "weights" else ()
-    done = run(tmp_path, "--checkpoint", "in.pt", "--out", "out.pt", *key)
+    done = run_here(tmp_path, "--checkpoint", "in.pt", "--out", "out.pt", *key)
     assert done.returncode == 0, done.stderr
     assert "1 layers recalibrated, on up to 60 values" in done.stdout
     assert ("left off: " in done.stdout) is bool(prefix)
@@ -138,22 +146,15 @@ class Anything:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_ends_in_one_line_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], words: str
+    tmp_path: Path, options: tuple[str, ...], words: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    sys.modules.pop("mine", None)
-    Path("mine.py").write_text(USER)
     torch.save(network().state_dict(), tmp_path / "in.pt")
     torch.save({"model": network().state_dict(), "thing": Anything()}, tmp_path / "object.pt")
     torch.save({"epoch": 3}, tmp_path / "epoch.pt")
     (tmp_path / "empty.pt").touch()
     before = (tmp_path / "in.pt").read_bytes()
-    app = typer.Typer()
-    app.command()(recalibrate)
-    done = CliRunner().invoke(app, ["--model", "mine:model", "--batches", "mine:batches", *options])
-    sys.modules.pop("mine", None)
-    assert done.exit_code == 2
+    done = run_here(tmp_path, *options)
+    assert done.returncode == 2
     assert words in done.stderr
     assert done.stderr.removesuffix("\n").count("\n") == ("reads the batches" in done.stderr)
     assert {file.suffix for file in tmp_path.iterdir()} <= {".pt", ".py", ""}  # no .part

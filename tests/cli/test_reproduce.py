@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import invoke
 
+from batchnorm.cli.reproduce import reproduce
 from batchnorm.experiments import load
 from batchnorm.experiments.runner import file_of
 
@@ -29,15 +31,16 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def test_without_names_it_lists_the_claims(tmp_path: Path) -> None:
-    out = finish(start(tmp_path))
+    out = invoke(reproduce, tmp_path).stdout
     assert "Section 3.2" in out
     assert "capacity" in out
     assert list(tmp_path.iterdir()) == []
 
 
 def test_report_table_and_pictures(tmp_path: Path) -> None:
-    out = finish(start(tmp_path, "scale", "convolution", "--quick"))
-    assert "confirmed" in out
+    done = invoke(reproduce, tmp_path, "scale", "convolution", "--quick", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "confirmed" in done.stdout
     directory = tmp_path / "runs" / "reproduce" / "quick"
     report = (directory / "report.md").read_text()
     assert "## scale" in report
@@ -49,9 +52,9 @@ def test_report_table_and_pictures(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    options = ("capacity", "--quick", "--seeds", "2", "--workers", "1", "--out", "o")
+    options = ("convolution", "--quick", "--seeds", "12", "--workers", "1", "--out", "o")
     process = start(tmp_path, *options)
-    cells = tmp_path / "o" / "cells" / "capacity"
+    cells = tmp_path / "o" / "cells" / "convolution"
     until = time.monotonic() + 100
     while not list(cells.glob("*.json")):
         assert process.poll() is None
@@ -60,9 +63,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     first = {file: file.stat().st_mtime_ns for file in cells.glob("*.json")}
-    assert 0 < len(first) < 4
-    finish(start(tmp_path, *options))
-    assert len(list(cells.glob("*.json"))) == 4
+    assert 0 < len(first) < 12
+    done = invoke(reproduce, tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    assert len(list(cells.glob("*.json"))) == 12
     assert all(file.stat().st_mtime_ns == written for file, written in first.items())
 
 
@@ -72,8 +76,9 @@ def test_a_claim_that_fails_is_a_result(tmp_path: Path) -> None:
     file = file_of(tmp_path / "o", "scale", cell)
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(cell | measured | {"output, eps=0": [1.0] * len(measured["scales"])}))
-    out = finish(start(tmp_path, "scale", "--quick", "--out", "o"))
-    assert "not confirmed" in out
+    done = invoke(reproduce, tmp_path, "scale", "--quick", "--out", "o")
+    assert done.returncode == 0, done.stderr
+    assert "not confirmed" in done.stdout
     assert (
         "**Not confirmed.** With eps = 0 the errors are at most 1.0e+00" in (tmp_path / "o" / "report.md").read_text()
     )
@@ -121,6 +126,7 @@ def test_what_is_stopped_leaves_nobody_behind(tmp_path: Path, how: str) -> None:
 def test_refused_in_one_line(tmp_path: Path, options: list[str], message: str) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "config.json").write_text('{"quick": true}')
-    out = finish(start(tmp_path, *options), 2)
-    assert message in out
-    assert len(out.strip().splitlines()) == 1
+    done = invoke(reproduce, tmp_path, *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len((done.stdout + done.stderr).strip().splitlines()) == 1

@@ -73,9 +73,10 @@ LEARNS: dict[str, Callable[[Cell, bool], Record]] = {
         "seconds": {"without BN": 1.0, **dict.fromkeys(COST, 1.2)},
     },
 }
-# What makes a run of each short; the others take "steps".
+# What makes a run of each short; the others of those that learn take "steps".
 SHORT: dict[str, Cell] = {
     "steps": {"steps": 15},
+    "capacity": {"steps": 5},
     "cost": {"steps": 15},
     "gradients": {"steps": 2},
     "gradient-quality": {"steps": 5, "examples": 300, "draws": 2},
@@ -137,7 +138,8 @@ def drawn(result: Result) -> None:
 def test_runs_concludes_draws_and_would_notice(name: str) -> None:
     experiment = load(name)
     assert experiment.claim.name == name
-    records = [cell | experiment.measure(**cell) for cell in experiment.cells(True, 1)]
+    short = SHORT.get(name, {})
+    records = [cell | short | experiment.measure(**cell | short) for cell in experiment.cells(True, 1)]
     result = experiment.conclude(records)
     assert result.verdict == "confirmed"  # these are exact
     drawn(result)

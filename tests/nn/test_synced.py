@@ -254,25 +254,26 @@ sys.path[:0] = [{tests!r}, {here!r}]
 import test_synced
 dist.init_process_group("gloo")
 rank, data = dist.get_rank(), torch.load({folder!r} + "/data.pt")
-state = test_synced.in_ddp(rank, dist.get_world_size(), (5, 7, 8, 4), data)
+state = test_synced.in_ddp(rank, dist.get_world_size(), {sizes}, data)
 torch.save(state, f"{folder}/{{rank}}.pt")
 dist.barrier()
 dist.destroy_process_group()
 """
 
 
-def test_two_torchrun_nodes_that_meet_over_loopback(tmp_path):
+@pytest.mark.parametrize("sizes", [(15, 9), pytest.param((5, 7, 8, 4), marks=pytest.mark.slow)], ids=str)
+def test_two_torchrun_nodes_that_meet_over_loopback(tmp_path, sizes):
     data = real_images()
     torch.save(data, tmp_path / "data.pt")
     here = Path(__file__).parent
     script = tmp_path / "train.py"
-    script.write_text(NODE.format(tests=str(here.parent), here=str(here), folder=str(tmp_path)))
+    script.write_text(NODE.format(tests=str(here.parent), here=str(here), folder=str(tmp_path), sizes=sizes))
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     port = free_port()
     nodes = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", f"--node-rank={node}",
-             "--master-addr=127.0.0.1", f"--master-port={port}", str(script)],
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc-per-node={len(sizes) // 2}",
+             f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", str(script)],
             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for node in range(2)
@@ -280,7 +281,7 @@ def test_two_torchrun_nodes_that_meet_over_loopback(tmp_path):
     output = [node.communicate(timeout=200)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(output)
     expected = train(network(), *data, (24,), 0, 1).state_dict()
-    for rank in range(4):
+    for rank in range(len(sizes)):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -320,9 +321,9 @@ LIMIT = 6.0  # seconds
     ("world", "how", "stage", "backend"),
     [
         (2, "killed", "backward", "gloo"),
-        (4, "killed", "forward", "gloo"),
+        pytest.param(4, "killed", "forward", "gloo", marks=pytest.mark.slow),
         (2, "never arrives", "forward", None),
-        (4, "never arrives", "backward", "cpu:gloo"),
+        pytest.param(4, "never arrives", "backward", "cpu:gloo", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_is_gone_is_named_within_the_time_limit(world, how, stage, backend):

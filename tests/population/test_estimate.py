@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import on_ranks
 from torch import Tensor, nn
 
 import batchnorm as bn
@@ -342,22 +343,18 @@ def test_under_torch_compile(layer: type[nn.Module]) -> None:
     torch.testing.assert_close(state(model), state(twin))
 
 
-def _rank(rank: int, ranks: int, file: str, sizes: list[int], estimator: str, results: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+def _rank(rank: int, ranks: int, sizes: list[int], estimator: str) -> tuple[dict[str, Tensor], Any]:
     torch.manual_seed(0)
     model, x = network(), torch.randn(60, 4, dtype=torch.float64)
     mine = x.split(sizes)[rank]
     batches = mine.split(10) if len(mine) else []
     report = bn.recalibrate(model, batches, estimator=estimator, upstream="population", process_group=dist.group.WORLD)
-    torch.save((model.state_dict(), report), f"{results}-{rank}")
-    dist.destroy_process_group()
+    return model.state_dict(), report
 
 
 @pytest.mark.parametrize(("estimator", "sizes"), [("pooled", [40, 20, 0]), ("batch_mean", [20, 40])], ids=str)
-def test_values_of_all_ranks_are_pooled(tmp_path: Path, estimator: str, sizes: list[int]) -> None:  # pain 20
-    file, results = str(tmp_path / "store"), str(tmp_path / "result")
-    torch.multiprocessing.spawn(_rank, (len(sizes), file, sizes, estimator, results), nprocs=len(sizes))
-    ranks = [torch.load(f"{results}-{rank}", weights_only=False) for rank in range(len(sizes))]
+def test_values_of_all_ranks_are_pooled(estimator: str, sizes: list[int]) -> None:  # pain 20
+    ranks = on_ranks(len(sizes), _rank, sizes, estimator)
     torch.manual_seed(0)
     model, x = network(), torch.randn(60, 4, dtype=torch.float64)
     report = bn.recalibrate(model, x.split(10), estimator=estimator, upstream="population")

@@ -29,7 +29,7 @@ def task() -> bn.Task:
 
 def slow() -> bn.Task:
     """Long enough to be killed in the middle."""
-    return bn.Task("slow", model, examples(1000, 0), examples(500, 1), batch_size=20, steps=6000)
+    return bn.Task("slow", model, examples(1000, 0), examples(500, 1), batch_size=20, steps=3000)
 
 
 def plain() -> bn.Task:

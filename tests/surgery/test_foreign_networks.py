@@ -16,8 +16,20 @@ SPEC = importlib.util.spec_from_file_location("surgery_networks", FILE)
 networks = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(networks)
 
-CASES = networks.CASES | networks.MONAI
-LARGE = ("bit", "convnext", "resnet50", "regnet", "efficientnet", "levit", "monai's DenseNet121", "monai's SEResNet50")
+# As many layers of the same kinds, and fewer channels or a smaller volume.
+SMALLER = {
+    "resnet18": {
+        "make": networks._transformers(
+            "ResNet", layer_type="basic", depths=[2, 2, 2, 2], embedding_size=16, hidden_sizes=[16, 32, 64, 128]
+        )
+    },
+    "mobilenetv1": {"make": networks._transformers("MobileNetV1", depth_multiplier=0.25)},
+    "monai's resnet10": {"example": networks.VOLUME[..., :16, :16, :16]},
+}
+WHOLE = networks.CASES | networks.MONAI
+CASES = WHOLE | {f"{name}, smaller": WHOLE[name]._replace(**less) for name, less in SMALLER.items()}
+LARGE = (*SMALLER, "bit", "convnext", "resnet50", "regnet", "efficientnet", "levit", "monai's DenseNet121",
+         "monai's SEResNet50")  # fmt: skip
 
 
 def marked(names: list[str]) -> list:

@@ -167,12 +167,19 @@ def behind_torchs_back(parent, name, new):
     parent._modules[name] = new
 
 
-@pytest.mark.parametrize(
-    ("first", "put"), [(as_it_is, by_attribute), (pickled, behind_torchs_back), (twice_rewritten, by_attribute)]
-)
-@pytest.mark.parametrize("instead", INSTEAD)
-@pytest.mark.parametrize("place", ["0.bn", "1.bn", "1.bn2", "3"])
-def test_what_a_layer_took_over_is_done_without_it(place, instead, put, first):
+HOW = [(as_it_is, by_attribute), (pickled, behind_torchs_back), (twice_rewritten, by_attribute)]
+# Every pair of the three is in a third of their triples; the others are slow together.
+REPLACED = [
+    pytest.param(place, instead, *how, marks=[pytest.mark.slow] if (i + j + k) % len(HOW) else [],
+                 id=f"{place}-{instead}-{how[0].__name__}")
+    for i, place in enumerate(["0.bn", "1.bn", "1.bn2", "3"])
+    for j, instead in enumerate(INSTEAD)
+    for k, how in enumerate(HOW)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "instead", "first", "put"), REPLACED)
+def test_what_a_layer_took_over_is_done_without_it(place, instead, first, put):
     """By others who put something else there, and by the layer again when it comes back."""
     model = shaken(nn.Sequential(BaseConv(), Residual(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Tanh())).eval()
     theirs, expected = first(bn.from_torch(model, example=X)), copy.deepcopy(model)
