@@ -1,7 +1,9 @@
 """Folding: every kind of layer, both directions, what is refused and why: pain 22."""
 
 import copy
+import functools
 from collections import UserDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +133,37 @@ def test_what_is_left_of_a_fused_layer():
     folded = bn.fold(model, x)
     assert isinstance(folded.norm, Rest)
     assert repr(folded.norm) == "Rest(activation='relu')"
+    assert_same(model, folded, x)
+
+
+class Reached(nn.Module):
+    """Reaches its layers past their names, as torch does not see it."""
+
+    def __init__(self, norm, hold, reach):
+        super().__init__()
+        self.conv, self.norm, self.reach = nn.Conv2d(4, 4, 1), norm, reach
+        vars(self)["held"] = hold(self)
+
+    def forward(self, x):
+        return self.reach(self.held, self.conv, x)
+
+
+WAYS = {
+    "list": (lambda net: [net.conv, net.norm], lambda held, conv, x: held[1](held[0](x))),
+    "object": (lambda net: SimpleNamespace(norm=net.norm), lambda held, conv, x: held.norm(conv(x))),
+    "alias": (lambda net: net.norm, lambda held, conv, x: held(conv(x))),
+    "partial": (lambda net: functools.partial(net.norm), lambda held, conv, x: held(conv(x))),
+    "bound": (lambda net: net.norm.__call__, lambda held, conv, x: held(conv(x))),
+}
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), bn.BatchNorm2d(4, activation="silu")], ids=["stock", "silu"])
+@pytest.mark.parametrize(("hold", "reach"), WAYS.values(), ids=list(WAYS))
+def test_layers_that_the_forward_reaches_past_their_names(norm, hold, reach):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Reached(copy.deepcopy(norm), hold, reach))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [("norm", "folded", "into conv, before it")]
     assert_same(model, folded, x)
 
 

@@ -164,7 +164,7 @@ def _fold_one(place: Place, name: str, layer: Any, stated: bool) -> tuple[Row, F
     target = place.model.get_submodule(found.into)
     scale_C, shift_C = found.spread(*affine(layer))
     (scale_inputs if found.after else scale_outputs)(target, scale_C, shift_C)
-    _replace(place.model, layer, rest)
+    _become(layer, rest)
     return Row(name, "folded", f"into {found.into}, {'after' if found.after else 'before'} it"), found
 
 
@@ -186,10 +186,9 @@ def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
     return None
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Under every name that it has."""
+def _become(old: nn.Module, new: nn.Module) -> None:
+    """The same object as another module: whoever holds it, a list or an object that torch does not know, has that."""
     new.train(old.training)
-    for module in model.modules():
-        for name, child in module.named_children():
-            if child is old:
-                setattr(module, name, new)
+    old.__class__ = type(new)  # type: ignore[assignment]
+    vars(old).clear()
+    vars(old).update(vars(new))

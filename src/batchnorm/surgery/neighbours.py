@@ -32,7 +32,7 @@ class Place(NamedTuple):
     model: nn.Module
     seen: Watched
     ties: dict[str, str]
-    moves: dict[tuple[int, int], Tensor | None]
+    moves: dict[tuple[int, type], Tensor | None]
 
 
 def before(place: Place, call: Call, layer: Any) -> tuple[Fold | None, str]:
@@ -104,7 +104,7 @@ def after(place: Place, call: Call, layer: Any, rest: nn.Module) -> tuple[Fold |
 def _came_from(place: Place, call: Call, layer: Any) -> Tensor | None:
     """For each value that a call gives out, which one it was; None if it does more than move them."""
     target = place.model.get_submodule(call.name) if call.kind == "module" else call.target
-    key = (call.index, id(target))
+    key = (call.index, type(target))  # which changes when it is folded
     if key not in place.moves:
         place.moves[key] = came_from(place.seen, call, target, layer.running_mean.dtype)
     return place.moves[key]
