@@ -271,6 +271,89 @@ def test_what_insert_gave_and_somebody_took_away():
     assert bn.fold(model, x).batchnorm_report == []
 
 
+class Levels(nn.Module):
+    """A detector's head, one for all sizes of its maps: ``order`` says how its two layers are called on them."""
+
+    def __init__(self, order, first, second):
+        super().__init__()
+        self.order, self.conv, self.norm = order, first, second
+
+    def forward(self, x):
+        return self.order(self.conv, self.norm, x.relu(), x[..., ::2].relu())
+
+
+def one_by_one(conv, norm, *levels):
+    return [norm(conv(x)) for x in levels]
+
+
+def crossed(conv, norm, large, small):
+    large, small = conv(large), conv(small)
+    small = norm(small)
+    return [norm(large), small]
+
+
+def norm_first_and_crossed(conv, norm, large, small):
+    large, small = norm(large), norm(small)
+    return [conv(small), conv(large)]
+
+
+@pytest.mark.parametrize(
+    ("order", "side"), [(one_by_one, "before"), (crossed, "before"), (norm_first_and_crossed, "after")]
+)
+def test_a_pair_that_is_called_together_several_times(order, side):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Levels(order, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [("norm", "folded", f"into conv, {side} it")]
+    assert_same(model, folded, x)
+    with pytest.raises(ValueError, match=r"fold refused: conv with norm folded in is .* off, more than 1.0e-12"):
+        bn.fold(model.float(), x.float(), tolerance=1e-12)
+
+
+def test_a_branch_that_two_inputs_go_through():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = nn.Sequential(
+                nn.Conv2d(4, 6, 3),
+                nn.BatchNorm2d(6),
+                nn.ReLU(),
+                nn.BatchNorm2d(6),
+                nn.Conv2d(6, 4, 1),
+                nn.BatchNorm2d(4),
+            )
+
+        def forward(self, x):
+            return self.branch(x) - self.branch(x.flip(3))
+
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Siamese())
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report.of("folded") == ["branch.1", "branch.3", "branch.5"]
+    assert_same(model, folded, x)
+
+
+@pytest.mark.parametrize(
+    ("order", "why"),
+    [
+        (lambda conv, norm, a, b: [norm(conv(a)), norm(conv(b)), conv(b)], "2 times: conv before it is called 3 times"),
+        (lambda conv, norm, a, b: [norm(conv(a)), norm(conv(b)), norm(a)], "3 times: conv before it is called 2 times"),
+        (lambda conv, norm, a, b: [norm(conv(a)), norm(a)], "2 times: conv before it is called once"),
+        (
+            lambda conv, norm, a, b: [norm(conv(a)), norm(conv(b).flip(1))],
+            "2 times: the channels of conv are others in each call",
+        ),
+    ],
+)
+def test_a_pair_that_is_not_always_called_together_is_left_alone(order, why):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Levels(order, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    folded = bn.fold(model, x)
+    (row,) = folded.batchnorm_report
+    assert row.why == f"it is called {why}; its output goes to the model's output"
+    assert_same(model, folded, x)
+
+
 class Louder(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x) * 2
@@ -323,7 +406,8 @@ def test_what_is_left_alone_and_why():
     why = {row.layer: row.why for row in folded.batchnorm_report if row.done == "left alone"}
     assert why == {
         "read_twice": "conv before it is read by add() too; its output goes to add()",
-        "used_twice": "it is called 2 times",
+        "used_twice": "it is called 2 times: it reads add(), which has no weights to fold into; its output goes to "
+        "used_twice",
         "after_relu": "it reads relu(), which has no weights to fold into; padded after it pads with 0",
         "never": "the example does not reach it",
         "untracked": "it has no running statistics: it normalizes by each batch in eval too",
@@ -335,7 +419,7 @@ def test_what_is_left_alone_and_why():
         "after_head": "the weight of head before it is computed from others; its output goes to the model's output",
     }
     assert folded.batchnorm_report.of("folded") == []
-    assert "\nused_twice    left alone  it is called 2 times\n" in str(folded.batchnorm_report)
+    assert "\nused_twice    left alone  it is called 2 times: it reads add()" in str(folded.batchnorm_report)
     assert_same(model, folded, x)
 
 

@@ -32,12 +32,13 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
         W' = gamma / sqrt(var + eps) * W,   b' = gamma / sqrt(var + eps) * (b - mean) + beta
 
     A layer folds into the one before it if nothing else reads that one's output; else into the one after it, if that
-    alone reads its output and does not pad with 0. In between there may be what only moves values (transpositions,
-    reshapes, slices, dropout in eval) as long as each channel of the one goes to one channel of the other, and layers
-    that are folded themselves. The names of modules stay: a folded layer is an ``nn.Identity``, or what is left of it,
-    the activation; forwards that ``from_torch`` wrote anew are again what they were. The model given is not changed;
-    a weight that another module shares, or that a function reads, is left as it is. ``batchnorm_report`` of the result
-    lists what was folded into what, and what was not, with the reason; ``print`` it.
+    alone reads its output and does not pad with 0; if one is called several times, then always with the other. In
+    between there may be what only moves values (transpositions, reshapes, slices, dropout in eval) as long as each
+    channel of the one goes to one channel of the other, and layers that are folded themselves. The names of modules
+    stay: a folded layer is an ``nn.Identity``, or what is left of it, the activation; forwards that ``from_torch``
+    wrote anew are again what they were. The model given is not changed; a weight that another module shares, or that a
+    function reads, is left as it is. ``batchnorm_report`` of the result lists what was folded into what, and what was
+    not, with the reason; ``print`` it.
 
     Args:
         model: in eval (or with frozen statistics); torch's layers, ours, or others that hold running statistics and
@@ -103,7 +104,7 @@ def _fold_all(
     seen = watch(folded, example, whole=norms.values())
     others = [name for name, layer in norms.items() if not is_known(layer) and seen.of(name)]
     saw = seen_by(wide, wide_example, others)[0] if others else {}
-    stated = {name: name not in others or _as_stated(wide.get_submodule(name), saw.get(name)) for name in norms}
+    stated = {name: name not in others or _as_stated(wide.get_submodule(name), saw[name]) for name in norms}
     place = Place(folded, seen, ties, {})
     rows = dict.fromkeys(norms, Row("", LEFT, ""))
     folds: list[Fold] = []
@@ -120,8 +121,8 @@ def _fold_all(
     return report, folds
 
 
-def _as_stated(layer: Any, saw: Tensor | None) -> bool:
-    return saw is not None and computes(layer, rest_of(layer, False), saw)
+def _as_stated(layer: Any, saw: list[Tensor]) -> bool:
+    return bool(saw) and all(computes(layer, rest_of(layer, False), x) for x in saw)
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
@@ -150,17 +151,17 @@ def _fold_inserted(model: nn.Module, example: Any, ties: dict[str, str]) -> Repo
 def _fold_one(place: Place, name: str, layer: Any, stated: bool) -> tuple[Row, Fold | None]:
     """Fold it, or say why not."""
     calls = place.seen.of(name)
+    rest = rest_of(layer, any(len(call.inputs) > 1 for call in calls))
     reason = _unfit(layer, calls, stated)
     if reason is not None:
         return Row(name, LEFT, reason), None
     check_statistics(name, layer)
-    (call,) = calls
-    rest = rest_of(layer, len(call.inputs) > 1)
-    found, not_before = before(place, call, layer)
+    found, not_before = before(place, calls, layer)
     if found is None:
-        found, not_after = after(place, call, layer, rest)
+        found, not_after = after(place, calls, layer, rest)
         if found is None:
-            return Row(name, LEFT, f"{not_before}; {not_after}"), None
+            often = f"it is called {len(calls)} times: " if len(calls) > 1 else ""
+            return Row(name, LEFT, f"{often}{not_before}; {not_after}"), None
     target = place.model.get_submodule(found.into)
     scale_C, shift_C = found.spread(*affine(layer))
     (scale_inputs if found.after else scale_outputs)(target, scale_C, shift_C)
@@ -171,16 +172,17 @@ def _fold_one(place: Place, name: str, layer: Any, stated: bool) -> tuple[Row, F
 def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
     if layer.running_mean is None:
         return "it has no running statistics: it normalizes by each batch in eval too"
-    if len(calls) != 1:
-        return "the example does not reach it" if not calls else f"it is called {len(calls)} times"
+    if not calls:
+        return "the example does not reach it"
     if not stated:
         then = " and then ".join(name for name, _ in layer.named_children())
         what = f"batch normalization{' and then ' if then else ''}{then}"
         return f"a {type(layer).__qualname__} computes something else than {what}: put that in a module behind it"
-    if not is_known(layer) and (calls[0].arguments is None or [*map(len, calls[0].arguments)] != [1, 0]):
-        return f"a {type(layer).__qualname__} is given more than its input"
-    if {2, "mask"} & {*calls[0].given}:
-        return "it is given a mask"
+    for call in calls:
+        if not is_known(layer) and (call.arguments is None or [*map(len, call.arguments)] != [1, 0]):
+            return f"a {type(layer).__qualname__} is given more than its input"
+        if {2, "mask"} & {*call.given}:
+            return "it is given a mask"
     if hooked(layer):
         return "it has hooks, which would see something else"
     return None

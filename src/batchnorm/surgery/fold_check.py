@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +29,26 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torc
 _NAN = "NaN on the example, beside which nothing can be checked: give another one, or look at its parameters."
 
 
+class Way(NamedTuple):
+    """From one call of a layer to one of what it went into: which calls of theirs, counted from 0, and ``path``, the
+    calls in between."""
+
+    layer: int
+    into: int
+    path: list[Call]
+
+
 class Fold(NamedTuple):
     """``layer`` went into ``into``, which comes after it or before it.
 
-    ``path``: the calls in between; ``channels``: for each channel of ``into`` the layer's, or -1 for none.
+    ``ways``: one for each time that both are called; ``channels``: for each channel of ``into`` the layer's, or -1 for
+    none.
     """
 
     layer: str
     into: str
     after: bool
-    path: list[Call]
+    ways: list[Way]
     channels: Tensor
 
     def spread(self, scale_C: Tensor, shift_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,15 +58,18 @@ class Fold(NamedTuple):
         return scale_C[channels].where(known, 1.0), shift_C[channels].where(known, 0.0)
 
 
-def seen_by(wide: nn.Module, example: Any, names: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What modules of a model in float64 take, and what they give."""
-    saw: dict[str, Tensor] = {}
-    made: dict[str, Tensor] = {}
+Seen = dict[str, list[Tensor]]
+
+
+def seen_by(wide: nn.Module, example: Any, names: Collection[str]) -> tuple[Seen, Seen]:
+    """What modules of a model in float64 take, and what they give, in each of their calls."""
+    saw: Seen = {name: [] for name in names}
+    made: Seen = {name: [] for name in names}
 
     def noting(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
-            saw[name] = given.pop(name)
-            made[name] = output.clone()
+            saw[name].append(given.pop(name))
+            made[name].append(output.clone())
 
         return hook
 
@@ -73,7 +86,14 @@ def seen_by(wide: nn.Module, example: Any, names: Collection[str]) -> tuple[dict
             modules[name].register_forward_hook(noting(name), with_kwargs=True)
 
     given: dict[str, Tensor] = {}
-    run_in_double(wide, example, prepare)
+
+    def clear(twin: nn.Module) -> None:
+        given.clear()
+        for each in (*saw.values(), *made.values()):
+            each.clear()
+        prepare(twin)
+
+    run_in_double(wide, example, clear)
     return saw, made
 
 
@@ -84,28 +104,32 @@ def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[F
     for into in dict.fromkeys(one.into for one in folds):
         before = [one for one in folds if one.into == into and one.after]  # the layer comes before what it went into
         behind = [one for one in folds if one.into == into and not one.after]
-        row, expected = affine_of(modules[into]), made[into]
+        row, weight = affine_of(modules[into]), cast(Tensor, modules[into].weight)
         assert row is not None
-        for one in behind:
-            shape = [1] * expected.dim()
-            shape[row.channels] = -1
-            scale_C, shift_C = one.spread(*affine(wide_modules[one.layer]))
-            expected = expected * scale_C.view(shape) + shift_C.view(shape)
-        weight: Any = modules[into].weight
-        x = (saw[before[-1].layer] if before else saw[into]).to(weight.dtype)  # the last to go came first
-        for call in before[-1].path if before else ():
-            x = play(modules[call.name] if call.kind == "module" else call.target, call.arguments, x)
-        with torch.no_grad():
-            off = error(modules[into](x), expected)
-        if expected.isnan().any():
-            raise ValueError(f"{into} gives {_NAN}")
-        limit = TOLERANCE[weight.dtype] if tolerance is None else tolerance
-        if not off <= limit:
-            names = " and ".join(one.layer for one in before + behind)
-            raise ValueError(
-                f"fold refused: {into} with {names} folded in is {off:.1e} of its largest "
-                f"output off, more than {limit:.1e} ({weight.dtype}): fold in a wider dtype, or raise the tolerance."
-            )
+        for way in (before or behind)[-1].ways:
+            if way.into >= len(made[into]) or (before and way.layer >= len(saw[before[-1].layer])):
+                continue  # how often it is called depends on the data, and on rounding
+            expected = made[into][way.into]
+            for one in behind:
+                shape = [1] * expected.dim()
+                shape[row.channels] = -1
+                scale_C, shift_C = one.spread(*affine(wide_modules[one.layer]))
+                expected = expected * scale_C.view(shape) + shift_C.view(shape)
+            x = saw[before[-1].layer][way.layer] if before else saw[into][way.into]  # the last to go came first
+            x = x.to(weight.dtype)
+            for call in way.path if before else ():
+                x = play(modules[call.name] if call.kind == "module" else call.target, call.arguments, x)
+            with torch.no_grad():
+                off = error(modules[into](x), expected)
+            if expected.isnan().any():
+                raise ValueError(f"{into} gives {_NAN}")
+            limit = TOLERANCE[weight.dtype] if tolerance is None else tolerance
+            if not off <= limit:
+                names = " and ".join(one.layer for one in before + behind)
+                raise ValueError(
+                    f"fold refused: {into} with {names} folded in is {off:.1e} of its largest output off, more than "
+                    f"{limit:.1e} ({weight.dtype}): fold in a wider dtype, or raise the tolerance."
+                )
 
 
 def check_outputs(

@@ -255,7 +255,7 @@ def _check(model: nn.Module, inserted: nn.Module, names: list[str], example: Any
     wide, wide_inserted, given = copied(model).double(), copied(inserted).double(), to_double(example)
     limit = max((TOLERANCE.get(p.dtype, 0.0) for p in inserted.parameters()), default=0.0)
     made, expected = seen_by(wide_inserted, given, names)[1], seen_by(wide, given, names)[1]
-    pairs = [(name, made[name], expected[name]) for name in expected]
+    pairs = [(name, a, b) for name in expected for a, b in zip(made[name], expected[name], strict=True)]
     outputs = (list(tensors_of(run_in_double(m, given))) for m in (wide_inserted, wide))
     pairs += [(f"output {i} of the model", a, b) for i, (a, b) in enumerate(zip(*outputs, strict=True))]
     for name, a, b in pairs:
