@@ -271,6 +271,49 @@ def test_what_insert_gave_and_somebody_took_away():
     assert bn.fold(model, x).batchnorm_report == []
 
 
+class Asks(nn.Module):
+    """Reads something of one of its layers of batch normalization, or only calls it."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.conv, self.norm, self.asks = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), asks
+
+    def forward(self, x):
+        return self.asks(self, self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    ("asks", "key"),
+    [
+        (lambda net, y: y.view(len(y), net.norm.num_features, -1), "num_features"),
+        (lambda net, y: y.to(net.norm.weight.dtype), "weight"),
+        (lambda net, y: y * getattr(net.norm, "eps", 1), "eps"),
+        (lambda net, y: y if hasattr(net.norm, "running_mean") else 2 * y, "running_mean"),
+        (lambda net, y: y.to(next(net.norm.parameters()).dtype), "parameters"),
+        (lambda net, y: y + net.norm.forward(y), "momentum"),
+    ],
+)
+def test_a_layer_of_which_a_forward_reads_more_than_what_it_gives_is_left_alone(asks, key):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(nn.Sequential(Asks(asks), nn.Flatten(1), nn.Linear(144, 4), nn.BatchNorm1d(4)))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [
+        ("0.norm", "left alone", f"the forward of 0 reads its {key}"),
+        ("3", "folded", "into 2, before it"),
+    ]
+    assert_same(model, folded, x)
+
+
+@pytest.mark.parametrize(
+    "asks", [lambda net, y: y.to(next(net.parameters()).dtype), lambda net, y: y if net.norm.training else y * 2]
+)
+def test_what_a_folded_layer_answers_too_may_be_asked(asks):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Asks(asks))
+    assert bn.fold(model, x).batchnorm_report.of("folded") == ["norm"]
+    assert_same(model, bn.fold(model, x), x)
+
+
 class Levels(nn.Module):
     """A detector's head, one for all sizes of its maps: ``order`` says how its two layers are called on them."""
 

@@ -26,6 +26,9 @@ from batchnorm.surgery.watch import Call, in_eager, watch
 from batchnorm.surgery.weights import affine, scale_inputs, scale_outputs
 
 
+_TENSORS = ("parameters", "named_parameters", "buffers", "named_buffers")  # that every module has, and a rest none of
+
+
 def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model:
     r"""The model without its batch normalization: folded into the Linear, Conv or ConvTranspose before it, or after it.
 
@@ -152,7 +155,7 @@ def _fold_one(place: Place, name: str, layer: Any, stated: bool) -> tuple[Row, F
     """Fold it, or say why not."""
     calls = place.seen.of(name)
     rest = rest_of(layer, any(len(call.inputs) > 1 for call in calls))
-    reason = _unfit(layer, calls, stated)
+    reason = _unfit(layer, calls, stated) or _read(place, name, rest)
     if reason is not None:
         return Row(name, LEFT, reason), None
     check_statistics(name, layer)
@@ -188,9 +191,17 @@ def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
     return None
 
 
+def _read(place: Place, name: str, rest: nn.Module) -> str | None:
+    """What a forward asks of it that would be gone, or be another."""
+    asked = place.seen.asked.get(name, {})
+    gone = [key for key in asked if key in _TENSORS or not hasattr(rest, key)]
+    key = min(gone, key=lambda key: key.startswith("_"), default=None)
+    return None if key is None else f"the forward of {asked[key] or 'the model'} reads its {key}"
+
+
 def _become(old: nn.Module, new: nn.Module) -> None:
     """The same object as another module: whoever holds it, a list or an object that torch does not know, has that."""
     new.train(old.training)
-    old.__class__ = type(new)  # type: ignore[assignment]
+    old.__class__ = type(new)
     vars(old).clear()
     vars(old).update(vars(new))
