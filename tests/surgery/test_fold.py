@@ -314,6 +314,56 @@ def test_what_a_folded_layer_answers_too_may_be_asked(asks):
     assert_same(model, bn.fold(model, x), x)
 
 
+def insists(net, y):
+    assert isinstance(net.norm, nn.BatchNorm2d)
+    return y
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda net, y: y * 2 if type(net.norm) is nn.BatchNorm2d else y,
+        lambda net, y: y if net.conv.bias is None else y * 2,
+        insists,
+    ],
+    ids=["its class", "the other's bias", "its class or else"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_without_which_the_model_is_another_is_found_and_left_alone(asks, dtype):
+    x = torch.randn(2, 4, 6, 6, dtype=dtype)
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), Asks(asks), Asks(lambda net, y: y), Asks(asks)]
+    blocks[1].conv.bias = blocks[3].conv.bias = None
+    model = shaken(nn.Sequential(*blocks), dtype)
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report.of("folded") == ["0.1", "2.norm"]
+    left = [row for row in folded.batchnorm_report if row.done == "left alone"]
+    assert [row.layer for row in left] == ["1.norm", "3.norm"]
+    assert {row.why for row in left} == {
+        "without it the model computes something else, in float64 too: a forward does more with it"
+    }
+    assert_same(model, folded, x, {torch.float32: 1e-4, torch.float64: 1e-12}[dtype])
+
+
+class Amplified(nn.Sequential):
+    """Gives one value's distance from what it is in float64."""
+
+    def forward(self, x):
+        y = super().forward(x).flatten()[self.at].double()
+        return 1 + (y - self.exact) * 1e3
+
+
+def test_what_is_only_rounding_is_refused():
+    x = torch.randn(2, 4, 6, 6)
+    plain = shaken(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), torch.float32)
+    exact = copy.deepcopy(plain).double()(x.double()).flatten()
+    off, off_folded = ((m(x).flatten() - exact).abs() for m in (plain, bn.fold(plain, x)))
+    model = Amplified(*plain).eval()
+    model.at = (off_folded - 2 * off).argmax().item()
+    model.exact = exact[model.at].item()
+    with pytest.raises(ValueError, match=r"output 0 of the model is .* off, .*: pass a larger tolerance if that is"):
+        bn.fold(model, x, tolerance=2e-6)
+
+
 class Levels(nn.Module):
     """A detector's head, one for all sizes of its maps: ``order`` says how its two layers are called on them."""
 

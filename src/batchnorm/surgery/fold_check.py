@@ -26,6 +26,7 @@ from batchnorm.surgery.weights import affine
 
 # The largest error, relative to the largest value of an output, that a fold may have by default.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_ROUNDING = 1e-6  # more than it comes to in float64, relative to an output's largest value
 _NAN = "NaN on the example, beside which nothing can be checked: give another one, or look at its parameters."
 
 
@@ -139,19 +140,36 @@ def check_outputs(
     example: Any,
     wide_example: Any,
     tolerance: float | None,
-    fold_in: Callable[[nn.Module, Any], Any],
-) -> None:
+    names: list[str],
+    fold_in: Callable[[nn.Module, Any, Collection[str]], Any],
+) -> str | None:
     """The whole model beside itself in float64.
 
     How many values come out may depend on the data, of a detector say, and then on rounding: such a model is folded in
     float64 and compared there, where rounding decides nothing.
+
+    Returns:
+        The first of the layers ``names`` without which the model does not run, or computes something else in float64
+        too: that is not rounding, and no tolerance is for it.
     """
-    new, old = _floating(run(folded, example)), _floating(run(model, example))
-    exact = _floating(run_in_double(wide, wide_example))
+
+    def in_double(but: Collection[str]) -> list[Tensor]:
+        twin = copy.deepcopy(wide)
+        fold_in(twin, wide_example, but)
+        return _floating(run_in_double(twin, wide_example))
+
+    old, exact = _floating(run(model, example)), _floating(run_in_double(wide, wide_example))
+    try:
+        new = _floating(run(folded, example))
+    except Exception:  # whatever a forward raises that misses something
+        found = _missed(names, exact, in_double)
+        if found is None:
+            raise
+        return found
     if any(t.isnan().any() for t in (*old, *exact)):
         raise ValueError(f"the model gives {_NAN}")
     if not [t.shape for t in new] == [t.shape for t in old] == [t.shape for t in exact]:
-        new, old = _folded_in_double(wide, wide_example, fold_in), exact
+        new, old = in_double(()), exact
         if [t.shape for t in new] != [t.shape for t in exact]:
             raise ValueError(
                 "the number of values that the model gives depends on the data, and changes with rounding on this "
@@ -160,16 +178,34 @@ def check_outputs(
     for i, (mine, theirs, expected) in enumerate(zip(new, old, exact, strict=True)):
         limit = max(TOLERANCE.get(mine.dtype, 0.0) if tolerance is None else tolerance, 2 * error(theirs, expected))
         if not error(mine, expected) <= limit:
+            found = _missed(names, exact, in_double)
+            if found is not None:
+                return found
             raise ValueError(
                 f"fold refused: output {i} of the model is {error(mine, expected):.1e} of its largest value off, more "
                 f"than {limit:.1e}, though each layer alone is within it: pass a larger tolerance if that is fine."
             )
+    return None
 
 
-def _folded_in_double(wide: nn.Module, example: Any, fold_in: Callable[[nn.Module, Any], Any]) -> list[Tensor]:
-    folded = copy.deepcopy(wide)
-    fold_in(folded, example)
-    return _floating(run_in_double(folded, example))
+def _missed(names: list[str], exact: list[Tensor], in_double: Callable[[Collection[str]], list[Tensor]]) -> str | None:
+    """The first layer that is missed when those before it and itself are folded, in float64; None where none is."""
+
+    def is_missed(folded: int) -> bool:
+        try:
+            made = in_double(names[folded:])
+        except Exception:  # as above
+            return True
+        alike = len(made) == len(exact) and all(error(a, b) <= _ROUNDING for a, b in zip(made, exact, strict=True))
+        return not alike
+
+    if not names or not is_missed(len(names)):
+        return None
+    fine, missed = 0, len(names)
+    while missed - fine > 1:
+        middle = (fine + missed) // 2
+        fine, missed = (fine, middle) if is_missed(middle) else (middle, missed)
+    return names[missed - 1]
 
 
 def _shapes(tensors: list[Tensor]) -> str:
