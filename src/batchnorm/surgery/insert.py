@@ -24,6 +24,7 @@ from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.places import layers_of, row_of
 from batchnorm.surgery.report import LEFT, Row, one_line
 from batchnorm.surgery.rewrite import hooked
+from batchnorm.surgery.scripted import scriptable
 from batchnorm.surgery.watch import in_eager, run, tensors_of, watch, watch_in_train
 from batchnorm.surgery.weights import outputs_of
 
@@ -178,7 +179,9 @@ def with_batch_norm(kind: type[nn.Module]) -> type:
     def reduced(self: nn.Module, protocol: int) -> Any:
         return _made_again, (kind,), self.__dict__
 
-    return type(kind.__name__, (kind,), {"forward": forward, "normalizes": kind, "__reduce_ex__": reduced})
+    content = {"forward": forward, "normalizes": kind, "__reduce_ex__": reduced}
+    content["__prepare_scriptable__"] = lambda self: scriptable(self, kind, last)
+    return type(kind.__name__, (kind,), content)
 
 
 def _made_again(kind: type) -> nn.Module:
