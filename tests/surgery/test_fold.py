@@ -136,6 +136,32 @@ def test_what_is_left_of_a_fused_layer():
     assert_same(model, folded, x)
 
 
+class Registered(nn.BatchNorm2d):
+    """Its subclasses give a name."""
+
+    def __init_subclass__(cls, name):
+        super().__init_subclass__()
+
+
+class Named(Registered, name="named"):
+    pass
+
+
+class Slotted(nn.BatchNorm2d):
+    __slots__ = ("more",)
+
+
+def test_classes_that_ask_something_of_their_subclasses_or_of_their_objects():
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(nn.Sequential(nn.Conv2d(4, 4, 1), Named(4), nn.Conv2d(4, 4, 1), Slotted(4)))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [
+        ("1", "folded", "into 0, before it"),
+        ("3", "left alone", "a Slotted has __slots__: the same object cannot be of another class"),
+    ]
+    assert_same(model, folded, x)
+
+
 class Reached(nn.Module):
     """Reaches its layers past their names, as torch does not see it."""
 

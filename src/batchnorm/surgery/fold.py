@@ -202,6 +202,8 @@ def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
             return "it is given a mask"
     if hooked(layer):
         return "it has hooks, which would see something else"
+    if type(layer).__basicsize__ != nn.Module.__basicsize__:
+        return f"a {type(layer).__qualname__} has __slots__: the same object cannot be of another class"
     return None
 
 

@@ -333,6 +333,13 @@ class _Unseen(TorchDispatchMode):
             return function(*args, **(kwargs or {}))
 
 
+class _Unregistered(nn.Module):
+    """Before another base: what this wants of its subclasses (a name, an entry in a registry) is not asked for."""
+
+    def __init_subclass__(cls) -> None:
+        """Nothing."""
+
+
 def _telling(kind: Any, tell: Callable[[nn.Module, str], None]) -> Any:
     """A subclass of a module's class that tells which attributes are read."""
 
@@ -340,7 +347,7 @@ def _telling(kind: Any, tell: Callable[[nn.Module, str], None]) -> Any:
         tell(self, key)
         return kind.__getattribute__(self, key)
 
-    return type(kind)(kind.__name__, (kind,), {"__getattribute__": read, "__module__": kind.__module__})
+    return type(kind)(kind.__name__, (_Unregistered, kind), {"__getattribute__": read, "__module__": kind.__module__})
 
 
 def is_leaf(module: nn.Module) -> bool:
