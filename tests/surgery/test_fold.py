@@ -365,7 +365,7 @@ def test_a_layer_without_which_the_model_is_another_is_found_and_left_alone(asks
     left = [row for row in folded.batchnorm_report if row.done == "left alone"]
     assert [row.layer for row in left] == ["1.norm", "3.norm"]
     assert {row.why for row in left} == {
-        "without it the model computes something else, in float64 too: a forward does more with it"
+        "without it the model is another, in float64 too: a forward does more than call it"
     }
     assert_same(model, folded, x, {torch.float32: 1e-4, torch.float64: 1e-12}[dtype])
 

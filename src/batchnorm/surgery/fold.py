@@ -97,7 +97,7 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
             found = check_outputs(model, folded, wide, example, wide_example, tolerance, names, fold_in)
             if found is None:
                 break
-            left[found] = "without it the model computes something else, in float64 too: a forward does more with it"
+            left[found] = "without it the model is another, in float64 too: a forward does more than call it"
         report.extend(scripted(folded))
     folded.batchnorm_report = report  # type: ignore[assignment]
     return folded
