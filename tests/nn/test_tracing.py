@@ -208,6 +208,49 @@ def test_traces_of_torch_jit(options):
     assert int(traced.state_dict()["1.num_batches_tracked"]) == before + 1
 
 
+class Masked(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.norm = bn.BatchNorm2d(3, **options)
+
+    def forward(self, x, mask=None):
+        return self.norm(x, residual=x, mask=mask)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"statistics": bn.Ghost(4)}, {"statistics": bn.Ghost(3)}, {"statistics": bn.Renorm()}], ids=str
+)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_traces_of_training_with_masks_and_other_statistics(options, masked):
+    x = torch.randn(8, 3, 4, 4)
+    given = (torch.rand(8, 4, 4) > 0.3,) if masked else ()
+    model = Masked(activation="silu", **options)
+    traced = torch.jit.trace(copy.deepcopy(model), (x, *given), check_trace=False)
+    assert {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()} <= {"aten", "prim"}
+    assert "PythonOp" not in str(traced.inlined_graph)
+    model(x, *given)  # tracing was the first step
+    for _ in range(2):
+        x = torch.randn_like(x)
+        mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+        y, z = traced(mine, *given), model(theirs, *given)
+        torch.testing.assert_close(y, z)
+        torch.testing.assert_close(*(torch.autograd.grad((t * x).sum(), by)[0] for t, by in ((y, mine), (z, theirs))))
+    torch.testing.assert_close(dict(traced.state_dict()), dict(model.state_dict()))
+    torch.jit.save(traced, io.BytesIO())
+    file, training = io.BytesIO(), torch.onnx.TrainingMode.TRAINING
+    torch.onnx.export(model, (x, *given), file, dynamo=False, training=training, do_constant_folding=False)
+    assert {node.domain for node in onnx.load_from_string(file.getvalue()).graph.node} == {""}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_trace_of_training_refuses_synchronized_statistics():
+    layer = bn.BatchNorm2d(3, statistics=bn.Synced())
+    with pytest.raises(RuntimeError, match=r"cannot be traced by torch.jit.trace.*in eval, or .*revert_sync_batchnorm"):
+        torch.jit.trace(layer, X)
+    torch.jit.trace(layer.eval(), X)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.filterwarnings("ignore")
 def test_the_exporter_by_torchscript(options):

@@ -1,7 +1,9 @@
 """Folding: every kind of layer, both directions, what is refused and why: pain 22."""
 
 import copy
+import functools
 from collections import UserDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +136,63 @@ def test_what_is_left_of_a_fused_layer():
     assert_same(model, folded, x)
 
 
+class Registered(nn.BatchNorm2d):
+    """Its subclasses give a name."""
+
+    def __init_subclass__(cls, name):
+        super().__init_subclass__()
+
+
+class Named(Registered, name="named"):
+    pass
+
+
+class Slotted(nn.BatchNorm2d):
+    __slots__ = ("more",)
+
+
+def test_classes_that_ask_something_of_their_subclasses_or_of_their_objects():
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(nn.Sequential(nn.Conv2d(4, 4, 1), Named(4), nn.Conv2d(4, 4, 1), Slotted(4)))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [
+        ("1", "folded", "into 0, before it"),
+        ("3", "left alone", "a Slotted has __slots__: the same object cannot be of another class"),
+    ]
+    assert_same(model, folded, x)
+
+
+class Reached(nn.Module):
+    """Reaches its layers past their names, as torch does not see it."""
+
+    def __init__(self, norm, hold, reach):
+        super().__init__()
+        self.conv, self.norm, self.reach = nn.Conv2d(4, 4, 1), norm, reach
+        vars(self)["held"] = hold(self)
+
+    def forward(self, x):
+        return self.reach(self.held, self.conv, x)
+
+
+WAYS = {
+    "list": (lambda net: [net.conv, net.norm], lambda held, conv, x: held[1](held[0](x))),
+    "object": (lambda net: SimpleNamespace(norm=net.norm), lambda held, conv, x: held.norm(conv(x))),
+    "alias": (lambda net: net.norm, lambda held, conv, x: held(conv(x))),
+    "partial": (lambda net: functools.partial(net.norm), lambda held, conv, x: held(conv(x))),
+    "bound": (lambda net: net.norm.__call__, lambda held, conv, x: held(conv(x))),
+}
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), bn.BatchNorm2d(4, activation="silu")], ids=["stock", "silu"])
+@pytest.mark.parametrize(("hold", "reach"), WAYS.values(), ids=list(WAYS))
+def test_layers_that_the_forward_reaches_past_their_names(norm, hold, reach):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Reached(copy.deepcopy(norm), hold, reach))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [("norm", "folded", "into conv, before it")]
+    assert_same(model, folded, x)
+
+
 class AddsInPlace(nn.Module):
     def __init__(self):
         super().__init__()
@@ -238,6 +297,182 @@ def test_what_insert_gave_and_somebody_took_away():
     assert bn.fold(model, x).batchnorm_report == []
 
 
+class Asks(nn.Module):
+    """Reads something of one of its layers of batch normalization, or only calls it."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.conv, self.norm, self.asks = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), asks
+
+    def forward(self, x):
+        return self.asks(self, self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    ("asks", "key"),
+    [
+        (lambda net, y: y.view(len(y), net.norm.num_features, -1), "num_features"),
+        (lambda net, y: y.to(net.norm.weight.dtype), "weight"),
+        (lambda net, y: y * getattr(net.norm, "eps", 1), "eps"),
+        (lambda net, y: y if hasattr(net.norm, "running_mean") else 2 * y, "running_mean"),
+        (lambda net, y: y.to(next(net.norm.parameters()).dtype), "parameters"),
+        (lambda net, y: y + net.norm.forward(y), "momentum"),
+    ],
+)
+def test_a_layer_of_which_a_forward_reads_more_than_what_it_gives_is_left_alone(asks, key):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(nn.Sequential(Asks(asks), nn.Flatten(1), nn.Linear(144, 4), nn.BatchNorm1d(4)))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [
+        ("0.norm", "left alone", f"the forward of 0 reads its {key}"),
+        ("3", "folded", "into 2, before it"),
+    ]
+    assert_same(model, folded, x)
+
+
+@pytest.mark.parametrize(
+    "asks", [lambda net, y: y.to(next(net.parameters()).dtype), lambda net, y: y if net.norm.training else y * 2]
+)
+def test_what_a_folded_layer_answers_too_may_be_asked(asks):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Asks(asks))
+    assert bn.fold(model, x).batchnorm_report.of("folded") == ["norm"]
+    assert_same(model, bn.fold(model, x), x)
+
+
+def insists(net, y):
+    assert isinstance(net.norm, nn.BatchNorm2d)
+    return y
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda net, y: y * 2 if type(net.norm) is nn.BatchNorm2d else y,
+        lambda net, y: y if net.conv.bias is None else y * 2,
+        insists,
+    ],
+    ids=["its class", "the other's bias", "its class or else"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_layer_without_which_the_model_is_another_is_found_and_left_alone(asks, dtype):
+    x = torch.randn(2, 4, 6, 6, dtype=dtype)
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), Asks(asks), Asks(lambda net, y: y), Asks(asks)]
+    blocks[1].conv.bias = blocks[3].conv.bias = None
+    model = shaken(nn.Sequential(*blocks), dtype)
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report.of("folded") == ["0.1", "2.norm"]
+    left = [row for row in folded.batchnorm_report if row.done == "left alone"]
+    assert [row.layer for row in left] == ["1.norm", "3.norm"]
+    assert {row.why for row in left} == {
+        "without it the model is another, in float64 too: a forward does more than call it"
+    }
+    assert_same(model, folded, x, {torch.float32: 1e-4, torch.float64: 1e-12}[dtype])
+
+
+class Amplified(nn.Sequential):
+    """Gives one value's distance from what it is in float64."""
+
+    def forward(self, x):
+        y = super().forward(x).flatten()[self.at].double()
+        return 1 + (y - self.exact) * 1e3
+
+
+def test_what_is_only_rounding_is_refused():
+    x = torch.randn(2, 4, 6, 6)
+    plain = shaken(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), torch.float32)
+    exact = copy.deepcopy(plain).double()(x.double()).flatten()
+    off, off_folded = ((m(x).flatten() - exact).abs() for m in (plain, bn.fold(plain, x)))
+    model = Amplified(*plain).eval()
+    model.at = (off_folded - 2 * off).argmax().item()
+    model.exact = exact[model.at].item()
+    with pytest.raises(ValueError, match=r"output 0 of the model is .* off, .*: pass a larger tolerance if that is"):
+        bn.fold(model, x, tolerance=2e-6)
+
+
+class Levels(nn.Module):
+    """A detector's head, one for all sizes of its maps: ``order`` says how its two layers are called on them."""
+
+    def __init__(self, order, first, second):
+        super().__init__()
+        self.order, self.conv, self.norm = order, first, second
+
+    def forward(self, x):
+        return self.order(self.conv, self.norm, x.relu(), x[..., ::2].relu())
+
+
+def one_by_one(conv, norm, *levels):
+    return [norm(conv(x)) for x in levels]
+
+
+def crossed(conv, norm, large, small):
+    large, small = conv(large), conv(small)
+    small = norm(small)
+    return [norm(large), small]
+
+
+def norm_first_and_crossed(conv, norm, large, small):
+    large, small = norm(large), norm(small)
+    return [conv(small), conv(large)]
+
+
+@pytest.mark.parametrize(
+    ("order", "side"), [(one_by_one, "before"), (crossed, "before"), (norm_first_and_crossed, "after")]
+)
+def test_a_pair_that_is_called_together_several_times(order, side):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Levels(order, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report == [("norm", "folded", f"into conv, {side} it")]
+    assert_same(model, folded, x)
+    with pytest.raises(ValueError, match=r"fold refused: conv with norm folded in is .* off, more than 1.0e-12"):
+        bn.fold(model.float(), x.float(), tolerance=1e-12)
+
+
+def test_a_branch_that_two_inputs_go_through():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.branch = nn.Sequential(
+                nn.Conv2d(4, 6, 3),
+                nn.BatchNorm2d(6),
+                nn.ReLU(),
+                nn.BatchNorm2d(6),
+                nn.Conv2d(6, 4, 1),
+                nn.BatchNorm2d(4),
+            )
+
+        def forward(self, x):
+            return self.branch(x) - self.branch(x.flip(3))
+
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Siamese())
+    folded = bn.fold(model, x)
+    assert folded.batchnorm_report.of("folded") == ["branch.1", "branch.3", "branch.5"]
+    assert_same(model, folded, x)
+
+
+@pytest.mark.parametrize(
+    ("order", "why"),
+    [
+        (lambda conv, norm, a, b: [norm(conv(a)), norm(conv(b)), conv(b)], "2 times: conv before it is called 3 times"),
+        (lambda conv, norm, a, b: [norm(conv(a)), norm(conv(b)), norm(a)], "3 times: conv before it is called 2 times"),
+        (lambda conv, norm, a, b: [norm(conv(a)), norm(a)], "2 times: conv before it is called once"),
+        (
+            lambda conv, norm, a, b: [norm(conv(a)), norm(conv(b).flip(1))],
+            "2 times: the channels of conv are others in each call",
+        ),
+    ],
+)
+def test_a_pair_that_is_not_always_called_together_is_left_alone(order, why):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model = shaken(Levels(order, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    folded = bn.fold(model, x)
+    (row,) = folded.batchnorm_report
+    assert row.why == f"it is called {why}; its output goes to the model's output"
+    assert_same(model, folded, x)
+
+
 class Louder(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x) * 2
@@ -290,7 +525,8 @@ def test_what_is_left_alone_and_why():
     why = {row.layer: row.why for row in folded.batchnorm_report if row.done == "left alone"}
     assert why == {
         "read_twice": "conv before it is read by add() too; its output goes to add()",
-        "used_twice": "it is called 2 times",
+        "used_twice": "it is called 2 times: it reads add(), which has no weights to fold into; its output goes to "
+        "used_twice",
         "after_relu": "it reads relu(), which has no weights to fold into; padded after it pads with 0",
         "never": "the example does not reach it",
         "untracked": "it has no running statistics: it normalizes by each batch in eval too",
@@ -302,7 +538,7 @@ def test_what_is_left_alone_and_why():
         "after_head": "the weight of head before it is computed from others; its output goes to the model's output",
     }
     assert folded.batchnorm_report.of("folded") == []
-    assert "\nused_twice    left alone  it is called 2 times\n" in str(folded.batchnorm_report)
+    assert "\nused_twice    left alone  it is called 2 times: it reads add()" in str(folded.batchnorm_report)
     assert_same(model, folded, x)
 
 

@@ -1,6 +1,7 @@
 """Batch normalization put into networks, trained and not: pain 33."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -373,3 +374,24 @@ def test_what_batches_do_not_tell_is_said_with_the_layers_name(monkeypatch):
     monkeypatch.setitem(TOLERANCE, torch.float32, 1e-30)
     with pytest.raises(ValueError, match=r"with batch normalization 0 is in eval .* off, more than 1.0e-30"):
         bn.insert(model, X, batches=[X])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*.grad attribute:UserWarning")
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    ("plain", "x"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.ReLU()), torch.randn(4, 3, 6, 6)),
+        (nn.Sequential(nn.ConvTranspose1d(3, 4, 3, stride=2), nn.GELU()), torch.randn(4, 3, 5)),
+        (nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.randn(4, 5, 3)),
+    ],
+    ids=["conv", "transposed", "features last"],
+)
+def test_what_is_inserted_is_scripted(plain, x, train):
+    inserted = bn.insert(plain, x).train(train)
+    scripted = torch.jit.script(copy.deepcopy(inserted))
+    assert list(scripted.state_dict()) == list(inserted.state_dict())
+    for given in (x, 3 * x[:, :, 1:]) if plain[0].weight.dim() > 2 else (x, x[:, 0]):
+        torch.testing.assert_close(scripted(given), inserted(given))
+    torch.testing.assert_close(dict(scripted.state_dict()), dict(inserted.state_dict()))
+    torch.jit.save(scripted, io.BytesIO())

@@ -268,6 +268,11 @@ class Synced:
         self, x_NCS: Tensor, affine: Affine, mask_N1S: Tensor | None, running: Known
     ) -> tuple[Tensor, Moments]:
         """y, and the moments of all ranks' values."""
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "synchronized statistics cannot be traced by torch.jit.trace, nor exported by what uses it: a graph "
+                "knows nothing of other processes. Trace it in eval, or batchnorm.revert_sync_batchnorm(model)."
+            )
         if not split.is_eager():
             raise RuntimeError(
                 "synchronized statistics have no derivatives under torch.func and forward-mode AD, which know nothing "

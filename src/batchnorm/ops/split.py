@@ -187,8 +187,8 @@ def check(
 
 
 def is_eager() -> bool:
-    """Whether kernels run: no torch.compile, torch.func or forward-mode derivatives, which know torch's own ops."""
-    return ops.is_eager() and forward_ad._current_level < 0
+    """Whether kernels run: no torch.compile, torch.func, tracer or forward-mode derivatives, which know torch's ops."""
+    return ops.is_eager() and not ops.is_traced() and forward_ad._current_level < 0
 
 
 def _piece(name: str, x: Tensor) -> Any:

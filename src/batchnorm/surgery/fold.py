@@ -7,6 +7,7 @@ Comes from: a trained model. Goes to: deployment, without batch normalization.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import Call, in_eager, watch
 from batchnorm.surgery.weights import affine, scale_inputs, scale_outputs
 
+_TENSORS = ("parameters", "named_parameters", "buffers", "named_buffers")  # that every module has, and a rest none of
+
 
 def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model:
     r"""The model without its batch normalization: folded into the Linear, Conv or ConvTranspose before it, or after it.
@@ -31,12 +34,13 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
         W' = gamma / sqrt(var + eps) * W,   b' = gamma / sqrt(var + eps) * (b - mean) + beta
 
     A layer folds into the one before it if nothing else reads that one's output; else into the one after it, if that
-    alone reads its output and does not pad with 0. In between there may be what only moves values (transpositions,
-    reshapes, slices, dropout in eval) as long as each channel of the one goes to one channel of the other, and layers
-    that are folded themselves. The names of modules stay: a folded layer is an ``nn.Identity``, or what is left of it,
-    the activation; forwards that ``from_torch`` wrote anew are again what they were. The model given is not changed;
-    a weight that another module shares, or that a function reads, is left as it is. ``batchnorm_report`` of the result
-    lists what was folded into what, and what was not, with the reason; ``print`` it.
+    alone reads its output and does not pad with 0; if one is called several times, then always with the other. In
+    between there may be what only moves values (transpositions, reshapes, slices, dropout in eval) as long as each
+    channel of the one goes to one channel of the other, and layers that are folded themselves. The names of modules
+    stay: a folded layer is an ``nn.Identity``, or what is left of it, the activation; forwards that ``from_torch``
+    wrote anew are again what they were. The model given is not changed; a weight that another module shares, or that a
+    function reads, is left as it is. ``batchnorm_report`` of the result lists what was folded into what, and what was
+    not, with the reason; ``print`` it.
 
     Args:
         model: in eval (or with frozen statistics); torch's layers, ours, or others that hold running statistics and
@@ -75,41 +79,55 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
             raise ValueError(
                 f"fold needs running statistics in use, layer {name!r} is in train mode: call model.eval() first."
             )
-    folded = copied(model).eval()
-    unfuse(folded)  # what ``from_torch`` wrote around layers knows them unfolded
-    wide, wide_example = copied(folded).double(), to_double(example)
-    ties = shared(model)
+    wide, wide_example = _unfused(model).double(), to_double(example)
+    ties, left = shared(model), dict[str, str]()
 
-    def folded_in(model: nn.Module, example: Any) -> tuple[Report, list[Fold]]:
+    def fold_in(model: nn.Module, example: Any, but: Collection[str] = ()) -> tuple[Report, list[Fold]]:
         with in_eager(model):  # calls are played again, some of them random
-            return _fold_all(model, example, wide, wide_example, ties)
+            return _fold_all(model, example, wide, wide_example, ties, dict.fromkeys(but, "") | left)
 
     with only_copies_run(model, "fold"):
-        report, folds = folded_in(folded, example)
+        while True:
+            folded = _unfused(model)
+            report, folds = fold_in(folded, example)
+            check_layers(folded, wide, wide_example, folds, tolerance)
+            inserted = [name for name in report.of("folded") if name not in {one.layer for one in folds}]
+            names = [*inserted, *(one.layer for one in folds)]  # in the order in which they were folded
+            found = check_outputs(model, folded, wide, example, wide_example, tolerance, names, fold_in)
+            if found is None:
+                break
+            left[found] = "without it the model is another, in float64 too: a forward does more than call it"
         report.extend(scripted(folded))
-        check_layers(folded, wide, wide_example, folds, tolerance)
-        check_outputs(model, folded, wide, example, wide_example, tolerance, folded_in)
     folded.batchnorm_report = report  # type: ignore[assignment]
     return folded
 
 
+def _unfused(model: Model) -> Model:
+    """A copy, as it was before ``from_torch``: the forwards that this wrote know the layers unfolded."""
+    made = copied(model).eval()
+    unfuse(made)
+    return made
+
+
 def _fold_all(
-    folded: nn.Module, example: Any, wide: nn.Module, wide_example: Any, ties: dict[str, str]
+    folded: nn.Module, example: Any, wide: nn.Module, wide_example: Any, ties: dict[str, str], left: dict[str, str]
 ) -> tuple[Report, list[Fold]]:
-    """Fold what can be folded, in place."""
-    report = _fold_inserted(folded, example, ties)
+    """Fold what can be folded, in place; ``left``: layers to leave alone, and why."""
+    report = _fold_inserted(folded, example, ties, left)
     norms = {name: norm for name, norm in norms_of(folded).items() if name not in {row.layer for row in report}}
     seen = watch(folded, example, whole=norms.values())
     others = [name for name, layer in norms.items() if not is_known(layer) and seen.of(name)]
     saw = seen_by(wide, wide_example, others)[0] if others else {}
-    stated = {name: name not in others or _as_stated(wide.get_submodule(name), saw.get(name)) for name in norms}
+    stated = {name: name not in others or _as_stated(wide.get_submodule(name), saw[name]) for name in norms}
     place = Place(folded, seen, ties, {})
-    rows = dict.fromkeys(norms, Row("", LEFT, ""))
+    rows = {name: Row(name, LEFT, left.get(name, "")) for name in norms}
     folds: list[Fold] = []
-    waiting = sorted(norms, key=lambda name: seen.of(name)[0].index if seen.of(name) else -1)
-    left = len(waiting) + 1
-    while len(waiting) < left:  # one that was folded stands in nobody's way any more
-        left = len(waiting)
+    waiting = sorted(
+        [name for name in norms if name not in left], key=lambda name: seen.of(name)[0].index if seen.of(name) else -1
+    )
+    were = len(waiting) + 1
+    while len(waiting) < were:  # one that was folded stands in nobody's way any more
+        were = len(waiting)
         for name in list(waiting):
             rows[name], done = _fold_one(place, name, norms[name], stated[name])
             if done is not None:
@@ -119,14 +137,14 @@ def _fold_all(
     return report, folds
 
 
-def _as_stated(layer: Any, saw: Tensor | None) -> bool:
-    return saw is not None and computes(layer, rest_of(layer, False), saw)
+def _as_stated(layer: Any, saw: list[Tensor]) -> bool:
+    return bool(saw) and all(computes(layer, rest_of(layer, False), x) for x in saw)
 
 
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def _fold_inserted(model: nn.Module, example: Any, ties: dict[str, str]) -> Report:
+def _fold_inserted(model: nn.Module, example: Any, ties: dict[str, str], left: dict[str, str]) -> Report:
     """What ``insert`` gave to layers goes back into them."""
     report = Report()
     layers: dict[str, Any] = {n: layer for n, layer in model.named_modules() if hasattr(type(layer), "normalizes")}
@@ -135,7 +153,7 @@ def _fold_inserted(model: nn.Module, example: Any, ties: dict[str, str]) -> Repo
         norm: Any = getattr(layer, "batch_norm", None)  # which may be another one by now, or none
         plain = norm is not None and is_known(norm) and getattr(norm, "activation", None) is None
         if seen is not None and plain and norm.running_mean is not None:
-            reason = tied(ties, seen, name)
+            reason = left[f"{name}.batch_norm"] if f"{name}.batch_norm" in left else tied(ties, seen, name)
             if reason is None:
                 check_statistics(f"{name}.batch_norm", norm)
                 scale_outputs(layer, *affine(norm))
@@ -149,46 +167,56 @@ def _fold_inserted(model: nn.Module, example: Any, ties: dict[str, str]) -> Repo
 def _fold_one(place: Place, name: str, layer: Any, stated: bool) -> tuple[Row, Fold | None]:
     """Fold it, or say why not."""
     calls = place.seen.of(name)
-    reason = _unfit(layer, calls, stated)
+    rest = rest_of(layer, any(len(call.inputs) > 1 for call in calls))
+    reason = _unfit(layer, calls, stated) or _read(place, name, rest)
     if reason is not None:
         return Row(name, LEFT, reason), None
     check_statistics(name, layer)
-    (call,) = calls
-    rest = rest_of(layer, len(call.inputs) > 1)
-    found, not_before = before(place, call, layer)
+    found, not_before = before(place, calls, layer)
     if found is None:
-        found, not_after = after(place, call, layer, rest)
+        found, not_after = after(place, calls, layer, rest)
         if found is None:
-            return Row(name, LEFT, f"{not_before}; {not_after}"), None
+            often = f"it is called {len(calls)} times: " if len(calls) > 1 else ""
+            return Row(name, LEFT, f"{often}{not_before}; {not_after}"), None
     target = place.model.get_submodule(found.into)
     scale_C, shift_C = found.spread(*affine(layer))
     (scale_inputs if found.after else scale_outputs)(target, scale_C, shift_C)
-    _replace(place.model, layer, rest)
+    _become(layer, rest)
     return Row(name, "folded", f"into {found.into}, {'after' if found.after else 'before'} it"), found
 
 
 def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
     if layer.running_mean is None:
         return "it has no running statistics: it normalizes by each batch in eval too"
-    if len(calls) != 1:
-        return "the example does not reach it" if not calls else f"it is called {len(calls)} times"
+    if not calls:
+        return "the example does not reach it"
     if not stated:
         then = " and then ".join(name for name, _ in layer.named_children())
         what = f"batch normalization{' and then ' if then else ''}{then}"
         return f"a {type(layer).__qualname__} computes something else than {what}: put that in a module behind it"
-    if not is_known(layer) and (calls[0].arguments is None or [*map(len, calls[0].arguments)] != [1, 0]):
-        return f"a {type(layer).__qualname__} is given more than its input"
-    if {2, "mask"} & {*calls[0].given}:
-        return "it is given a mask"
+    for call in calls:
+        if not is_known(layer) and (call.arguments is None or [*map(len, call.arguments)] != [1, 0]):
+            return f"a {type(layer).__qualname__} is given more than its input"
+        if {2, "mask"} & {*call.given}:
+            return "it is given a mask"
     if hooked(layer):
         return "it has hooks, which would see something else"
+    if type(layer).__basicsize__ != nn.Module.__basicsize__:
+        return f"a {type(layer).__qualname__} has __slots__: the same object cannot be of another class"
     return None
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Under every name that it has."""
+def _read(place: Place, name: str, rest: nn.Module) -> str | None:
+    """What a forward asks of it that would be gone, or be another."""
+    asked = place.seen.asked.get(name, {})
+    gone = [key for key in asked if key in _TENSORS or not hasattr(rest, key)]
+    key = min(gone, key=lambda key: key.startswith("_"), default=None)
+    return None if key is None else f"the forward of {asked[key] or 'the model'} reads its {key}"
+
+
+def _become(old: nn.Module, new: nn.Module) -> None:
+    """The same object as another module: whoever holds it, a list or an object that torch does not know, has that."""
     new.train(old.training)
-    for module in model.modules():
-        for name, child in module.named_children():
-            if child is old:
-                setattr(module, name, new)
+    old.__class__ = type(new)
+    vars(old).clear()
+    vars(old).update(vars(new))

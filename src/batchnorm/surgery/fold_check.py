@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +26,30 @@ from batchnorm.surgery.weights import affine
 
 # The largest error, relative to the largest value of an output, that a fold may have by default.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_ROUNDING = 1e-6  # more than it comes to in float64, relative to an output's largest value
 _NAN = "NaN on the example, beside which nothing can be checked: give another one, or look at its parameters."
+
+
+class Way(NamedTuple):
+    """From one call of a layer to one of what it went into: which calls of theirs, counted from 0, and ``path``, the
+    calls in between."""
+
+    layer: int
+    into: int
+    path: list[Call]
 
 
 class Fold(NamedTuple):
     """``layer`` went into ``into``, which comes after it or before it.
 
-    ``path``: the calls in between; ``channels``: for each channel of ``into`` the layer's, or -1 for none.
+    ``ways``: one for each time that both are called; ``channels``: for each channel of ``into`` the layer's, or -1 for
+    none.
     """
 
     layer: str
     into: str
     after: bool
-    path: list[Call]
+    ways: list[Way]
     channels: Tensor
 
     def spread(self, scale_C: Tensor, shift_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,15 +59,18 @@ class Fold(NamedTuple):
         return scale_C[channels].where(known, 1.0), shift_C[channels].where(known, 0.0)
 
 
-def seen_by(wide: nn.Module, example: Any, names: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What modules of a model in float64 take, and what they give."""
-    saw: dict[str, Tensor] = {}
-    made: dict[str, Tensor] = {}
+Seen = dict[str, list[Tensor]]
+
+
+def seen_by(wide: nn.Module, example: Any, names: Collection[str]) -> tuple[Seen, Seen]:
+    """What modules of a model in float64 take, and what they give, in each of their calls."""
+    saw: Seen = {name: [] for name in names}
+    made: Seen = {name: [] for name in names}
 
     def noting(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, named: Any, output: Tensor) -> None:
-            saw[name] = given.pop(name)
-            made[name] = output.clone()
+            saw[name].append(given.pop(name))
+            made[name].append(output.clone())
 
         return hook
 
@@ -73,7 +87,14 @@ def seen_by(wide: nn.Module, example: Any, names: Collection[str]) -> tuple[dict
             modules[name].register_forward_hook(noting(name), with_kwargs=True)
 
     given: dict[str, Tensor] = {}
-    run_in_double(wide, example, prepare)
+
+    def clear(twin: nn.Module) -> None:
+        given.clear()
+        for each in (*saw.values(), *made.values()):
+            each.clear()
+        prepare(twin)
+
+    run_in_double(wide, example, clear)
     return saw, made
 
 
@@ -84,28 +105,32 @@ def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[F
     for into in dict.fromkeys(one.into for one in folds):
         before = [one for one in folds if one.into == into and one.after]  # the layer comes before what it went into
         behind = [one for one in folds if one.into == into and not one.after]
-        row, expected = affine_of(modules[into]), made[into]
+        row, weight = affine_of(modules[into]), cast(Tensor, modules[into].weight)
         assert row is not None
-        for one in behind:
-            shape = [1] * expected.dim()
-            shape[row.channels] = -1
-            scale_C, shift_C = one.spread(*affine(wide_modules[one.layer]))
-            expected = expected * scale_C.view(shape) + shift_C.view(shape)
-        weight: Any = modules[into].weight
-        x = (saw[before[-1].layer] if before else saw[into]).to(weight.dtype)  # the last to go came first
-        for call in before[-1].path if before else ():
-            x = play(modules[call.name] if call.kind == "module" else call.target, call.arguments, x)
-        with torch.no_grad():
-            off = error(modules[into](x), expected)
-        if expected.isnan().any():
-            raise ValueError(f"{into} gives {_NAN}")
-        limit = TOLERANCE[weight.dtype] if tolerance is None else tolerance
-        if not off <= limit:
-            names = " and ".join(one.layer for one in before + behind)
-            raise ValueError(
-                f"fold refused: {into} with {names} folded in is {off:.1e} of its largest "
-                f"output off, more than {limit:.1e} ({weight.dtype}): fold in a wider dtype, or raise the tolerance."
-            )
+        for way in (before or behind)[-1].ways:
+            if way.into >= len(made[into]) or (before and way.layer >= len(saw[before[-1].layer])):
+                continue  # how often it is called depends on the data, and on rounding
+            expected = made[into][way.into]
+            for one in behind:
+                shape = [1] * expected.dim()
+                shape[row.channels] = -1
+                scale_C, shift_C = one.spread(*affine(wide_modules[one.layer]))
+                expected = expected * scale_C.view(shape) + shift_C.view(shape)
+            x = saw[before[-1].layer][way.layer] if before else saw[into][way.into]  # the last to go came first
+            x = x.to(weight.dtype)
+            for call in way.path if before else ():
+                x = play(modules[call.name] if call.kind == "module" else call.target, call.arguments, x)
+            with torch.no_grad():
+                off = error(modules[into](x), expected)
+            if expected.isnan().any():
+                raise ValueError(f"{into} gives {_NAN}")
+            limit = TOLERANCE[weight.dtype] if tolerance is None else tolerance
+            if not off <= limit:
+                names = " and ".join(one.layer for one in before + behind)
+                raise ValueError(
+                    f"fold refused: {into} with {names} folded in is {off:.1e} of its largest output off, more than "
+                    f"{limit:.1e} ({weight.dtype}): fold in a wider dtype, or raise the tolerance."
+                )
 
 
 def check_outputs(
@@ -115,19 +140,36 @@ def check_outputs(
     example: Any,
     wide_example: Any,
     tolerance: float | None,
-    fold_in: Callable[[nn.Module, Any], Any],
-) -> None:
+    names: list[str],
+    fold_in: Callable[[nn.Module, Any, Collection[str]], Any],
+) -> str | None:
     """The whole model beside itself in float64.
 
     How many values come out may depend on the data, of a detector say, and then on rounding: such a model is folded in
     float64 and compared there, where rounding decides nothing.
+
+    Returns:
+        The first of the layers ``names`` without which the model does not run, or computes something else in float64
+        too: that is not rounding, and no tolerance is for it.
     """
-    new, old = _floating(run(folded, example)), _floating(run(model, example))
-    exact = _floating(run_in_double(wide, wide_example))
+
+    def in_double(but: Collection[str]) -> list[Tensor]:
+        twin = copy.deepcopy(wide)
+        fold_in(twin, wide_example, but)
+        return _floating(run_in_double(twin, wide_example))
+
+    old, exact = _floating(run(model, example)), _floating(run_in_double(wide, wide_example))
+    try:
+        new = _floating(run(folded, example))
+    except Exception:  # whatever a forward raises that misses something
+        found = _missed(names, exact, in_double)
+        if found is None:
+            raise
+        return found
     if any(t.isnan().any() for t in (*old, *exact)):
         raise ValueError(f"the model gives {_NAN}")
     if not [t.shape for t in new] == [t.shape for t in old] == [t.shape for t in exact]:
-        new, old = _folded_in_double(wide, wide_example, fold_in), exact
+        new, old = in_double(()), exact
         if [t.shape for t in new] != [t.shape for t in exact]:
             raise ValueError(
                 "the number of values that the model gives depends on the data, and changes with rounding on this "
@@ -136,16 +178,34 @@ def check_outputs(
     for i, (mine, theirs, expected) in enumerate(zip(new, old, exact, strict=True)):
         limit = max(TOLERANCE.get(mine.dtype, 0.0) if tolerance is None else tolerance, 2 * error(theirs, expected))
         if not error(mine, expected) <= limit:
+            found = _missed(names, exact, in_double)
+            if found is not None:
+                return found
             raise ValueError(
                 f"fold refused: output {i} of the model is {error(mine, expected):.1e} of its largest value off, more "
                 f"than {limit:.1e}, though each layer alone is within it: pass a larger tolerance if that is fine."
             )
+    return None
 
 
-def _folded_in_double(wide: nn.Module, example: Any, fold_in: Callable[[nn.Module, Any], Any]) -> list[Tensor]:
-    folded = copy.deepcopy(wide)
-    fold_in(folded, example)
-    return _floating(run_in_double(folded, example))
+def _missed(names: list[str], exact: list[Tensor], in_double: Callable[[Collection[str]], list[Tensor]]) -> str | None:
+    """The first layer that is missed when those before it and itself are folded, in float64; None where none is."""
+
+    def is_missed(folded: int) -> bool:
+        try:
+            made = in_double(names[folded:])
+        except Exception:  # as above
+            return True
+        alike = len(made) == len(exact) and all(error(a, b) <= _ROUNDING for a, b in zip(made, exact, strict=True))
+        return not alike
+
+    if not names or not is_missed(len(names)):
+        return None
+    fine, missed = 0, len(names)
+    while missed - fine > 1:
+        middle = (fine + missed) // 2
+        fine, missed = (fine, middle) if is_missed(middle) else (middle, missed)
+    return names[missed - 1]
 
 
 def _shapes(tensors: list[Tensor]) -> str:

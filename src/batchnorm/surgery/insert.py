@@ -23,6 +23,7 @@ from batchnorm.surgery.given import AFFINE, checked, hooked, on_all_ranks, only_
 from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.places import layers_of, row_of
 from batchnorm.surgery.report import LEFT, Row, one_line
+from batchnorm.surgery.scripted import scriptable
 from batchnorm.surgery.watch import in_eager, run, tensors_of, watch, watch_in_train
 from batchnorm.surgery.weights import outputs_of
 
@@ -177,7 +178,9 @@ def with_batch_norm(kind: type[nn.Module]) -> type:
     def reduced(self: nn.Module, protocol: int) -> Any:
         return _made_again, (kind,), self.__dict__
 
-    return type(kind.__name__, (kind,), {"forward": forward, "normalizes": kind, "__reduce_ex__": reduced})
+    content = {"forward": forward, "normalizes": kind, "__reduce_ex__": reduced}
+    content["__prepare_scriptable__"] = lambda self: scriptable(self, kind, last)
+    return type(kind.__name__, (kind,), content)
 
 
 def _made_again(kind: type) -> nn.Module:
@@ -254,7 +257,7 @@ def _check(model: nn.Module, inserted: nn.Module, names: list[str], example: Any
     wide, wide_inserted, given = copied(model).double(), copied(inserted).double(), to_double(example)
     limit = max((TOLERANCE.get(p.dtype, 0.0) for p in inserted.parameters()), default=0.0)
     made, expected = seen_by(wide_inserted, given, names)[1], seen_by(wide, given, names)[1]
-    pairs = [(name, made[name], expected[name]) for name in expected]
+    pairs = [(name, a, b) for name in expected for a, b in zip(made[name], expected[name], strict=True)]
     outputs = (list(tensors_of(run_in_double(m, given))) for m in (wide_inserted, wide))
     pairs += [(f"output {i} of the model", a, b) for i, (a, b) in enumerate(zip(*outputs, strict=True))]
     for name, a, b in pairs:

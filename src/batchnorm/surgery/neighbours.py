@@ -1,5 +1,8 @@
 """The layer that batch normalization folds into: before it or after it, behind what only moves values, or why none.
 
+A layer that is called several times folds where each of its calls goes with one call of the other, and no call of that
+is left.
+
 Comes from: ``fold``, a watched forward pass. Goes to: what is folded into what, channel by channel.
 """
 
@@ -20,7 +23,7 @@ from batchnorm.surgery.affine import (
     pads_with_zeros,
     unregistered,
 )
-from batchnorm.surgery.fold_check import Fold
+from batchnorm.surgery.fold_check import Fold, Way
 from batchnorm.surgery.given import hooked
 from batchnorm.surgery.moves import as_function, came_from, channels_between
 from batchnorm.surgery.watch import Call, Watched
@@ -32,11 +35,42 @@ class Place(NamedTuple):
     model: nn.Module
     seen: Watched
     ties: dict[str, str]
-    moves: dict[tuple[int, int], Tensor | None]
+    moves: dict[tuple[int, type], Tensor | None]
 
 
-def before(place: Place, call: Call, layer: Any) -> tuple[Fold | None, str]:
+class _Beside(NamedTuple):
+    """The call beside one of the layer's, the path to it, and which of the layer's channels its channels are."""
+
+    call: Call
+    path: list[Call]
+    channels: Tensor
+
+
+def before(place: Place, calls: list[Call], layer: Any) -> tuple[Fold | None, str]:
     """The layer that it folds into backwards, or why there is none."""
+    return _folded(place, calls, False, [_before(place, call, layer, len(calls)) for call in calls])
+
+
+def after(place: Place, calls: list[Call], layer: Any, rest: nn.Module) -> tuple[Fold | None, str]:
+    """The layer that it folds into forwards, or why there is none."""
+    return _folded(place, calls, True, [_after(place, call, layer, rest, len(calls)) for call in calls])
+
+
+def _folded(
+    place: Place, calls: list[Call], after: bool, found: list[tuple[_Beside | None, str]]
+) -> tuple[Fold | None, str]:
+    beside = [one for one, _ in found if one is not None]
+    if len(beside) < len(calls):
+        return None, next(why for one, why in found if one is None)
+    into, channels = beside[0].call.name, beside[0].channels
+    if not all(torch.equal(one.channels, channels) for one in beside):
+        return None, f"the channels of {into} are others in each call"
+    numbers = {call.index: number for name in (calls[0].name, into) for number, call in enumerate(place.seen.of(name))}
+    ways = [Way(numbers[at.index], numbers[one.call.index], one.path) for at, one in zip(calls, beside, strict=True)]
+    return Fold(calls[0].name, into, after, ways, channels), ""
+
+
+def _before(place: Place, call: Call, layer: Any, times: int) -> tuple[_Beside | None, str]:
     path: list[Call] = []
     at = call
     while True:
@@ -53,7 +87,7 @@ def before(place: Place, call: Call, layer: Any) -> tuple[Fold | None, str]:
         at = maker
     if place.seen.only_reader(maker) is not at:
         return None, _also_read(place, maker, at)
-    reason = _unusable(place, maker, "before")
+    reason = _unusable(place, maker, "before", times)
     if reason is not None:
         return None, reason
     row, shape = affine_of(maker.target), maker.shape
@@ -63,11 +97,10 @@ def before(place: Place, call: Call, layer: Any) -> tuple[Fold | None, str]:
     channels = as_function(was, now, shape[row.channels])
     if channels is None:
         return None, f"a channel of {maker.name} before it goes to several of its own"
-    return Fold(call.name, maker.name, False, path, channels), ""
+    return _Beside(maker, path, channels), ""
 
 
-def after(place: Place, call: Call, layer: Any, rest: nn.Module) -> tuple[Fold | None, str]:
-    """The layer that it folds into forwards, or why there is none."""
+def _after(place: Place, call: Call, layer: Any, rest: nn.Module, times: int) -> tuple[_Beside | None, str]:
     path: list[Call] = []
     at = call
     while True:
@@ -88,7 +121,7 @@ def after(place: Place, call: Call, layer: Any, rest: nn.Module) -> tuple[Fold |
         return None, f"{reader.name} after it gives each place another number of inputs"
     if pads_with_zeros(reader.target):
         return None, f"{reader.name} after it pads with 0"
-    reason = _unusable(place, reader, "after")
+    reason = _unusable(place, reader, "after", times)
     if reason is not None:
         return None, reason
     given = at.shape
@@ -98,13 +131,13 @@ def after(place: Place, call: Call, layer: Any, rest: nn.Module) -> tuple[Fold |
     channels = as_function(now, was, given[row.channels])
     if channels is None:
         return None, f"a channel of {reader.name} after it takes several of its own"
-    return Fold(call.name, reader.name, True, path, channels), ""
+    return _Beside(reader, path, channels), ""
 
 
 def _came_from(place: Place, call: Call, layer: Any) -> Tensor | None:
     """For each value that a call gives out, which one it was; None if it does more than move them."""
     target = place.model.get_submodule(call.name) if call.kind == "module" else call.target
-    key = (call.index, id(target))
+    key = (call.index, type(target))  # which changes when it is folded
     if key not in place.moves:
         place.moves[key] = came_from(place.seen, call, target, layer.running_mean.dtype)
     return place.moves[key]
@@ -144,10 +177,10 @@ def tied(ties: dict[str, str], seen: Watched, name: str) -> str | None:
     return None
 
 
-def _unusable(place: Place, call: Call, side: str) -> str | None:
+def _unusable(place: Place, call: Call, side: str, times: int) -> str | None:
     name, layer, seen = call.name, call.target, place.seen
-    if len(seen.of(name)) != 1:
-        return f"{name} {side} it is called {len(seen.of(name))} times"
+    if len(seen.of(name)) != times:
+        return f"{name} {side} it is called {_times(len(seen.of(name)))}"
     if is_pruned(layer):
         return f"the weight of {name} {side} it {PRUNED}"
     if hooked(layer):
@@ -157,3 +190,7 @@ def _unusable(place: Place, call: Call, side: str) -> str | None:
     if is_computed(layer):
         return f"the weight of {name} {side} it is computed from others"
     return tied(place.ties, seen, name)
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"

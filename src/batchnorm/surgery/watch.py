@@ -65,10 +65,15 @@ class Call:
 
 @dataclass
 class Watched:
-    """All calls of one forward pass, in their order; ``read``: parameters that functions in other modules read."""
+    """All calls of one forward pass, in their order.
+
+    ``read``: parameters that functions in other modules read; ``asked``: of modules that are one call each by request,
+    the attributes that a forward around them reads, and whose forward that is.
+    """
 
     calls: list[Call]
     read: dict[str, str] = field(default_factory=dict)
+    asked: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def of(self, name: str) -> list[Call]:
         """The calls of a module."""
@@ -123,7 +128,7 @@ def watch(model: nn.Module, example: Any, train: bool = False, whole: Collection
     if held:
         noted.begin("held", "held", None, (held,), {})
     noted.begin("output", "output", None, (out,), {})
-    return Watched(noted.calls, noted.read)
+    return Watched(noted.calls, noted.read, noted.asked)
 
 
 def watch_in_train(model: nn.Module, example: Any, whole: Collection[nn.Module] = ()) -> Watched | None:
@@ -195,6 +200,7 @@ class _Noted(TorchFunctionMode):
         self.whole = {module for module, name in self.names.items() if self.targets[name] in {*whole}}
         self.parameters = {id(p): name for name, p in twin.named_parameters()}
         self.read: dict[str, str] = {}
+        self.asked: dict[str, dict[str, str]] = {}
         self.calls: list[Call] = []
         self.maker: dict[int, Call] = {}
         self.kept: list[Tensor] = []
@@ -235,6 +241,8 @@ class _Noted(TorchFunctionMode):
                 module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             )
         ]
+        for module in self.whole:
+            module.__class__ = _telling(type(module), self._asked)
         self.unseen.__enter__()
         return super().__enter__()
 
@@ -256,6 +264,13 @@ class _Noted(TorchFunctionMode):
         if alive():
             gc.collect()  # a function that calls itself keeps what it uses
         return alive()
+
+    def _asked(self, module: nn.Module, key: str) -> None:
+        """Somebody reads an attribute: a forward around the module, if not the module in its own call."""
+        inside = self.inside[-1][0] if self.inside else None
+        if len(self.owners) > 1 and inside is not module:
+            who = self.owners[-1] if inside is None else self.names[inside]
+            self.asked.setdefault(self.names[module], {}).setdefault(key, who)
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.inside:
@@ -316,6 +331,23 @@ class _Unseen(TorchDispatchMode):
             self.noted.begin("function", function.name().split("::")[-1], function, (read,), {})
         with torch._C.DisableTorchFunction():  # it is no call of the model's
             return function(*args, **(kwargs or {}))
+
+
+class _Unregistered(nn.Module):
+    """Before another base: what this wants of its subclasses (a name, an entry in a registry) is not asked for."""
+
+    def __init_subclass__(cls) -> None:
+        """Nothing."""
+
+
+def _telling(kind: Any, tell: Callable[[nn.Module, str], None]) -> Any:
+    """A subclass of a module's class that tells which attributes are read."""
+
+    def read(self: nn.Module, key: str) -> Any:
+        tell(self, key)
+        return kind.__getattribute__(self, key)
+
+    return type(kind)(kind.__name__, (_Unregistered, kind), {"__getattribute__": read, "__module__": kind.__module__})
 
 
 def is_leaf(module: nn.Module) -> bool:
