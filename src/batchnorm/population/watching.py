@@ -111,6 +111,7 @@ class Watch:
         self.estimate, self.layers = estimate, estimate.layers
         self.own = self._now()
         self.start = [finite(t) for t in self.own]
+        self.apart = len({t.device for t in self.own}) > 1
         if self.own:
             torch._foreach_copy_(self.own, self.start)
         self.values = [Values(layer) for layer in self.layers]
@@ -128,9 +129,10 @@ class Watch:
         """The means of all layers, then the variances."""
         return [place(layer, name)[name] for name in STATISTICS for layer in self.layers]
 
-    def _restore(self) -> None:
-        for t, (name, layer) in zip(self.own, ((n, m) for n in STATISTICS for m in self.layers), strict=True):
-            place(layer, name)[name] = t
+    def _restore(self, now: list[Tensor]) -> None:
+        if any(t is not own for t, own in zip(now, self.own, strict=True)):
+            for own, (name, layer) in zip(self.own, ((n, m) for n in STATISTICS for m in self.layers), strict=True):
+                place(layer, name)[name] = own
         torch._foreach_copy_(self.own, self.start)
 
     def hooks(self) -> list[Attached]:
@@ -160,7 +162,10 @@ class Watch:
         if self.again:
             return
         values = self.values[index].end(args, output)
-        if not values or not self.mine[index] or is_recomputing(layer):
+        if not values or not self.mine[index]:
+            return
+        has_noted = isinstance(layer, FusedBatchNorm) and not torch.compiler.is_compiling()  # its run, by itself
+        if not (has_noted and torch._C._current_graph_task_id() == -1) and is_recomputing(layer):
             return
         if layer.training and updates_running_statistics(layer) and index not in self.still:
             self.noted[index] = values
@@ -172,7 +177,7 @@ class Watch:
         if not self.noted:
             return
         now = self._now()
-        row = torch.cat([t.to(self.estimate.device) for t in now])
+        row = torch.cat([t.to(self.estimate.device) for t in now] if self.apart else now)
         for index in [index for index in self.noted if self.looked_at.get(index)]:
             found = [t.clone() for t in now[index :: len(self.layers)]]
             if not self._takes_the_batchs(index, found):
@@ -182,7 +187,7 @@ class Watch:
             self.looked_at[index] = None
         self.estimate.take(self.noted, row)
         self.noted = {}
-        self._restore()
+        self._restore(now)
 
     def _takes_the_batchs(self, index: int, found: list[Tensor]) -> bool:
         """Whether a forward of somebody's own takes the batch's statistics over; not where it leaves the old ones.
@@ -195,7 +200,7 @@ class Watch:
         layer, (args, kwargs) = self.layers[index], self.looked_at[index]
         start = self.start[index :: len(self.layers)]
         other = [s + 10 * (1 + s.abs() + f.abs()) for s, f in zip(start, found, strict=True)]
-        self._restore()
+        self._restore(self._now())
         for t, o in zip(self.own[index :: len(self.layers)], other, strict=True):
             t.copy_(o)
         self.again = True
