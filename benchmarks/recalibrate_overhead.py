@@ -1,6 +1,6 @@
 """What ``recalibrate`` costs over the forward passes that it makes. From the root:
 
-    python benchmarks/recalibrate_overhead.py [--rounds 15] [--batches 20] [--threads 1]
+    python benchmarks/recalibrate_overhead.py [--rounds 15] [--batches 20] [--threads 1] [--only mlp]
 
 A pass of ``recalibrate(model, batches)`` beside ``model(x)`` in train mode, without gradients, on the same batches; in
 turns, the ratio taken within each turn. Networks with torch's layers and with ours. Prints a Markdown table.
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batches", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="networks whose name begins so")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -74,6 +75,8 @@ def main() -> None:
     print("| network and batch | layers | BN layers | forward of a batch, ms | recalibrate / forward | quartiles |")
     print("|---|---|---:|---:|---:|---:|")
     for name, (make, shape) in CASES.items():
+        if not name.startswith(options.only):
+            continue
         batches = [torch.randn(shape) for _ in range(options.batches)]
         ours = bn.from_torch(make())
         for kind, model in (("ours", ours), ("torch", stock(ours))):
