@@ -6,6 +6,7 @@ from batchnorm.functional import batch_norm
 from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d, Ghost, Renorm, Synced
 from batchnorm.population import accumulate_statistics, freeze, preserve_state, recalibrate, unfreeze
 from batchnorm.racing.runner import race
+from batchnorm.racing.contenders import Contender
 from batchnorm.racing.task import Task
 from batchnorm.recipe import RECIPES, Recipe, accelerate, find_learning_rate
 from batchnorm.surgery import convert_sync_batchnorm, fold, from_torch, insert, revert_sync_batchnorm, to_torch

@@ -22,7 +22,8 @@ from batchnorm.racing.errors import RaceError, UnreadableFile, WorkerError
 from batchnorm.racing.plan import CONFIG, Plan, as_planned, make_plan, read_plan
 from batchnorm.racing.reading import cores
 from batchnorm.racing.runner import default_directory, run_race
-from batchnorm.racing.task import Task, load_task
+from batchnorm.racing.loading import load_task
+from batchnorm.racing.task import Task
 from batchnorm.racing.tasks import TASKS
 
 
@@ -35,15 +36,17 @@ def race(
     ] = None,
     contenders: Annotated[
         str | None,
-        typer.Option(help=f"Separated by commas: {', '.join(CONTENDERS)}.", show_default="baseline,bn-x5,accelerated"),
+        typer.Option(
+            help=f"Separated by commas: {', '.join(CONTENDERS)}; or yours: module:name.", show_default="by network and mode"
+        ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Runs per contender.", show_default="3; with --quick 1")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs per contender.", show_default="8; with --quick 2")] = None,
     steps: Annotated[int | None, typer.Option(help="The baseline's budget.", show_default="the task's")] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(help="Over all processes; budgets and rates change with it.", show_default="the task's"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="About a minute: a small budget, one seed.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Within a minute: a small budget, two seeds.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Hours: all contenders, the baseline to its plateau.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where results go.", show_default="runs/TASK-TIME")] = None,
     resume: Annotated[
@@ -61,7 +64,7 @@ def race(
         int | None, typer.Option(help="Training processes, one thread each.", show_default="one per core")
     ] = None,
 ) -> None:
-    """Train the contenders under the same rules: steps and seconds until each is as good as the baseline's best.
+    """Train the contenders under the same rules: steps and seconds until each is as good as the baseline at its end.
 
     Under `torchrun --nproc-per-node 2 -m batchnorm race ...` every run is trained data-parallel.
     """

@@ -18,8 +18,9 @@ from batchnorm.experiments import style
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.racing.contenders import CONTENDERS
-from batchnorm.racing.task import load_task
-from batchnorm.racing.trainer import Run, Trainer
+from batchnorm.racing.loading import load_task
+from batchnorm.racing.events import Run
+from batchnorm.racing.trainer import Trainer
 from batchnorm.surgery import insert
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def cells(quick: bool, seeds: int) -> list[Cell]:
 def measure(network: str, seed: int, steps: int) -> Record:
     """Errors of the outputs and the smallest variance that a channel had."""
     task = load_task(network)
-    trainer = Trainer(task, Run(CONTENDERS["baseline"], seed, RATES[network], steps, steps))
+    trainer = Trainer(task, Run(CONTENDERS["baseline"], seed, RATES[network], steps, 1))
     for _ in range(steps):
         trainer.step()
     model = trainer.model.double().eval()

@@ -22,7 +22,7 @@ from batchnorm.experiments.numbers import with_interval
 from batchnorm.experiments.training import recalibrated
 from batchnorm.nn import BatchNorm1d
 from batchnorm.racing.contenders import CONTENDERS
-from batchnorm.racing.task import load_task
+from batchnorm.racing.loading import load_task
 from batchnorm.recipe.accelerate import accelerate
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from batchnorm.experiments import style
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
 from batchnorm.experiments.numbers import with_interval
 from batchnorm.population import preserve_state, recalibrate
-from batchnorm.racing.task import load_task
+from batchnorm.racing.loading import load_task
 from batchnorm.surgery import fold, insert
 
 if TYPE_CHECKING:

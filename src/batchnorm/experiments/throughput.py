@@ -18,7 +18,7 @@ from torch import nn
 from batchnorm.experiments import style
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
 from batchnorm.experiments.numbers import with_interval
-from batchnorm.racing.task import load_task
+from batchnorm.racing.loading import load_task
 from batchnorm.surgery import from_torch, insert, to_torch
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The contenders: what each changes against ``baseline``, and nothing more. A new contender is one row.
+"""The contenders: what each changes against the training as it is, and nothing more. A new contender is one row.
 
 Goes to: ``trainer.py``, which trains them, and to the printed rules. Data only: no loops here.
 Source of bn, bn-x5, bn-x30 and bn-x5-sigmoid: Ioffe & Szegedy 2015, Section 4.2.
@@ -6,63 +6,123 @@ Source of bn, bn-x5, bn-x30 and bn-x5-sigmoid: Ioffe & Szegedy 2015, Section 4.2
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from batchnorm.recipe.recipe import FAST, PAPER, Recipe
+from torch import nn
+
+from batchnorm.racing.changes import CHANGES, WITH
+from batchnorm.racing.errors import RaceError
+from batchnorm.recipe.recipe import FAST, PAPER, SGD, Recipe
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to train the task's network.
+    """A way to train the task's network: what it changes of the training as it is.
 
     Args:
-        name: as on the command line.
-        batch_norm: ``batchnorm.insert`` puts it into the task's network.
-        recipe: what else changes, as ``batchnorm.accelerate`` has it; ``learning_rate`` is times the baseline's.
+        name: for tables and plots.
+        change: what becomes of the network: a name of ``changes.CHANGES``, or ``change(model, example)``, which returns
+            another model.
+        recipe: what else changes, as ``batchnorm.accelerate`` has it; ``learning_rate`` is times the task's.
         network: keywords for the task's model function, on top of its defaults.
         tuned: its learning rate is its own, chosen by ``--tune``; the recipe's holds until then.
-        plateau_speed: the recipe's ``decay_speed`` under ``--full``, where the baseline runs to its plateau.
-        schedule: name of a row of ``trainer.SCHEDULES``.
-        average: decay per step of an exponential average of the weights, which is what is evaluated; 0: none.
+        speeds: the recipe's ``decay_speed`` in a mode where it is another: "quick", or "full", where the baseline runs
+            to its plateau.
         recalibrate: training examples for the population statistics, re-estimated before each evaluation; 0: none.
+        control: name of the contender that is the same without batch normalization.
+
+    Raises:
+        RaceError: (a ValueError) an unknown change.
+
+    Example:
+        >>> from batchnorm import RECIPES, Recipe
+        >>> Contender("x10", "with-bn", recipe=Recipe(learning_rate=10, decay_speed=4)).budget
+        0.25
     """
 
     name: str
-    batch_norm: bool = False
+    change: str | Callable[[nn.Module, Any], nn.Module] = "nothing"
     recipe: Recipe = field(default_factory=Recipe)
     network: dict[str, Any] = field(default_factory=dict)
     tuned: bool = False
-    plateau_speed: float | None = None
-    schedule: str = "linear"
-    average: float = 0.0
+    speeds: dict[str, float] = field(default_factory=dict)
     recalibrate: int = 0
+    control: str | None = None
+
+    def __post_init__(self) -> None:
+        if not (callable(self.change) or self.change in CHANGES):
+            raise RaceError(
+                f"contender {self.name!r}: unknown change {self.change!r}. Known: {', '.join(CHANGES)}; or a function "
+                "of model and example."
+            )
 
     @property
     def budget(self) -> float:
         """Steps, as a share of the baseline's; the learning rate decays over them."""
         return 1 / self.recipe.decay_speed
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether batch normalization is in its network for sure."""
+        return self.change in WITH
+
     def at_speed(self, decay_speed: float | None) -> Contender:
         """The same, decaying faster or slower; None: as it is."""
         return self if decay_speed is None else replace(self, recipe=replace(self.recipe, decay_speed=decay_speed))
 
+    def values(self) -> dict[str, Any]:
+        """Itself as JSON has it; a function by its name."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        found["recipe"] = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe)}
+        if callable(self.change):
+            found["change"] = getattr(self.change, "__qualname__", type(self.change).__name__)
+        return found
 
-BN: dict[str, Any] = {"batch_norm": True, "recalibrate": 2_000}  # evaluated with population statistics, Algorithm 2
+
 SIGMOID: dict[str, Any] = {"network": {"activation": "sigmoid"}}
-OWN: dict[str, Any] = {"tuned": True, "plateau_speed": 1 / 0.07}
+ESTIMATED: dict[str, Any] = {"change": "with-bn", "recalibrate": 2_000}  # population statistics, Algorithm 2
+SGD_SPEEDS, FAST_SPEEDS = {"quick": 3.0, "full": 22.0}, {"quick": 3.0, "full": 38.0}
+SHORT = Recipe(decay_speed=6)
 
 CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("baseline", tuned=True),
-        Contender("bn", **BN, plateau_speed=2),
-        Contender("bn-x5", **BN, recipe=PAPER),
-        Contender("bn-x30", **BN, recipe=replace(PAPER, learning_rate=30)),
-        Contender("sigmoid", **SIGMOID, plateau_speed=2),
-        Contender("bn-x5-sigmoid", **BN, **SIGMOID, recipe=PAPER),
-        Contender("accelerated", **BN, **OWN, recipe=FAST),
-        Contender("accelerated-without-bn", **OWN, recipe=replace(FAST, learning_rate=1)),
+        Contender("short", recipe=SHORT, tuned=True, speeds=SGD_SPEEDS),
+        Contender("bn", **ESTIMATED, speeds={"full": 2.0}),
+        Contender("bn-x5", **ESTIMATED, recipe=PAPER, control="short"),
+        Contender("bn-x30", **ESTIMATED, recipe=replace(PAPER, learning_rate=30)),
+        Contender("sigmoid", **SIGMOID, speeds={"full": 2.0}),
+        Contender("bn-x5-sigmoid", **ESTIMATED, **SIGMOID, recipe=PAPER),
+        Contender("sgd", **ESTIMATED, recipe=SGD, tuned=True, speeds=SGD_SPEEDS, control="short"),
+        Contender("fast", **ESTIMATED, recipe=FAST, tuned=True, speeds=FAST_SPEEDS, control="fast-without-bn"),
+        Contender("fast-without-bn", "without-bn", recipe=FAST, tuned=True, speeds=FAST_SPEEDS),
+        Contender("muon-without-bn", "without-bn", recipe=replace(FAST, decay_speed=1), tuned=True),
+        # Of a network that has batch normalization already.
+        Contender("as-is", tuned=True),
+        Contender("without-bn", "without-bn", tuned=True),
+        Contender("paper", **ESTIMATED, recipe=PAPER, control="without-bn"),
+        Contender("ghost", "ghost"),
+        Contender("renorm", "renorm"),
+        Contender("group-norm", "group-norm", tuned=True),
+        Contender("layer-norm", "layer-norm", tuned=True),
+        Contender("fused", "fused"),
     )
 }
-DEFAULT = ("baseline", "bn-x5", "accelerated")
+PLAIN = {
+    "quick": ("baseline", "fast"),
+    "default": ("baseline", "short", "bn-x5", "sgd", "fast", "fast-without-bn"),
+    "full": (
+        "baseline", "short", "bn", "bn-x5", "bn-x30", "sigmoid", "bn-x5-sigmoid", "sgd", "fast", "fast-without-bn",
+        "muon-without-bn",
+    ),
+}  # fmt: skip
+NORMALIZED = {
+    "quick": ("as-is", "without-bn", "fused"),
+    "default": ("as-is", "without-bn", "paper", "fast", "fused"),
+    "full": ("as-is", "without-bn", "paper", "fast", "fast-without-bn", "ghost", "renorm", "group-norm", "layer-norm",
+             "fused"),
+}  # fmt: skip
+BASELINES = ("baseline", "as-is")

@@ -13,8 +13,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from batchnorm.racing import trainer
-from batchnorm.racing.trainer import Event, Run
+from batchnorm.racing import events
+from batchnorm.racing.events import Event, Run
+from batchnorm.racing.plan import Plan
 
 SECONDS_BETWEEN_LINES = 5
 
@@ -22,8 +23,8 @@ SECONDS_BETWEEN_LINES = 5
 class Display:
     """Shows where each run stands and how long the race will take; a context manager."""
 
-    def __init__(self, runs: Sequence[Run], done: Sequence[Run], console: Console) -> None:
-        self.console, self.runs, self.started = console, list(runs), time.monotonic()
+    def __init__(self, runs: Sequence[Run], done: Sequence[Run], console: Console, plan: Plan) -> None:
+        self.console, self.runs, self.plan, self.started = console, list(runs), plan, time.monotonic()
         self.steps = {run.name: run.steps if run in done else 0 for run in runs}
         self.already = sum(self.steps.values())
         self.scores: dict[str, str] = {}
@@ -58,22 +59,26 @@ class Display:
     def update(self, run: Run, event: Event) -> None:
         """Take in one event."""
         name = run.name
-        if isinstance(event, trainer.Resumed):
+        if isinstance(event, events.Resumed):
             self.already += event.step
-        if isinstance(event, trainer.Progress | trainer.Evaluation):
+        if isinstance(event, events.Progress | events.Evaluation) and event.loss is not None:
             self.losses[name] = event.loss
-        if isinstance(event, trainer.Evaluation):
-            self.scores[name] = f"{event.score:.2%}"
-        detail = f"loss {self.losses.get(name, float('nan')):.3f}  accuracy {self.scores.get(name, '-')}"
+        if isinstance(event, events.Evaluation):
+            self.scores[name] = self.plan.shown(event.score)
+        loss = f"{self.losses[name]:.3f}" if name in self.losses else "-"
+        detail = f"loss {loss}  {self.plan.metric} {self.scores.get(name, '-')}"
         self.steps[name] = event.step
-        if isinstance(event, trainer.Diverged):
+        if isinstance(event, events.Diverged):
             self.steps[name] = run.steps
             self.already += run.steps - event.step  # steps that nobody has to wait for
             detail = f"diverged at step {event.step:,}"
-        ended = self.steps[name] >= run.steps and not isinstance(event, trainer.Progress)
+        if isinstance(event, events.Stopped):
+            self.steps[name] = run.steps
+            self.already += run.steps - event.step
+        ended = self.steps[name] >= run.steps and not isinstance(event, events.Progress)
         if self.console.is_terminal:
             self._update_rows(run, detail, ended)
-        elif isinstance(event, trainer.Diverged | trainer.Evaluation):
+        elif isinstance(event, events.Diverged | events.Evaluation):
             self._print_line(run, detail, ended)
 
     def _print_line(self, run: Run, detail: str, ended: bool) -> None:

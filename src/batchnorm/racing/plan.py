@@ -9,32 +9,40 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+import torch
+
 from batchnorm.racing import zoo
-from batchnorm.racing.contenders import CONTENDERS, DEFAULT, Contender
+from batchnorm.racing.changes import has_batch_norm
+from batchnorm.racing.contenders import BASELINES, CONTENDERS, NORMALIZED, PLAIN, Contender
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.task import Task, fingerprint, keywords_of, load_task
-from batchnorm.racing.trainer import Run
+from batchnorm.racing.events import Run
+from batchnorm.racing.loading import load_contender, load_task
+from batchnorm.racing.task import Task, keywords_of
+from batchnorm.recipe.recipe import Recipe
 
 Mode = Literal["quick", "default", "full"]
-SEEDS: dict[str, int] = {"quick": 1, "default": 3, "full": 3}
-EVALUATIONS: dict[str, int] = {"quick": 15, "default": 50, "full": 100}  # within the baseline's budget
+Asked = str | Recipe | Contender
+SEEDS: dict[str, int] = {"quick": 2, "default": 8, "full": 8}
+EVALUATIONS: dict[str, int] = {"quick": 12, "default": 24, "full": 40}  # of each run, ever more often towards its end
 RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the task's rate: what --tune tries
 TUNED_GRID = (1 / 2, 1, 2)  # times a rate that a sweep at another budget has found
 
 CONFIG = "config.json"
+FORMAT = 2  # of what a race leaves in its directory
 TUNED_FILE = Path(__file__).with_name("tuned.json")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole race as plain values; equal plans give equal accuracies."""
+    """The whole race as plain values; equal plans give equal scores."""
 
+    format: int
     task: str
     data: str | None
     mode: Mode
@@ -42,24 +50,32 @@ class Plan:
     rates: str | None
     seeds: int
     steps: int
-    interval: int
+    evaluations: int
     batch_size: int
     examples: int
     fingerprint: str
     processes: int
     torch: str
     device: str
-    mixed_precision: bool
+    mixed_precision: str
+    metric: str
+    score_falls: bool
     command: str
     learning_rates: dict[str, float]
     tuned: tuple[str, ...]
     left_out: tuple[str, ...]
+    specs: tuple[str, ...]
     contenders: tuple[Contender, ...]
+
+    @property
+    def baseline(self) -> str:
+        """Who sets the target."""
+        return next((c.name for c in self.contenders if c.name in BASELINES), self.contenders[0].name)
 
     def runs(self) -> list[Run]:
         """Every run, longest first, which packs best on several cores."""
         runs = [
-            Run(contender, seed, rate, self.steps, self.interval)
+            Run(contender, seed, rate, max(1, round(contender.budget * self.steps)), self.evaluations)
             for contender in self.contenders
             for seed in range(self.seeds)
             for rate in self.rates_of(contender)
@@ -73,9 +89,17 @@ class Plan:
 
     def options(self) -> dict[str, Any]:
         """The plan as the command line's options would say it."""
-        names = [contender.name for contender in self.contenders]
         same = ("task", "data", "mode", "tune", "rates", "seeds", "steps", "batch_size")
-        return {name: getattr(self, name) for name in same} | {"contenders": names}
+        return {name: getattr(self, name) for name in same} | {"contenders": [*self.specs]}
+
+    def values(self) -> dict[str, Any]:
+        """Itself as JSON has it."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)} | {"contenders": [c.values() for c in self.contenders]}
+        return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+
+    def shown(self, score: float) -> str:
+        """A score as people write it."""
+        return f"{score:.2%}" if self.metric == "accuracy" else f"{score:.4g}"
 
 
 def make_plan(
@@ -83,7 +107,7 @@ def make_plan(
     *,
     spec: str,
     data: str | None = None,
-    contenders: Sequence[str] | None = None,
+    contenders: Sequence[Asked] | None = None,
     mode: Mode = "default",
     seeds: int | None = None,
     steps: int | None = None,
@@ -95,7 +119,7 @@ def make_plan(
     """Decide everything; raises ``RaceError`` where it cannot be done as asked."""
     if mode not in SEEDS:
         raise RaceError(f"unknown mode {mode!r}. Known: {', '.join(SEEDS)}.")
-    chosen, left_out = _choose(task, contenders, mode, tune)
+    specs, chosen, left_out = _choose(task, contenders, mode, tune)
     for name, value in (("seeds", seeds), ("steps", steps)):
         if value is not None and not (isinstance(value, int) and value >= 1):
             raise RaceError(f"--{name} must be a whole number of at least 1 (got {value!r}).")
@@ -118,14 +142,15 @@ def make_plan(
             f"{rates} holds no learning rates for task {task.name!r} at the {mode} (or default) budget, in batches of "
             f"{task.batch_size}."
         )
-    baseline = tuned.get("baseline", task.learning_rate)
-    if mode == "full" and task.full_steps is not None and steps is None:
-        chosen = [c.at_speed(c.plateau_speed) for c in chosen]
+    baseline = tuned.get("baseline", task.base_rate)
+    if mode != "full" or (task.full_steps is not None and steps is None):
+        chosen = [c.at_speed(c.speeds.get(mode)) for c in chosen]
     learning_rates = {
-        c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{baseline * c.recipe.learning_rate:.3g}")
+        c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{_untuned(c, baseline):.3g}")
         for c in chosen
     }
     return Plan(
+        format=FORMAT,
         task=spec,
         data=data,
         mode=mode,
@@ -133,20 +158,29 @@ def make_plan(
         rates=None if rates is None else str(rates),
         seeds=seeds or (1 if tune else SEEDS[mode]),
         steps=budget,
-        interval=max(1, budget // EVALUATIONS[mode]),
-        batch_size=task.batch_size,
-        examples=len(task.train),
+        evaluations=EVALUATIONS[mode],
+        batch_size=task.examples_per_step,
+        examples=len(task.training),
         learning_rates=learning_rates,
-        fingerprint=fingerprint(task),
+        fingerprint=task.fingerprint(),
         processes=processes,
         torch=version("torch"),
         device=task.device,
-        mixed_precision=task.mixed_precision,
+        mixed_precision=str(task.mixed_precision),
+        metric=task.score_name,
+        score_falls=task.score_falls,
         command=command,
         tuned=tuple(c.name for c in chosen if c.tuned and c.name in tuned),
         left_out=tuple(left_out),
+        specs=tuple(specs),
         contenders=tuple(chosen),
     )
+
+
+def _untuned(contender: Contender, baseline: float) -> float:
+    """The rate of the recipe's own optimizer, or the baseline's times the recipe's factor."""
+    recipe = contender.recipe
+    return recipe.own_rate if recipe.brings_optimizer else baseline * recipe.learning_rate
 
 
 def task_of(plan: Plan) -> Task:
@@ -163,65 +197,92 @@ def as_planned(task: Task, batch_size: int | None, tune: bool) -> Task:
 
 def read_plan(directory: Path) -> Plan:
     """The plan of the race that was started in this directory."""
+    stored = stored_in(directory)
     try:
-        stored = json.loads((directory / CONFIG).read_text())
-        now = tuple(CONTENDERS[row["name"]].at_speed(row["recipe"]["decay_speed"]) for row in stored["contenders"])
-        lists = {name: tuple(stored[name]) for name in ("tuned", "left_out")}
+        loaded = [load_contender(spec) for spec in stored["specs"]]
+        speeds = [row["recipe"]["decay_speed"] for row in stored["contenders"]]
+        lists = {name: tuple(stored[name]) for name in ("tuned", "left_out", "specs")}
+        now = tuple(c.at_speed(speed) for c, speed in zip(loaded, speeds, strict=True))
         plan = Plan(**{**stored, **lists, "contenders": now})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise RaceError(f"{directory} holds no race of this version to resume (no readable {CONFIG}).") from None
-    changed = [
-        row["name"] for row, contender in zip(stored["contenders"], now, strict=True) if row != asdict(contender)
-    ]
+    changed = [row["name"] for row, now in zip(stored["contenders"], plan.values()["contenders"], strict=True) if row != now]
     if changed:
         raise RaceError(f"{directory} holds a race of another version: {', '.join(changed)} meant something else.")
     return plan
 
 
+def stored_in(directory: Path) -> dict[str, Any]:
+    """The values of the plan in this directory."""
+    try:
+        stored: dict[str, Any] = json.loads((directory / CONFIG).read_text())
+        own = stored.get("format", 1)
+    except (OSError, ValueError, AttributeError):
+        raise RaceError(f"{directory} holds no race of this version to resume (no readable {CONFIG}).") from None
+    if own != FORMAT:
+        raise RaceError(
+            f"{directory} holds a race of another version of batchnorm (format {own}, this is {FORMAT}), whose rules were "
+            "others: race again."
+        )
+    return stored
+
+
 def check_same(plan: Plan, task: Task, processes: int) -> None:
     """Refuse to go on with a race on another task, or in a way that gives other numbers."""
-    if plan.fingerprint != fingerprint(task):
+    if plan.fingerprint != task.fingerprint():
         raise RaceError(
             f"task {plan.task} is not what it was when the race was planned: other data, batch size or weight decay. "
             "A task function must give the same data each time it is called: seed what it draws."
         )
-    same = {"device": task.device, "mixed_precision": task.mixed_precision, "processes": processes}
+    same = {"device": task.device, "mixed_precision": str(task.mixed_precision), "processes": processes}
     for name, now in (same | {"torch": version("torch")}).items():
         if getattr(plan, name) != now:
             raise RaceError(f"the race was started with {name} = {getattr(plan, name)}, and this is {now}.")
 
 
-def _choose(task: Task, names: Sequence[str] | None, mode: Mode, tune: bool) -> tuple[list[Contender], list[str]]:
-    """The contenders that run, and the names of those that would by default but cannot with this model."""
+def _choose(
+    task: Task, asked: Sequence[Asked] | None, mode: Mode, tune: bool
+) -> tuple[list[str], list[Contender], list[str]]:
+    """How the contenders were named, the contenders, and the names of those left out that cannot run with this model."""
     taken = keywords_of(task.model)
     left_out: list[str] = []
-    if names is None:
-        names = tuple(CONTENDERS) if mode == "full" else DEFAULT
+    if asked is None:
+        table = NORMALIZED if _has_batch_norm(task) else PLAIN
+        asked = table["full" if tune else mode]
         if tune:
-            names = tuple(name for name, contender in CONTENDERS.items() if contender.tuned)
+            asked = [name for name in table["full"] if CONTENDERS[name].tuned]
         if taken is not None:  # a model function without an activation= has no sigmoid variants
-            left_out = [name for name in names if not taken.issuperset(CONTENDERS[name].network)]
-            names = [name for name in names if name not in left_out]
-    if isinstance(names, str):
-        raise RaceError(f"contenders must be a list of names (got {names!r}).")
-    for name in names:
-        if name not in CONTENDERS:
-            raise RaceError(f"unknown contender {name!r}. Known: {', '.join(CONTENDERS)}.")
-        missing = set(CONTENDERS[name].network) - taken if taken is not None else set()
+            left_out = [name for name in asked if not taken.issuperset(CONTENDERS[name].network)]
+            asked = [name for name in asked if name not in left_out]
+    if isinstance(asked, str | Recipe | Contender):
+        raise RaceError(f"contenders must be a list of names or Contenders (got {asked!r}).")
+    chosen = [load_contender(each) for each in asked]
+    names = [contender.name for contender in chosen]
+    for contender in chosen:
+        missing = set(contender.network) - taken if taken is not None else set()
         if missing:
             raise RaceError(
-                f"contender {name!r} changes {', '.join(sorted(missing))}, which the model function of task "
+                f"contender {contender.name!r} changes {', '.join(sorted(missing))}, which the model function of task "
                 f"{task.name!r} does not take (it takes {', '.join(sorted(taken or ())) or 'nothing'})."
             )
-        if tune and not CONTENDERS[name].tuned:
-            raise RaceError(f"contender {name!r} has no rate of its own: it takes a multiple of the baseline's.")
+        if tune and not contender.tuned:
+            raise RaceError(f"contender {contender.name!r} has no rate of its own: it takes a multiple of the baseline's.")
     if len(set(names)) < len(names):
         raise RaceError(f"a contender is named twice: {', '.join(names)}.")
     if not names:
         raise RaceError(f"no contenders. Known: {', '.join(CONTENDERS)}.")
-    if "baseline" not in names and not tune:
+    if not any(name in BASELINES for name in names) and not tune:
         raise RaceError(f"the baseline sets the target, so it must run: --contenders baseline,{','.join(names)}.")
-    return [CONTENDERS[name] for name in names], left_out
+    return [each if isinstance(each, str) else c.name for each, c in zip(asked, chosen, strict=True)], chosen, left_out
+
+
+def _has_batch_norm(task: Task) -> bool:
+    """Whether the network of the task has batch normalization already."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return has_batch_norm(task.model())
+        except Exception:  # said where it is trained, with the contender's name
+            return False
 
 
 def best_rate(scores: Mapping[str, Sequence[float]]) -> str:

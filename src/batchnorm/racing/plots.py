@@ -1,4 +1,4 @@
-"""Plots of a race: accuracy against steps and against seconds, all contenders, the target as a thin line.
+"""Plots of a race: score against steps and seconds, all contenders, the target as a thin line; steps to each score.
 
 Comes from: records and results of ``score.py``. Goes to: PNG files in the output directory.
 """
@@ -7,89 +7,143 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from batchnorm.racing.score import Record
+from batchnorm.racing.plan import Plan
+from batchnorm.racing.score import Record, curves_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # One color and dash per contender throughout the project; lightness and dash tell them apart in grey.
 STYLES: dict[str, tuple[str, str]] = {
     "baseline": ("#444444", "-"),
+    "short": ("#999999", ":"),
     "bn": ("#7fb8e6", "-"),
     "bn-x5": ("#1f77b4", "--"),
     "bn-x30": ("#0b3c5d", "-."),
     "sigmoid": ("#b0a060", ":"),
     "bn-x5-sigmoid": ("#8c6d1f", "--"),
-    "accelerated": ("#c8102e", "-"),
-    "accelerated-without-bn": ("#f2a0a8", "-."),
+    "sgd": ("#2a9d55", "-"),
+    "fast": ("#c8102e", "-"),
+    "fast-without-bn": ("#f2a0a8", "-."),
+    "muon-without-bn": ("#d87f3a", ":"),
+    "as-is": ("#444444", "-"),
+    "without-bn": ("#999999", ":"),
+    "paper": ("#1f77b4", "--"),
+    "ghost": ("#7a5ea8", "-."),
+    "renorm": ("#a98fd0", ":"),
+    "group-norm": ("#8c6d1f", "--"),
+    "layer-norm": ("#b0a060", "-."),
+    "fused": ("#2a9d55", "--"),
 }
+OTHERS = ("#e377c2", "#17becf", "#bcbd22", "#9467bd", "#8c564b")  # for contenders of users
 
 
-def plot(results: Mapping[str, Any], records: Mapping[str, Sequence[Record]], directory: Path) -> list[Path]:
-    """Write ``accuracy-steps.png`` and ``accuracy-seconds.png``."""
-    steps = _figure(results, records, directory / "accuracy-steps.png", "steps", "training steps", lambda row: 1.0)
-    seconds = _figure(
-        results,
-        records,
-        directory / "accuracy-seconds.png",
-        "seconds",
-        "seconds of training (steps x median step time)",
-        lambda row: row["seconds_per_step"],
-    )
-    return [steps, seconds]
+def styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Color and dash of each contender."""
+    own = [name for name in names if name not in STYLES]
+    return STYLES | {name: (OTHERS[i % len(OTHERS)], "-") for i, name in enumerate(own)}
 
 
-def _figure(
-    results: Mapping[str, Any],
-    records: Mapping[str, Sequence[Record]],
-    path: Path,
-    quantity: str,
-    label: str,
-    unit: Any,
-) -> Path:
+def plot(
+    results: Mapping[str, Any], records: Mapping[str, Sequence[Record]], plan: Plan, directory: Path
+) -> list[Path]:
+    """Write ``accuracy-steps.png``, ``accuracy-seconds.png`` and ``steps-to-each.png``."""
     from matplotlib.figure import Figure  # without pyplot: the user's backend stays as it is
-    from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    written = []
+    for name, draw in (("accuracy-steps", _curves), ("accuracy-seconds", _curves), ("steps-to-each", _steps_to_each)):
+        figure = Figure(figsize=(8, 4.8), layout="constrained")
+        draw(figure, results, records, plan, name.rpartition("-")[2])
+        written.append(directory / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
+    return written
+
+
+def _axes(figure: Figure, title: str, x: str, y: str) -> Axes:
     axes = figure.subplots()
-    target, highest = results["target"], 0.0
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _curves(
+    figure: Figure, results: Mapping[str, Any], records: Mapping[str, Sequence[Record]], plan: Plan, quantity: str
+) -> None:
+    """The mean over seeds, lowest to highest as a band; a dot where the target is reached."""
+    label = "training steps" if quantity == "steps" else "seconds of training (steps x median step time)"
+    axes = _axes(figure, _message(results, plan, quantity), f"{label}, log scale", f"{plan.metric} on the test examples")
+    target, sign = results["target"], -1 if plan.score_falls else 1
+    ends = []
     for row in results["contenders"]:
-        color, dash = STYLES[row["name"]]
-        curves = [run["curve"] for run in records[row["name"]] if run["curve"]]
-        if not curves:
+        some = records[row["name"]]
+        if not any(record["curve"] for record in some):
             continue
-        points = list(zip(*curves, strict=False))  # as far as every seed got
-        x = [at[0]["step"] * unit(row) for at in points]
-        scores = [[point["score"] for point in at] for at in points]
-        y = [mean(s) for s in scores]
-        axes.plot(x, y, dash, color=color, linewidth=1.8, label=row["name"])
-        axes.fill_between(x, [min(s) for s in scores], [max(s) for s in scores], color=color, alpha=0.15, linewidth=0)
-        if row[f"{quantity}_to_target"] is not None and target is not None:
-            axes.plot(row[f"{quantity}_to_target"], target, "o", color=color, markersize=6, zorder=3)
-        highest = max(highest, *y)
+        color, dash = styles(list(records))[row["name"]]
+        curves, unit = curves_of(some, plan.score_falls), 1.0 if quantity == "steps" else row["seconds_per_step"]
+        x, scores = curves.steps[1:] * unit, sign * curves.scores[:, 1:]
+        axes.plot(x, scores.mean(0), dash, color=color, linewidth=1.8, label=row["name"])
+        axes.fill_between(x, scores.min(0), scores.max(0), color=color, alpha=0.13, linewidth=0)
+        if row["steps_to_target"] is not None and target is not None:
+            axes.plot(row["steps_to_target"] * unit, target, "o", color=color, markersize=6, zorder=3)
+        ends.append(scores.mean(0)[-1])
+    axes.set_xscale("log")
     if target is not None:
         axes.axhline(target, color="black", linewidth=0.8, zorder=0)
         axes.annotate(
-            f"target {target:.2%}", (1, target), xycoords=("axes fraction", "data"), xytext=(-4, 4),
-            textcoords="offset points", ha="right", va="bottom", fontsize=9,
+            f"target {plan.shown(target)}", (0, target), xycoords=("axes fraction", "data"), xytext=(4, 4),
+            textcoords="offset points", ha="left", va="bottom", fontsize=9,
         )  # fmt: skip
-        axes.set_ylim(max(0.0, target - 0.12), min(1.0, max(highest, target) + 0.015))
-    axes.set_xlim(left=0)
-    axes.set_xlabel(label)
-    axes.set_ylabel("accuracy on the test examples")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
-    axes.set_title(_message(results, quantity), loc="left", fontsize=12)
-    figure.savefig(path, dpi=150)
-    return path
+    if target is not None and plan.metric == "accuracy":
+        axes.set_ylim(max(0.0, target - 0.12), min(1.0, max(*ends, target) + 0.015))
+    _as_percent(axes.yaxis, plan)
+    axes.legend(loc="upper right" if plan.score_falls else "lower right", frameon=False, fontsize=9)
 
 
-def _message(results: Mapping[str, Any], quantity: str) -> str:
+def _steps_to_each(
+    figure: Figure, results: Mapping[str, Any], records: Mapping[str, Sequence[Record]], plan: Plan, quantity: str
+) -> None:
+    """How the advantage grows, or shrinks, with what is to be reached."""
+    axes = _axes(
+        figure, f"Steps to each {plan.metric}", f"{plan.metric} to reach", "training steps to it (mean curve), log scale"
+    )  # fmt: skip
+    each = results["steps_to_each"]
+    for name, steps in each.get("steps", {}).items():
+        color, dash = styles(list(records))[name]
+        known = [(score, count) for score, count in zip(each["scores"], steps, strict=True) if count]
+        if known:
+            axes.plot(*zip(*known, strict=True), dash, color=color, linewidth=1.8, label=name)
+    axes.set_yscale("log")
+    if results["target"] is not None:
+        axes.axvline(results["target"], color="black", linewidth=0.8, zorder=0)
+        axes.annotate(
+            f" target {plan.shown(results['target'])}", (results["target"], 1), xycoords=("data", "axes fraction"),
+            ha="right", va="top", fontsize=9, rotation=90,
+        )  # fmt: skip
+    if plan.score_falls:
+        axes.invert_xaxis()
+    _as_percent(axes.xaxis, plan)
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
+
+
+def _as_percent(axis: Any, plan: Plan) -> None:
+    if plan.metric == "accuracy":
+        from matplotlib.ticker import PercentFormatter
+
+        axis.set_major_formatter(PercentFormatter(1))
+
+
+def _message(results: Mapping[str, Any], plan: Plan, quantity: str) -> str:
     key = f"{quantity}_fraction"
-    rows = [row for row in results["contenders"] if row["name"] != "baseline" and row[key] is not None]
+    rows = [row for row in results["contenders"] if row["name"] != plan.baseline and row[key] is not None]
     if not rows:
-        return "No contender reached the baseline's best accuracy from every seed"
+        return f"No contender reached what {plan.baseline} ends at"
     first = min(rows, key=lambda row: row[key])
-    return f"{first['name']}: the baseline's best accuracy in {first[key]:.0%} of the {quantity}"
+    ends = first[f"{key}_interval"]
+    sure = "" if ends is None or ends[1] == float("inf") else f" (95%: {100 * ends[0]:.1f} to {ends[1]:.1%})"
+    return f"{first['name']}: the {plan.metric} of {plan.baseline} in {first[key]:.1%} of its {quantity}{sure}"

@@ -25,7 +25,8 @@ import torch
 from batchnorm.racing.errors import RaceError, WorkerError
 from batchnorm.racing.plan import Plan, check_same, task_of
 from batchnorm.racing.task import Task
-from batchnorm.racing.trainer import Diverged, Evaluation, Event, Resumed, Run, train
+from batchnorm.racing.events import Diverged, Evaluation, Event, Resumed, Run, Stopped
+from batchnorm.racing.trainer import train
 
 Tagged = tuple[Run, Event]
 
@@ -49,6 +50,8 @@ def run_here(task: Task, runs: Sequence[Run], directory: Path, *, write: bool = 
                 curve.extend(event.curve)
             elif isinstance(event, Diverged):
                 status = f"diverged at step {event.step}"
+            elif isinstance(event, Stopped):
+                status = f"stopped at step {event.step}"
             yield run, event
         if write:
             record = {

@@ -1,6 +1,6 @@
 """Which examples each step takes, and how they get here: in this process, or ahead of it by reading processes.
 
-Comes from: a task's examples. Goes to: ``trainer.py``.
+Comes from: ``examples.py``. Goes to: ``trainer.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from batchnorm.racing.errors import RaceError
+from batchnorm.racing.examples import Examples, Key, Loader, seed_of
+
+Wanted = tuple[Key, Tensor]  # seed and epoch; indices
 
 
 class Order:
@@ -32,16 +35,25 @@ class Order:
             self._last = (epoch, torch.randperm(self.examples, generator=generator))
         return self._last[1]
 
-    def batch(self, step: int) -> Tensor:
-        """Indices of a step's batch."""
-        epoch, position = divmod(step, self.examples // self.batch_size)
+    def batch(self, number: int) -> Tensor:
+        """Indices of a batch."""
+        epoch, position = divmod(number, self.examples // self.batch_size)
         return self.epoch(epoch)[position * self.batch_size :][: self.batch_size]
 
-    def shares(self, step: int, rank: int, ranks: int) -> Iterator[Tensor]:
-        """Without end, a rank's share of each batch from this step on."""
+    def shares(self, number: int, rank: int, ranks: int) -> Iterator[Wanted]:
+        """Without end, a rank's share of each batch from this one on."""
         while True:
-            yield self.batch(step)[rank::ranks]
-            step += 1
+            epoch = number // (self.examples // self.batch_size)
+            yield (self.seed, epoch), self.batch(number)[rank::ranks]
+            number += 1
+
+
+def stream(loader: Loader, seed: int, number: int) -> Generator[Any]:
+    """Without end, the batches of a user's DataLoader from this one on."""
+    epoch, skip = divmod(number, loader.batches)
+    while True:
+        yield from loader.epoch(seed, epoch, skip)
+        epoch, skip = epoch + 1, 0
 
 
 def cores() -> int:
@@ -49,26 +61,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def seed_of(stream: int, position: int) -> int:
-    """A seed of its own for each pair; torch's generator on the CPU looks at the low 32 bits alone."""
-    return (stream * 1_000_003 + position) % 2**32
-
-
-def read(examples: Any, batches: Iterable[Tensor], *, readers: int = 0, pin: bool = False) -> Generator[Any]:
-    """``examples[indices]`` of each batch of indices, in their order.
+def read(examples: Examples, batches: Iterable[Wanted], *, readers: int = 0, pin: bool = False) -> Generator[Any]:
+    """The batch of each of the wanted, in their order.
 
     Args:
-        examples: as in a ``Task``.
-        batches: tensors of indices.
+        examples: as ``examples_of`` gives them.
+        batches: keys and tensors of indices.
         readers: processes that read ahead; 0, or in a process of ``pool.py`` (which fills the cores with runs, and may
             have no children): this process reads each batch when it is asked for.
         pin: put what is read into memory that a GPU copies from.
     """
     if not readers or multiprocessing.current_process().daemon:
-        for indices in batches:
-            yield examples[indices]
+        for key, indices in batches:
+            yield examples.batch(indices, key)
         return
-    lists: Any = (indices.tolist() for indices in batches)
+    lists: Any = ((key, indices.tolist()) for key, indices in batches)
     loader: Any = DataLoader(
         _Shown(examples),  # type: ignore[arg-type]  # it asks for __getitem__ alone
         batch_size=None,
@@ -88,12 +95,12 @@ def read(examples: Any, batches: Iterable[Tensor], *, readers: int = 0, pin: boo
 class _Shown:
     """What reading processes see. A mistake comes back as a value: raised there, it would arrive with their stack."""
 
-    def __init__(self, examples: Any) -> None:
+    def __init__(self, examples: Examples) -> None:
         self.examples = examples
 
-    def __getitem__(self, indices: list[int]) -> Any:
+    def __getitem__(self, wanted: tuple[Key, list[int]]) -> Any:
         try:
-            return self.examples[torch.tensor(indices)]
+            return self.examples.batch(torch.tensor(wanted[1]), wanted[0])
         except RaceError as error:
             return error
 

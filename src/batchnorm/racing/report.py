@@ -1,4 +1,4 @@
-"""What a race leaves behind: the paper's table, ``results.json``, ``curves.csv``; plots are in ``plots.py``.
+"""What a race leaves behind: the sentence, the table, ``results.json``, ``curves.csv``; plots are in ``plots.py``.
 
 Comes from: ``score.py``. Goes to: the terminal and the output directory.
 """
@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -24,89 +19,105 @@ from batchnorm.racing.plan import Plan
 from batchnorm.racing.score import REACHED, Record
 
 
+def sentence(results: Mapping[str, Any], plan: Plan) -> str:
+    """The answer: the contender with the fewest steps, and its control; or why there is none."""
+    if results["target"] is None or not any(row["steps_fraction"] for row in _others(results, plan)):
+        return (results["warnings"] or ["No contender reached the target."])[0]
+    best = min((row for row in _others(results, plan) if row["steps_fraction"]), key=lambda row: row["steps_fraction"])
+    goal = f"the {plan.metric} of {plan.baseline} ({plan.shown(results['target'])})"
+    words = f"{best['name']}: {goal} in {share(best, 'steps')} of its steps, {share(best, 'seconds')} of its seconds"
+    control = next((c.control for c in plan.contenders if c.name == best["name"]), None)
+    row = next((row for row in results["contenders"] if row["name"] == control), None)
+    if row is not None:
+        without = "not reached" if row["steps_fraction"] is None else f"{share(row, 'steps')} of the steps"
+        words += f"; without batch normalization ({control}): {without}"
+    return f"{words}."
+
+
+def share(row: Mapping[str, Any], quantity: str) -> str:
+    """ "6.6% (95%: 6.1 to 7.2%)"."""
+    value, ends = row[f"{quantity}_fraction"], row[f"{quantity}_fraction_interval"]
+    return f"{value:.1%}" if ends is None else f"{value:.1%} (95%: {100 * ends[0]:.1f} to {_upper(ends[1])})"
+
+
+def _upper(end: float) -> str:
+    return f"{end:.1%}" if end < float("inf") else "not reached"
+
+
+def _others(results: Mapping[str, Any], plan: Plan) -> list[Mapping[str, Any]]:
+    return [row for row in results["contenders"] if row["name"] != plan.baseline]
+
+
 def rules(plan: Plan) -> str:
     """The rules in short, printed under every result; docs/race.md has them in full."""
-    seeds = f"means over {plan.seeds} seeds, with 95% intervals" if plan.seeds > 1 else "ONE seed: no interval"
+    seeds = "ONE seed: no intervals" if plan.seeds == 1 else f"{plan.seeds} seeds; intervals by resampling them"
     untuned = [c.name for c in plan.contenders if c.tuned and c.name not in plan.tuned]
-    precision = "forward and loss in bfloat16, " if plan.mixed_precision else ""
+    precision = "" if plan.mixed_precision == "False" else "forward and loss in 16 bits, "
     return (
         f"Rules: same network, initialization seed, data order and batch size ({plan.batch_size}) for all; {precision}"
-        f"evaluated on the test examples every {plan.interval:,} steps. Target: the mean over seeds of the best "
-        "accuracy that the baseline reaches; a contender is scored by its first evaluation at or above it, the "
-        "baseline by the first at its own best. Seconds are training alone: steps x median step time, taken alone and "
-        "interleaved, plus one re-estimation of statistics where a contender has one. "
-        f"{seeds[0].upper()}{seeds[1:]}."
+        f"scored on the test examples. Target: the mean over seeds of the {plan.metric} in the last tenth of "
+        f"{plan.baseline}'s steps, less its standard error; steps: where the mean curve over seeds, made monotone, first is "
+        "there, of all contenders alike. Seconds are training alone: steps x median step time, taken alone and "
+        f"interleaved, plus one re-estimation of statistics where a contender has one. {seeds}."
         + (f" NOT TUNED for this task: the learning rate of {', '.join(untuned)}; see --tune." if untuned else "")
     )
 
 
 def changes(contender: Contender, tuned: bool = True) -> str:
-    """What a contender changes against the baseline, in words. ``tuned``: its rate, on this task, if it has its own."""
+    """What a contender changes against the training as it is. ``tuned``: its rate, on this task, if it has its own."""
     recipe = contender.recipe
-    parts = ["BN"] if contender.batch_norm else []
-    if recipe.dropout != 1:
-        parts.append(f"dropout x{recipe.dropout:g}" if recipe.dropout else "no dropout")
+    parts = [] if contender.change == "nothing" else [f"network {contender.values()['change']}"]
     parts += [f"{key}={value}" for key, value in contender.network.items()]
-    if contender.tuned and tuned:
-        parts.append("own tuned learning rate")
-    elif recipe.learning_rate != 1:
-        parts.append(f"learning rate x{recipe.learning_rate:g}")
-    if recipe.weight_decay != 1:
-        parts.append(f"weight decay x{recipe.weight_decay:g}")
-    if recipe.nesterov:
-        parts.append("Nesterov momentum")
-    if contender.schedule != "linear":
-        parts.append(f"{contender.schedule} schedule")
-    if recipe.decay_speed != 1:
-        parts.append(f"learning rate at zero after {100 * contender.budget:.3g}% of the steps")
-    if contender.average:
-        parts.append(f"averaged weights (decay {contender.average:g})")
+    rate = contender.tuned and tuned
+    parts += ["own tuned learning rate"] if rate else []
+    parts += [what for what, _ in recipe.changes() if not (rate and what.startswith("learning rate x"))]
     if contender.recalibrate:
         parts.append(f"statistics re-estimated on {contender.recalibrate:,} training examples")
-    return "nothing" if contender.name == "baseline" else ", ".join(parts)
+    return ", ".join(parts) or "nothing"
 
 
 def table(results: Mapping[str, Any], plan: Plan) -> Table:
-    """The paper's table, with the time beside the steps."""
-    view = Table(title=title(results, plan), title_justify="left")
+    """Steps and seconds to the target, as shares of the baseline's; narrow enough for 80 columns."""
+    view = Table(title=title(results, plan), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     view.add_column("contender", no_wrap=True)
-    for heading in (
-        "learning rate",
-        "steps to target",
-        "of baseline",
-        "epochs",
-        "seconds",
-        "of baseline",
-        "best accuracy",
-    ):
-        view.add_column(heading, justify="right")
+    for heading in ("rate", "steps", "share", "95%", "seconds", f"{plan.metric} at end"):
+        view.add_column(heading, justify="right", no_wrap=True)
     for row in results["contenders"]:
+        ends = row["steps_fraction_interval"]
         view.add_row(
             row["name"],
             f"{row['learning_rate']:g}",
-            _with_interval(row["steps_to_target"], row["steps_interval"], "{:,.0f}"),
-            _or_dash(row["steps_fraction"], "{:.1%}"),
-            _or_dash(row["epochs_to_target"], "{:.1f}"),
-            _or_dash(row["seconds_to_target"], "{:,.2f}" if (row["seconds_to_target"] or 0) < 10 else "{:,.0f}"),
-            _or_dash(row["seconds_fraction"], "{:.1%}"),
-            _with_interval(row["best_accuracy"], row["best_accuracy_interval"], "{:.2%}"),
+            "not reached" if row["steps_to_target"] is None else f"{row['steps_to_target']:,.0f}",
+            "-" if row["steps_fraction"] is None else f"{row['steps_fraction']:.1%}",
+            "" if ends is None else f"{100 * ends[0]:.1f} to {_upper(ends[1])}",
+            "-" if row["seconds_fraction"] is None else f"{row['seconds_fraction']:.1%}",
+            _end(row, plan),
         )
     return view
+
+
+def _end(row: Mapping[str, Any], plan: Plan) -> str:
+    if row["end"] is None:
+        return "-"
+    if row["end_interval"] is None:
+        return plan.shown(row["end"])
+    half = plan.shown((row["end_interval"][1] - row["end_interval"][0]) / 2).removesuffix("%")
+    return f"{plan.shown(row['end'])} ± {half}"
 
 
 def title(results: Mapping[str, Any], plan: Plan) -> str:
     """The question and the target."""
     target = results["target"]
-    goal = "no target: the baseline diverged" if target is None else f"target: {target:.2%} (the baseline's best)"
-    return f"{plan.task}: steps and seconds to the same accuracy; {goal}"
+    goal = "no target" if target is None else f"target: {plan.metric} {plan.shown(target)} ({plan.baseline}'s end)"
+    return f"{plan.task}: {goal}"
 
 
 def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
-    """What each contender changes, and how it ended where it did not reach the target."""
-    lines = []
+    """What is wrong; what each contender changes, and how it ended where it did not reach the target."""
+    lines = [f"NOTE: {warning}" for warning in results["warnings"]]
     for contender, row in zip(plan.contenders, results["contenders"], strict=True):
         ended = "" if row["status"] == REACHED else f". Outcome: {row['status']}"
-        if ended or contender.name != "baseline":
+        if ended or contender.name != plan.baseline:
             lines.append(f"{contender.name} changes: {changes(contender, contender.name in plan.tuned)}{ended}")
     if plan.left_out:
         lines.append(f"left out, since the model function lacks the keywords: {', '.join(plan.left_out)}")
@@ -114,14 +125,16 @@ def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
 
 
 def show(results: Mapping[str, Any], plan: Plan, console: Console) -> None:
-    """Print table, notes and rules."""
+    """Print the answer, then table, notes and rules."""
+    soft = not console.is_terminal
+    console.print(f"[bold]{sentence(results, plan)}", highlight=False, soft_wrap=soft)
     console.print(table(results, plan))
     for text in (*(f"- {note}" for note in notes(results, plan)), rules(plan)):
-        console.print(text, highlight=False, markup=False, soft_wrap=not console.is_terminal)
+        console.print(text, highlight=False, markup=False, soft_wrap=soft)
 
 
 def markdown(results: Mapping[str, Any], plan: Plan) -> str:
-    """The same table for a README, with what each contender changes."""
+    """The same for a README: sentence, table, what each contender changes, rules."""
     view = table(results, plan)
     cells = [[str(cell) for cell in column.cells] for column in view.columns]
     lines = [
@@ -130,7 +143,7 @@ def markdown(results: Mapping[str, Any], plan: Plan) -> str:
         *("| " + " | ".join(row) + " |" for row in zip(*cells, strict=True)),
     ]
     listed = [f"- {note}" for note in notes(results, plan)]
-    return "\n".join([title(results, plan), "", *lines, "", *listed, "", rules(plan), ""])
+    return "\n".join([sentence(results, plan), "", title(results, plan), "", *lines, "", *listed, "", rules(plan), ""])
 
 
 def curves_csv(records: Mapping[str, Sequence[Record]]) -> str:
@@ -151,52 +164,3 @@ def curves_csv(records: Mapping[str, Sequence[Record]]) -> str:
                     writer.writeheader()
                 writer.writerow(line)
     return out.getvalue()
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Where the numbers come from."""
-    return {
-        "batchnorm": version("batchnorm"),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "cores": os.cpu_count(),
-        "threads_per_run": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that runs; None where git does not keep this file."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("describe", "--always", "--dirty", "--abbrev=12")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-def _with_interval(value: float | None, interval: Sequence[float] | None, form: str) -> str:
-    if value is None or interval is None:
-        return _or_dash(value, form)
-    half = form.format((interval[1] - interval[0]) / 2).removesuffix("%")
-    return f"{form.format(value)} ± {half}"

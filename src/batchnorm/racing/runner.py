@@ -21,9 +21,11 @@ import torch.distributed as dist
 
 from batchnorm.racing import pool
 from batchnorm.racing.errors import RaceError, UnreadableFile
-from batchnorm.racing.plan import CONFIG, Mode, Plan, check_same, make_plan, read_plan
-from batchnorm.racing.task import Task, one_line
-from batchnorm.racing.trainer import Run, Trainer
+from batchnorm.racing.events import Run
+from batchnorm.racing.loading import one_line
+from batchnorm.racing.plan import CONFIG, Asked, Mode, Plan, check_same, make_plan, stored_in
+from batchnorm.racing.task import Task
+from batchnorm.racing.trainer import Trainer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +37,7 @@ TIMING = {"quick": (5, 8), "default": (10, 10), "full": (20, 20)}  # rounds and 
 
 def race(
     task: Task,
-    contenders: Sequence[str] | None = None,
+    contenders: Sequence[Asked] | None = None,
     *,
     seeds: int | None = None,
     steps: int | None = None,
@@ -44,15 +46,17 @@ def race(
     rates: str | os.PathLike[str] | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Train the contenders under the same rules: steps and seconds until each is as good as the baseline's best.
+    """Train the contenders under the same rules: steps and seconds until each is as good as the baseline at its end.
 
     Runs in this process, one contender after the other, on one thread; the command ``batchnorm race`` uses all cores.
     Rules: docs/race.md.
 
     Args:
         task: network, data, loss, metric, batch size and budget.
-        contenders: names, ``"baseline"`` among them; default: baseline, bn-x5 and accelerated.
-        seeds: runs per contender; default: 3 (``mode="quick"``: 1).
+        contenders: names, recipes or ``batchnorm.Contender``s, ``"baseline"`` or ``"as-is"`` among them, which is the
+            training as it is and sets the target. Default: for a network without batch normalization baseline, short,
+            bn-x5, sgd, fast, fast-without-bn; for one that has it as-is, without-bn, paper, fast, fused.
+        seeds: runs per contender; default: 8 (``mode="quick"``: 2).
         steps: the baseline's budget; default: the task's for this mode.
         mode: ``"quick"``, ``"default"`` or ``"full"``.
         out: directory for results.json, curves.csv and the plots; default: ``runs/<task>-<time>``.
@@ -81,7 +85,7 @@ def race(
         command="bn.race(...)",
     )
     directory = Path(out) if out is not None else default_directory(task.name)
-    if resume and read_plan(directory) != plan:
+    if resume and stored_in(directory) != plan.values():
         raise RaceError(f"{directory} holds a race of another configuration.")
     with _one_thread(), torch.random.fork_rng():
         return run_race(task, plan, directory, Console(), resume=resume, workers=0)
@@ -121,7 +125,7 @@ def _prepare(directory: Path, plan: Plan, resume: bool) -> str | None:
             if (directory / CONFIG).exists():
                 return f"{directory} already holds a race: go on with --resume {directory}, or choose another --out."
             (directory / "runs").mkdir(parents=True, exist_ok=True)
-            pool.write_json(directory / CONFIG, asdict(plan))
+            pool.write_json(directory / CONFIG, plan.values())
     except OSError as error:
         return f"--out {directory} cannot be written: {error.strerror}."
     return None
@@ -152,19 +156,17 @@ def _check_contenders(task: Task, plan: Plan) -> None:
     """One step and two scored examples of each contender, before any long work: mistakes in a task show here."""
     for contender in plan.contenders:
         brief = replace(contender, recalibrate=min(contender.recalibrate, task.batch_size))
-        run = Run(brief, 0, plan.learning_rates[contender.name], plan.steps, plan.interval)
+        run = Run(brief, 0, plan.learning_rates[contender.name], plan.steps, plan.evaluations)
         try:
             with closing(Trainer(task, run)) as trainer:
                 trainer.step()
-                score = trainer.evaluate(most=2)
+                trainer.evaluate(most=2)
         except UnreadableFile:
             raise
         except Exception as error:
             raise RaceError(
                 f"task {task.name!r} does not run as contender {contender.name!r}: {one_line(error)}"
             ) from error
-        if not 0 <= score <= 1:
-            raise RaceError(f"task {task.name!r}: metric must be between 0 and 1, higher is better (got {score:g}).")
 
 
 def _train(task: Task, plan: Plan, directory: Path, console: Console, main: bool, workers: int) -> None:
@@ -182,7 +184,7 @@ def _train(task: Task, plan: Plan, directory: Path, console: Console, main: bool
         for _ in stream:
             pass
         return
-    with Display(runs, done, console) as display:
+    with Display(runs, done, console, plan) as display:
         for run, event in stream:
             display.update(run, event)
 
@@ -207,7 +209,7 @@ def _records(plan: Plan, directory: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _times(task: Task, plan: Plan, directory: Path, console: Console, main: bool) -> dict[str, Any]:
     """Step times, measured when nothing else runs, and where; kept, so that a finished race reports the same again."""
-    from batchnorm.racing import report
+    from batchnorm.racing.environment import environment
     from batchnorm.racing.timing import time_steps
 
     file = directory / "times.json"
@@ -218,7 +220,7 @@ def _times(task: Task, plan: Plan, directory: Path, console: Console, main: bool
         first = [run for run in plan.runs() if run.seed == 0]
         rounds, steps = TIMING[plan.mode]
         times = {name: asdict(time) for name, time in time_steps(task, first, rounds=rounds, steps=steps).items()}
-        known = {"times": times, "environment": report.environment(task.device)}
+        known = {"times": times, "environment": environment(task.device)}
         if main:
             pool.write_json(file, known)
     return known
@@ -236,13 +238,13 @@ def _report(
     from batchnorm.racing.timing import StepTime
 
     results = score(plan, records, {name: StepTime(**time) for name, time in times["times"].items()})
-    results |= {"environment": times["environment"], "command": plan.command, "plan": asdict(plan)}
+    results |= {"environment": times["environment"], "command": plan.command, "plan": plan.values()}
     for row, contender in zip(results["contenders"], plan.contenders, strict=True):
         row["changes"] = report.changes(contender, contender.name in plan.tuned)
     pool.write_json(directory / "results.json", results)
     (directory / "curves.csv").write_text(report.curves_csv(records))
     (directory / "results.md").write_text(report.markdown(results, plan))
-    images = plots.plot(results, records, directory)
+    images = plots.plot(results, records, plan, directory)
     report.show(results, plan, console)
     files = ["results.json", "curves.csv", "results.md", *(image.name for image in images)]
     console.print(f"Written: {directory}/{', '.join(files)}", highlight=False, soft_wrap=not console.is_terminal)
@@ -261,7 +263,7 @@ def _report_tuning(
     result = tuning.sweep(plan, records, task.name)
     file = directory / "tuning.json"
     pool.write_json(file, result)
-    console.print(tuning.table(result[task.name][plan.mode]["scores"]))
+    console.print(tuning.table(result[task.name][plan.mode]["scores"], plan))
     data = ["--data", plan.data] if plan.data else []
     use = shlex.join(
         ["batchnorm", "race", "--task", plan.task, *data, "--batch-size", str(plan.batch_size), "--rates", str(file)]

@@ -1,45 +1,86 @@
-"""Who needed how much: from the curves of all runs to the numbers of the table.
+"""Who needed how much: from the curves of all runs to the numbers of the table, with their intervals.
 
-Comes from: the records of ``pool.py`` and the times of ``timing.py``. Goes to: ``report.py`` and ``results.json``.
-The rules are in docs/race.md; this is the only place that applies them.
+    end      = mean score of a run in the last tenth of its steps
+    target   = mean of the baseline's ends over seeds, less one standard error of that mean
+    steps(a) = first crossing of a by the mean curve over seeds, made monotone (isotonic regression), linear in between
+
+The standard error: within it of its end, a curve that flattens out is at its plateau (the one-standard-error rule,
+Breiman et al. 1984); without it noise decides when the baseline has reached what it ends at. Intervals: 95%, by resampling seeds with replacement (Efron 1979), the baseline's and a contender's apart, so that the
+target's own uncertainty is in them. Comes from: the records of ``pool.py`` and the times of ``timing.py``. Goes to:
+``report.py`` and ``results.json``. The rules are in docs/race.md; this is the only place that applies them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
+from batchnorm.racing import checks
 from batchnorm.racing.plan import Plan
 from batchnorm.racing.timing import StepTime
 
 REACHED = "reached the target"
+LAST = 0.9  # a run's end begins here, as a share of its steps
+RESAMPLES = 2_000
 Record = Mapping[str, Any]  # of one run: seed, learning_rate, status, curve
+Array = Any  # numpy's
 
 
-def best(record: Record) -> float | None:
-    """The highest score of a run; None if it was never evaluated."""
-    return max((point["score"] for point in record["curve"]), default=None)
+@dataclass(frozen=True)
+class Curves:
+    """The scores of a contender's runs, higher being better: ``steps`` (points,), ``scores`` (seeds, points)."""
+
+    steps: Array
+    scores: Array
+
+    def mean(self, seeds: Array | None = None) -> Array:
+        """The mean curve over (some) seeds, made monotone: what is expected after so many steps, or fewer."""
+        from scipy.optimize import isotonic_regression
+
+        some = self.scores if seeds is None else self.scores[seeds]
+        return isotonic_regression(some.mean(0)).x
+
+    def end(self, seeds: Array | None = None) -> float:
+        """The mean over (some) seeds of the mean score in the last tenth of the steps."""
+        return float(self.ends.mean() if seeds is None else self.ends[seeds].mean())
+
+    @property
+    def ends(self) -> Array:
+        """The mean score of each seed in the last tenth of the steps."""
+        return self.scores[:, self.steps >= LAST * self.steps[-1]].mean(1)
+
+    def target(self, seeds: Array | None = None) -> float:
+        """What others are to reach: the end, less the standard error of its mean over (some) seeds."""
+        ends = self.ends if seeds is None else self.ends[seeds]
+        error = ends.std(ddof=1) / np.sqrt(len(ends)) if len(ends) > 1 else 0.0
+        return float(ends.mean() - error)
+
+    def steps_to(self, target: float, seeds: Array | None = None) -> float:
+        """Until the mean curve first is at the target, linear between evaluations; infinite where it never is."""
+        curve = self.mean(seeds)
+        at = int(np.searchsorted(curve, target - 1e-12))
+        if at == len(curve):
+            return float("inf")
+        if at == 0:
+            return float(self.steps[0])
+        low, high = curve[at - 1], curve[at]
+        share = min(1.0, (target - low) / (high - low))
+        return float(self.steps[at - 1] + share * (self.steps[at] - self.steps[at - 1]))
 
 
-def steps_to(record: Record, target: float) -> int | None:
-    """The first evaluation at or above the target; None if there is none."""
-    return next((point["step"] for point in record["curve"] if point["score"] >= target), None)
-
-
-def target_of(baseline: Sequence[Record]) -> float | None:
-    """The mean over seeds of the best score that the baseline reaches within its budget."""
-    bests = [best(record) for record in baseline]
-    return None if None in bests else mean(b for b in bests if b is not None)
-
-
-def all_steps_to(name: str, records: Sequence[Record], target: float | None) -> list[int | None]:
-    """Of each run, to the target; the baseline's to its own best.
-
-    The baseline defines the target: against the mean of its bests, every run below the average would count as a miss.
-    """
-    goals = [best(record) if name == "baseline" else target for record in records]
-    return [None if goal is None else steps_to(record, goal) for record, goal in zip(records, goals, strict=True)]
+def curves_of(records: Sequence[Record], falls: bool = False) -> Curves:
+    """A run that diverged counts with its untrained score from there on, one that stopped early with its last."""
+    longest = max((record["curve"] for record in records), key=len)
+    rows = []
+    for record in records:
+        scores = [-point["score"] if falls else point["score"] for point in record["curve"]]
+        rest = scores[-1:] if record["status"].startswith("stopped") else scores[:1]
+        rows.append(scores + (rest or [float("nan")]) * (len(longest) - len(scores)))
+    return Curves(np.array([point["step"] for point in longest], float), np.array(rows))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -53,61 +94,131 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def score(plan: Plan, records: Mapping[str, Sequence[Record]], times: Mapping[str, StepTime]) -> dict[str, Any]:
-    """Every contender's row: means over seeds, None where any seed missed the target."""
-    target = target_of(records["baseline"])
+    """Every contender's row; fractions are None where they mean nothing, ``warnings`` say why."""
+    curves = {name: curves_of(some, plan.score_falls) for name, some in records.items() if any(r["curve"] for r in some)}
+    base = curves.get(plan.baseline)
+    faults = checks.of_baseline(plan, records[plan.baseline], base)
+    target = base.target() if base is not None else None
     rows = [
-        _row(contender.name, plan, records[contender.name], target, times[contender.name])
+        _row(plan, contender.name, records[contender.name], curves.get(contender.name), base, target, times, bool(faults))
         for contender in plan.contenders
     ]
-    baseline = next(row for row in rows if row["name"] == "baseline")
-    for row in rows:
-        for quantity in ("steps", "seconds"):
-            own, reference = row[f"{quantity}_to_target"], baseline[f"{quantity}_to_target"]
-            row[f"{quantity}_fraction"] = None if own is None or not reference else own / reference
-    return {"target": target, "contenders": rows}
-
-
-def _row(name: str, plan: Plan, records: Sequence[Record], target: float | None, time: StepTime) -> dict[str, Any]:
-    runs = []
-    for record, steps in zip(records, all_steps_to(name, records, target), strict=True):
-        runs.append(
-            {
-                "seed": record["seed"],
-                "steps_to_target": steps,
-                "seconds_to_target": None if steps is None else steps * time.median + time.preparation,
-                "best_accuracy": best(record),
-                "steps": record["curve"][-1]["step"] if record["curve"] else 0,
-                "status": record["status"],
-            }
-        )
-    bests = [run["best_accuracy"] for run in runs if run["best_accuracy"] is not None]
-    reached = [run["steps_to_target"] for run in runs if run["steps_to_target"] is not None]
-    complete = len(reached) == len(runs)
-    steps_mean = mean(reached) if complete else None
+    sign = -1 if plan.score_falls else 1
     return {
-        "name": name,
-        "learning_rate": plan.learning_rates[name],
-        "steps_to_target": steps_mean,
-        "seconds_to_target": mean(run["seconds_to_target"] for run in runs) if complete else None,
-        "steps_fraction": None,
-        "seconds_fraction": None,
-        "best_accuracy": mean(bests) if bests else None,
-        "status": _status(runs),
-        "steps_interval": interval(reached) if complete else None,
-        "best_accuracy_interval": interval(bests),
-        "epochs_to_target": None if steps_mean is None else steps_mean * plan.batch_size / plan.examples,
-        "seconds_per_step": time.median,
-        "seconds_per_step_quartiles": time.quartiles,
-        "seconds_to_prepare": time.preparation,
-        "runs": runs,
+        "target": None if target is None else sign * target,
+        "metric": plan.metric,
+        "lower_is_better": plan.score_falls,
+        "warnings": faults + [w for row in rows for w in row["warnings"]],
+        "contenders": rows,
+        "steps_to_each": {} if target is None else steps_to_each(plan, curves),
     }
 
 
-def _status(runs: Sequence[Mapping[str, Any]]) -> str:
-    parts = [f"{run['status']} (seed {run['seed']})" for run in runs if run["status"] != "finished"]
-    missed = [str(run["seed"]) for run in runs if run["steps_to_target"] is None and run["status"] == "finished"]
-    if len(missed) == len(runs):
-        parts.append("target not reached")
-    elif missed:
-        parts.append(f"target not reached from seed {', '.join(missed)}")
-    return "; ".join(parts) or REACHED
+def _row(
+    plan: Plan,
+    name: str,
+    records: Sequence[Record],
+    own: Curves | None,
+    base: Curves | None,
+    target: float | None,
+    times: Mapping[str, StepTime],
+    void: bool,
+) -> dict[str, Any]:
+    time, sign = times[name], -1 if plan.score_falls else 1
+    steps = own.steps_to(target) if own is not None and target is not None else float("inf")
+    reference = base.steps_to(target) if base is not None and target is not None else float("inf")
+    shares, all_steps = _resampled(name == plan.baseline, own, base)
+    reached = float(np.isfinite(all_steps).mean()) if len(all_steps) else None
+    is_reached = bool(np.isfinite(steps))
+    found = checks.of_contender(plan, name, own, steps) if is_reached and not void else []
+    fraction = steps / reference if is_reached and not void and not found else None
+    per_step = time.median / times[plan.baseline].median
+    seconds = steps * time.median + time.preparation if is_reached else None
+    base_seconds = reference * times[plan.baseline].median + times[plan.baseline].preparation
+    return {
+        "name": name,
+        "learning_rate": plan.learning_rates[name],
+        "steps_to_target": steps if is_reached else None,
+        "steps_interval": _percentiles(all_steps),
+        "steps_fraction": fraction,
+        "steps_fraction_interval": None if fraction is None or name == plan.baseline else _percentiles(shares),
+        "seconds_to_target": seconds,
+        "seconds_fraction": None if fraction is None or seconds is None else seconds / base_seconds,
+        "seconds_fraction_interval": None
+        if fraction is None or name == plan.baseline
+        else _percentiles(shares * per_step + time.preparation / base_seconds),
+        "probability_reached": reached,
+        "status": _status(records, is_reached, reached),
+        "warnings": found,
+        "end": None if own is None else sign * own.end(),
+        "end_interval": None if own is None else _signed(interval(own.ends.tolist()), sign),
+        "budget": int(own.steps[-1]) if own is not None else 0,
+        "epochs_to_target": steps * plan.batch_size / plan.examples if is_reached else None,
+        "seconds_per_step": time.median,
+        "seconds_per_step_quartiles": time.quartiles,
+        "seconds_to_prepare": time.preparation,
+        "runs": [
+            {
+                "seed": record["seed"],
+                "status": record["status"],
+                "steps": record["curve"][-1]["step"] if record["curve"] else 0,
+                "end": None if own is None else sign * float(end),
+            }
+            for record, end in zip(records, own.ends if own is not None else [None] * len(records), strict=True)
+        ],
+    }
+
+
+def _resampled(same: bool, own: Curves | None, base: Curves | None) -> tuple[Array, Array]:
+    """Shares and steps of the resamples; infinite where the target is not reached. The baseline's against itself."""
+    if own is None or base is None or len(own.scores) < 2 or len(base.scores) < 2:
+        return np.empty(0), np.empty(0)
+    shares, steps = [], []
+    for theirs, mine in _resamples(len(base.scores), len(own.scores)):
+        target = base.target(theirs)
+        steps.append(own.steps_to(target, theirs if same else mine))
+        shares.append(steps[-1] / base.steps_to(target, theirs))
+    return np.array(shares), np.array(steps)
+
+
+def _resamples(*sizes: int) -> Iterator[list[Array]]:
+    generator = np.random.default_rng(0)
+    for _ in range(RESAMPLES):
+        yield [generator.integers(size, size=size) for size in sizes]
+
+
+def _percentiles(values: Array) -> tuple[float, float] | None:
+    """95%; an upper end of infinity, where one in forty resamples or more does not reach the target, is None's."""
+    if not len(values):
+        return None
+    low, high = np.quantile(values, [0.025, 0.975], method="nearest")
+    return (float(low), float(high)) if np.isfinite(low) else None
+
+
+def steps_to_each(plan: Plan, curves: Mapping[str, Curves]) -> dict[str, Any]:
+    """``{"scores": [...], "steps": {contender: [... or None]}}``: from where the baseline starts to where any ends."""
+    base = curves[plan.baseline].mean()
+    top = max(float(some.mean()[-1]) for some in curves.values())
+    low = float(base[min(2, len(base) - 1)])
+    goals = np.linspace(low, top, 60).tolist() if top > low else [low]
+    steps = {name: [some.steps_to(goal) for goal in goals] for name, some in curves.items()}
+    sign = -1 if plan.score_falls else 1
+    return {
+        "scores": [sign * goal for goal in goals],
+        "steps": {name: [s if np.isfinite(s) else None for s in some] for name, some in steps.items()},
+    }
+
+
+def _signed(values: tuple[float, float] | None, sign: int) -> tuple[float, float] | None:
+    if values is None:
+        return None
+    low, high = sorted(sign * value for value in values)
+    return low, high
+
+
+def _status(records: Sequence[Record], is_reached: bool, reached: float | None) -> str:
+    parts = [f"{run['status']} (seed {run['seed']})" for run in records if run["status"].startswith("diverged")]
+    sure = "" if reached is None else f" ({1 - reached:.0%} of the resamples do not reach it)"
+    if not is_reached:
+        return "; ".join([*parts, f"target not reached{sure}"])
+    return "; ".join([*parts, REACHED]) if not reached or reached > 0.975 else "; ".join([*parts, f"{REACHED}{sure}"])

@@ -1,67 +1,89 @@
-"""Task: what the contenders of a race have in common: network, data, loss, metric, batch size and budget.
+"""Task: a training as it is: network, data, loss, metric, optimizer, schedule, batch size and budget.
 
-Comes from: ``zoo.py``, or a user's function named on the command line. Goes to: ``trainer.py``.
+Comes from: ``zoo.py``, or user code. Goes to: ``plan.py``, ``trainer.py``. A contender changes what its row says of it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import importlib
 import inspect
 import math
 import os
-import random
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.optim import Optimizer
 
+from batchnorm.population.batches import call_with_inputs
 from batchnorm.racing.errors import RaceError
+from batchnorm.racing.examples import Examples, Loader, examples_of
+from batchnorm.racing.metrics import is_object, logits_of, name_of
+from batchnorm.racing.optimization import decay_of_weights, linear
 
-
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Share of examples whose largest output is their class: output (N, classes), target (N,) -> scalar."""
-    return (output.argmax(1) == target).float().mean()
+TARGETS = ("labels", "label", "targets", "target", "y")  # a dict's keys, or an object's attributes: the first there is
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, and for how long; what a contender changes is its own affair.
+    """A training: what is trained, on what, how and for how long; what a contender changes is its own affair.
 
     Args:
         name: for tables and plots.
-        model: ``model()`` returns a new network without batch normalization; contenders put it in. Where it takes
-            ``activation=``, the contenders with ``"sigmoid"`` can run too. Random weights come from torch's generator.
-        train: training examples; ``train[indices]`` with a tensor of indices gives ``(inputs, targets)``, as a
-            ``torch.utils.data.TensorDataset`` does.
+        model: ``model()`` returns a new network, with batch normalization or without. Where it takes ``activation=``,
+            the contenders with ``"sigmoid"`` can run too. Random weights come from torch's generator.
+        train: training examples: any map-style dataset, ``Subset``s too, a ``DataLoader`` (then its batches are the
+            steps'), or a function that makes one. What examples draw at random (augmentation) is seeded by seed, epoch
+            and example: the same for every contender.
         test: examples that only score, in the same form.
-        loss: ``loss(output, target)``, the scalar that is minimized.
-        metric: ``metric(output, target)``, the mean over the examples of a score between 0 and 1, higher is better.
-        batch_size: examples per step, over all processes.
-        steps: the baseline's budget.
-        full_steps: the baseline's budget under ``--full``: up to its plateau. Default: ``steps``.
-        quick_steps: the baseline's budget under ``--quick``. Default: an eighth of ``steps``.
-        learning_rate: the baseline's initial rate, where none has been tuned for this task.
-        weight_decay: the baseline's L2 penalty on weights (not on biases, gamma and beta).
+        loss: ``loss(output, target)``, the scalar that is minimized. Default: the output's own ``.loss`` where it has
+            one, as transformers' models do, else cross-entropy.
+        metric: what is scored on the test examples: ``"accuracy"``, ``"loss"``, ``metric(outputs, targets)`` of all of
+            them, or a ``torchmetrics.Metric``. Default: accuracy; where ``loss`` is given, that.
+        metric_name: for tables and plots. Default: the function's or the class's.
+        lower_is_better: of the metric. Default: as torchmetrics says, true of losses, else false.
+        batch_size: examples per step and per ``accumulate``, over all processes. A DataLoader has its own.
+        steps: optimizer steps of the training as it is: the baseline's budget.
+        full_steps: the same under ``--full``: up to its plateau. Default: ``steps``.
+        quick_steps: the same under ``--quick``. Default: an eighth of ``steps``.
+        optimizer: a function of the parameters (of the model, if its argument is called ``model``), or a class, which
+            gets ``lr=learning_rate`` and ``weight_decay=weight_decay``. Default: SGD with momentum 0.9, weight decay on
+            weights alone.
+        scheduler: ``scheduler(optimizer, steps)``, stepped after each step (``ReduceLROnPlateau``: after each
+            evaluation, with the metric); a dict ``{"scheduler": ..., "interval": "epoch"}``: after each epoch. Default:
+            30% warm-up, then linear to zero.
+        learning_rate: of the optimizer. Default: where ``optimizer`` is a function what that sets, else 0.01.
+        weight_decay: of the optimizer, where ``optimizer`` is not a function.
+        clip_grad_norm: as ``torch.nn.utils.clip_grad_norm_`` has it; default: none.
+        accumulate: batches per step, whose gradients are averaged.
+        patience: the baseline ends after so many evaluations without a better one; default: at the end of its budget.
+        collate: of a list of examples their batch, as a DataLoader has it.
+        forward: ``forward(model, batch)``, the output. Default: the model on the batch, or on its first part where it
+            is a pair; dicts as keyword arguments where the model takes all of their keys.
         held_out: training examples that ``--tune`` sets apart to choose learning rates on. Default: one twelfth.
         device: ``"cpu"``, or ``"cuda"``: under torchrun, each process of a machine trains on a GPU of its own.
-        mixed_precision: forward and loss under ``torch.autocast`` to bfloat16; weights, optimizer and statistics stay
-            in float32.
+        mixed_precision: forward and loss under ``torch.autocast``: True for bfloat16, or ``torch.float16`` with its
+            gradients scaled; weights, optimizer and statistics stay in float32.
         readers: processes per training process that read examples ahead of it. Default: none, examples in memory need
             none; nor are there any where the race itself trains several runs at a time.
 
-    Examples that are files may have ``part(indices, test=)``, which gives some of them without reading them (``test``:
-    to score, not to train on), and ``fingerprint()``, a string that tells them from others.
+    Outputs with ``.logits`` (or ``["logits"]``) are scored by them; targets are a batch's second part, or the first of its
+    ``labels``, ``label``, ``targets``, ``target``, ``y``. Examples that are files may have ``part(indices, test=)``, which
+    gives some of them without reading them (``test``: to score on, not to train on), indices as tensors, and
+    ``fingerprint()``, a string that tells them from others.
+
+    Raises:
+        RaceError: (a ValueError) a field that is not what it must be, by name.
 
     Example:
         >>> def make():
         ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> x, y = torch.randn(120, 4), torch.randint(2, (120,))
-        >>> task = Task("toy", make, TensorDataset(x[:100], y[:100]), TensorDataset(x[100:], y[100:]), steps=50)
+        >>> train, test = torch.utils.data.random_split(torch.utils.data.TensorDataset(x, y), [100, 20])
+        >>> task = Task("toy", make, train, test, optimizer=torch.optim.AdamW, learning_rate=1e-3, steps=50)
         >>> len(task.for_tuning().train), len(task.for_tuning().test)
         (92, 8)
     """
@@ -70,51 +92,163 @@ class Task:
     model: Callable[..., nn.Module]
     train: Any
     test: Any
-    loss: Callable[[Any, Any], Tensor] = field(default=nn.functional.cross_entropy)
-    metric: Callable[[Any, Any], Tensor] = field(default=accuracy)
+    loss: Callable[[Any, Any], Tensor] | None = None
+    metric: Any = None
     batch_size: int = 32
     steps: int = 2000
     full_steps: int | None = None
     quick_steps: int | None = None
-    learning_rate: float = 0.01
+    learning_rate: float | None = None
     weight_decay: float = 5e-4
     held_out: int | None = None
     device: Literal["cpu", "cuda"] = "cpu"
-    mixed_precision: bool = False
+    mixed_precision: bool | torch.dtype = False
     readers: int = 0
+    optimizer: Callable[..., Optimizer] | None = None
+    scheduler: Callable[[Optimizer, int], Any] | None = None
+    clip_grad_norm: float | None = None
+    accumulate: int = 1
+    patience: int | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    metric_name: str | None = None
+    lower_is_better: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "full_steps", "quick_steps", "held_out"):
+        who = f"Task {self.name!r}"
+        for name in ("batch_size", "steps", "full_steps", "quick_steps", "held_out", "accumulate", "patience"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value > 0):
-                raise RaceError(f"Task {self.name!r}: {name} must be a positive whole number (got {value!r}).")
-        for name, lowest in (("learning_rate", 1e-30), ("weight_decay", 0.0)):
+                raise RaceError(f"{who}: {name} must be a positive whole number (got {value!r}).")
+        for name, lowest in (("learning_rate", 1e-30), ("weight_decay", 0.0), ("clip_grad_norm", 1e-30)):
             value = getattr(self, name)
-            if not (isinstance(value, int | float) and lowest <= value < math.inf):
+            if value is not None and not (isinstance(value, int | float) and lowest <= value < math.inf):
                 kind = "a positive number" if lowest else "0 or a positive number"
-                raise RaceError(f"Task {self.name!r}: {name} must be {kind} (got {value!r}).")
+                raise RaceError(f"{who}: {name} must be {kind} (got {value!r}).")
         if not (isinstance(self.readers, int) and self.readers >= 0):
-            raise RaceError(f"Task {self.name!r}: readers must be 0 or a positive whole number (got {self.readers!r}).")
-        _check_device(f"Task {self.name!r}", self.device)
-        if not callable(self.model):
+            raise RaceError(f"{who}: readers must be 0 or a positive whole number (got {self.readers!r}).")
+        _check_device(who, self.device)
+        if not callable(self.model) or isinstance(self.model, nn.Module):
             raise RaceError(
-                f"Task {self.name!r}: model must be a function that returns a network (got {self.model!r})."
+                f"{who}: model must be a function that returns a new network each time (got "
+                f"{type(self.model).__name__ if isinstance(self.model, nn.Module) else repr(self.model)})."
             )
-        for name in ("train", "test"):
-            _check_examples(f"Task {self.name!r}: {name}", getattr(self, name))
-        if len(self.train) < self.batch_size:
+        for name in ("loss", "optimizer", "scheduler", "collate", "forward"):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise RaceError(f"{who}: {name} must be a function (got {value!r}).")
+        self._check_metric(who)
+        if self.mixed_precision not in (False, True, torch.bfloat16, torch.float16):
+            raise RaceError(f"{who}: mixed_precision is True, torch.bfloat16 or torch.float16 (got {self.mixed_precision!r}).")
+        if not isinstance(self.training, Loader) and len(self.training) < self.batch_size:
             raise RaceError(
-                f"Task {self.name!r}: {len(self.train)} training examples are less than one batch ({self.batch_size})."
+                f"{who}: {len(self.training)} training examples are less than one batch ({self.batch_size})."
             )
+        _ = self.testing
+
+    def _check_metric(self, who: str) -> None:
+        given = self.metric
+        if isinstance(given, str) and given not in ("accuracy", "loss"):
+            raise RaceError(f'{who}: metric is "accuracy", "loss", a function or a torchmetrics.Metric (got {given!r}).')
+        if given is not None and not (isinstance(given, str) or callable(given) or is_object(given)):
+            raise RaceError(f"{who}: metric must be a function of all outputs and targets (got {given!r}).")
+
+    @functools.cached_property
+    def training(self) -> Examples | Loader:
+        """The training examples, whatever they were given as."""
+        return examples_of(f"Task {self.name!r}: train", self.train, self.collate)
+
+    @functools.cached_property
+    def testing(self) -> Examples | Loader:
+        """The examples that score."""
+        return examples_of(f"Task {self.name!r}: test", self.test, self.collate)
+
+    @property
+    def examples_per_step(self) -> int:
+        """Over all processes."""
+        size = self.training.batch_size if isinstance(self.training, Loader) else self.batch_size
+        return size * self.accumulate
+
+    @property
+    def scored_by(self) -> Any:
+        """The metric, the default one decided."""
+        return self.metric if self.metric is not None else "accuracy" if self.loss is None else "loss"
+
+    @property
+    def score_name(self) -> str:
+        """The metric's name."""
+        return self.metric_name or name_of(self.scored_by)
+
+    @property
+    def score_falls(self) -> bool:
+        """Whether lower is better."""
+        if self.lower_is_better is not None:
+            return self.lower_is_better
+        higher = getattr(self.scored_by, "higher_is_better", None)
+        return self.scored_by == "loss" if higher is None else not higher
+
+    def example(self, model: nn.Module) -> Any:
+        """What the network is called with on two training examples: as ``insert`` wants it."""
+        return arguments_of(model, lambda: self.output(model, self.first_batch()))
+
+    def first_batch(self) -> Any:
+        """Two training examples; of a DataLoader its first batch."""
+        if isinstance(self.training, Loader):
+            return next(self.training.epoch(0, 0))
+        return self.training.batch(torch.arange(min(2, len(self.training))), (0, 0))
+
+    def output(self, model: nn.Module, batch: Any) -> Any:
+        """The network's output for a batch."""
+        return self.forward(model, batch) if self.forward is not None else call_with_inputs(model, batch)
+
+    def loss_of(self, output: Any, batch: Any) -> Tensor:
+        """What is minimized."""
+        if self.loss is not None:
+            return self.loss(output, target_of(batch))
+        own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        return own if isinstance(own, Tensor) else nn.functional.cross_entropy(logits_of(output), target_of(batch))
+
+    def training_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """What is minimized, for a training batch: the forward pass and the loss."""
+        return self.loss_of(self.output(model, batch), batch)
+
+    def make_optimizer(self, model: nn.Module) -> Optimizer:
+        """The training's own, over a network's parameters."""
+        if self.optimizer is None:
+            return decay_of_weights(model, self.learning_rate or 0.01, self.weight_decay)
+        if isinstance(self.optimizer, type):
+            return self.optimizer(model.parameters(), lr=self.learning_rate or 0.01, weight_decay=self.weight_decay)
+        first = next(iter(inspect.signature(self.optimizer).parameters), None)
+        made: Any = self.optimizer(model if first == "model" else model.parameters())
+        if not isinstance(made, Optimizer):
+            raise RaceError(f"Task {self.name!r}: optimizer returned a {type(made).__name__}, not an optimizer.")
+        for group in made.param_groups if self.learning_rate is not None else ():
+            group["lr"] *= self.learning_rate / made.defaults.get("lr", self.learning_rate)
+        return made
+
+    def make_scheduler(self, optimizer: Optimizer, steps: int) -> Any:
+        """The training's own, over a budget."""
+        return self.scheduler(optimizer, steps) if self.scheduler is not None else linear(optimizer, steps)
+
+    @functools.cached_property
+    def base_rate(self) -> float:
+        """The learning rate of the training as it is: of its optimizer's first group."""
+        if self.learning_rate is not None or self.optimizer is None or isinstance(self.optimizer, type):
+            return self.learning_rate or 0.01
+        with torch.random.fork_rng(devices=[]):
+            return float(self.make_optimizer(self.model()).param_groups[0]["lr"])
 
     def for_tuning(self) -> Task:
         """The same task scored on training examples that are held out; the test examples are not looked at."""
-        held_out = self.held_out or max(1, len(self.train) // 12)
-        if len(self.train) - held_out < self.batch_size:
+        if isinstance(self.training, Loader):
+            raise RaceError(f"Task {self.name!r}: --tune holds examples out, so train must be a dataset, not a DataLoader.")
+        count = len(self.training)
+        held_out = self.held_out or max(1, count // 12)
+        if count - held_out < self.batch_size:
             raise RaceError(f"Task {self.name!r}: {held_out} held-out examples leave less than one batch to train on.")
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
-        part = getattr(self.train, "part", lambda indices, test: TensorDataset(*self.train[indices]))
-        return replace(self, train=part(order[held_out:], test=False), test=part(order[:held_out], test=True))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+        train, test = self.training.part(order[held_out:], test=False), self.training.part(order[:held_out], test=True)
+        return replace(self, train=train, test=test)
 
     def with_batch_size(self, batch_size: int) -> Task:
         """The same task in other batches: as many examples in all, and learning rates in proportion to the batch.
@@ -124,13 +258,65 @@ class Task:
         """
         if not (isinstance(batch_size, int) and batch_size > 0):
             raise RaceError(f"--batch-size must be a whole number of at least 1 (got {batch_size!r}).")
+        if isinstance(self.training, Loader):
+            raise RaceError(f"Task {self.name!r}: its DataLoader has its own batch size.")
         ratio = batch_size / self.batch_size
         steps = {
             name: max(1, round(value / ratio))
             for name in ("steps", "full_steps", "quick_steps")
             if (value := getattr(self, name)) is not None
         }
-        return replace(self, batch_size=batch_size, learning_rate=float(f"{self.learning_rate * ratio:.6g}"), **steps)
+        return replace(self, batch_size=batch_size, learning_rate=float(f"{self.base_rate * ratio:.6g}"), **steps)
+
+    def fingerprint(self) -> str:
+        """Tells two tasks apart by what the numbers hang on: sizes, weight decay, and some of the data itself."""
+        own = (len(self.training), len(self.testing), self.examples_per_step, self.weight_decay, self.base_rate)
+        digest = hashlib.sha256(repr((*own, self.clip_grad_norm, self.accumulate, self.score_name)).encode())
+        for examples in (self.training, self.testing):
+            digest.update(examples.fingerprint().encode())
+        return digest.hexdigest()[:16]
+
+
+class _Called(Exception):
+    """Stops a forward pass at the network's door."""
+
+
+def arguments_of(model: nn.Module, call: Callable[[], Any]) -> Any:
+    """What a model is called with in there: a tensor, a tuple of arguments, a dict of keyword arguments; it is not run.
+
+    Raises:
+        RaceError: it is not called.
+    """
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Called
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        call()
+    except _Called:
+        pass
+    finally:
+        hook.remove()
+    if not seen:
+        raise RaceError("forward= must call the model itself, not parts of it: what it is called with is its example.")
+    args, kwargs = seen[0]
+    if args and kwargs:
+        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    return kwargs or (args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args)
+
+
+def target_of(batch: Any) -> Any:
+    """Of a pair its second part, of a longer tuple all but the first; of dicts and objects their labels; else all."""
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        return batch[1] if len(batch) == 2 else tuple(batch[1:])
+    for name in TARGETS:
+        found = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+        if found is not None:
+            return found
+    return batch
 
 
 def _check_device(what: str, device: str) -> None:
@@ -142,90 +328,12 @@ def _check_device(what: str, device: str) -> None:
             raise RaceError(f"{what}: each process on this machine needs a GPU: {processes} do, and torch sees {gpus}.")
 
 
-def _check_examples(what: str, examples: object) -> None:
-    if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
-        raise RaceError(f"{what} must be a torch.utils.data.TensorDataset or the like (got {type(examples).__name__}).")
-    if len(examples) == 0:
-        raise RaceError(f"{what} is empty.")
-    try:
-        _inputs, _targets = examples[torch.arange(min(3, len(examples)))]
-    except RaceError:
-        raise
-    except Exception as error:
-        raise RaceError(
-            f"{what}[tensor of indices] must give (inputs, targets), as torch.utils.data.TensorDataset does "
-            f"({type(error).__name__}: {error})."
-        ) from None
-
-
-def load_task(spec: str, data: str | None = None) -> Task:
-    """A built-in task by name, or a user's as ``package.module:function``; the function returns a ``Task``."""
-    from batchnorm.racing.tasks import TASKS
-
-    if spec in TASKS:
-        return TASKS[spec](data)
-    module_name, colon, function_name = spec.partition(":")
-    if not (colon and module_name and function_name):
-        raise RaceError(
-            f"unknown task {spec!r}. Known: {', '.join(TASKS)}; or a function of yours: package.module:function."
-        )
-    if data is not None:
-        raise RaceError(f"--data is for the built-in tasks; {spec} brings its own data.")
-    task = _call(spec, _import(spec, module_name, function_name))
-    if not isinstance(task, Task):
-        raise RaceError(f"task {spec}: the function must return a batchnorm.Task (got {type(task).__name__}).")
-    return task
-
-
-def _import(spec: str, module_name: str, function_name: str) -> Callable[[], object]:
-    if os.getcwd() not in sys.path:  # as `python -m` does: a user's module lies where the user stands
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise RaceError(
-            f"task {spec}: importing {module_name} from {os.getcwd()} or the environment failed: {one_line(error)}"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise RaceError(f"task {spec}: {module_name} has no function {function_name}.")
-    return function
-
-
-def _call(spec: str, function: Callable[[], object]) -> object:
-    """Every process of a race calls the function for itself: what it draws must be the same each time."""
-    torch.manual_seed(0)
-    random.seed(0)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(0)
-    try:
-        return function()
-    except RaceError:
-        raise
-    except Exception as error:
-        raise RaceError(f"task {spec}: the function raised {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's type and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def fingerprint(task: Task) -> str:
-    """Tells two tasks apart by what the numbers hang on: sizes, weight decay, and some of the data itself."""
-    digest = hashlib.sha256(repr((len(task.train), len(task.test), task.batch_size, task.weight_decay)).encode())
-    for examples in (task.train, task.test):
-        if hasattr(examples, "fingerprint"):
-            digest.update(examples.fingerprint().encode())
-            continue
-        for part in examples[torch.arange(0, len(examples), max(1, len(examples) // 100))]:
-            digest.update(repr(part.tolist() if isinstance(part, Tensor) else part).encode())
-    return digest.hexdigest()[:16]
-
-
 def keywords_of(model: Callable[..., nn.Module]) -> set[str] | None:
     """The keywords that a model function takes; None if it takes any."""
-    parameters = inspect.signature(model).parameters.values()
+    try:
+        parameters = inspect.signature(model).parameters.values()
+    except ValueError:  # of a class in C
+        return set()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}

@@ -14,7 +14,8 @@ from statistics import median, quantiles
 
 from batchnorm.population.estimate import NoStatistics
 from batchnorm.racing.task import Task
-from batchnorm.racing.trainer import Run, Trainer
+from batchnorm.racing.events import Run
+from batchnorm.racing.trainer import Trainer
 
 WARM_UP = 10
 
@@ -56,11 +57,11 @@ def time_steps(task: Task, runs: Sequence[Run], *, rounds: int, steps: int) -> d
 
 def _summary(seconds: list[float], trainer: Trainer) -> StepTime:
     preparations = []
-    for _ in range(min(4, trainer.run.steps // trainer.run.interval)):  # a run has done it as often
+    for _ in range(4):  # a run has done it as often
         started = time.perf_counter()
         with suppress(NoStatistics), warnings.catch_warnings():  # a contender that diverged takes as long
             warnings.simplefilter("ignore")
-            trainer.prepare(trainer.model)
+            trainer.prepare()
         preparations.append(time.perf_counter() - started)
     low, mid, high = quantiles(seconds, n=4)
     return StepTime(mid, (low, high), median(preparations[1:] or preparations), len(seconds))  # the first one warms up

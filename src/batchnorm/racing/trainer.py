@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,171 +19,132 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils import _pytree
 
 from batchnorm.population import recalibrate
+from batchnorm.population.batches import placed
 from batchnorm.population.estimate import NoStatistics
-from batchnorm.racing.contenders import Contender
-from batchnorm.racing.reading import Order, read, seed_of
-from batchnorm.racing.task import Task
-from batchnorm.recipe.accelerate import accelerate, reduce_dropout
+from batchnorm.racing.changes import CHANGES
+from batchnorm.racing.contenders import BASELINES, Contender
+from batchnorm.racing.errors import RaceError
+from batchnorm.racing.events import Diverged, Evaluation, Event, Progress, Resumed, Run, Stopped
+from batchnorm.racing.examples import Examples, Loader, seed_of
+from batchnorm.racing.metrics import count_of, logits_of, metric_of
+from batchnorm.racing.optimization import prepared
+from batchnorm.racing.reading import Order, Wanted, read, stream
+from batchnorm.racing.task import Task, target_of
+from batchnorm.recipe.accelerate import reduce_dropout
 
 EVALUATION_BATCH = 250  # examples; small enough for a core's cache, so faster than large ones on a CPU
-MOMENTUM = 0.9
-WARM_UP = 0.3  # of a run's budget: where its learning rate has risen linearly to the initial one
-
-# What follows the warm-up: learning rate over initial rate, from the share of the run's budget that is done.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "linear": lambda done: (1 - done) / (1 - WARM_UP),
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "exponential": lambda done: 0.03**done,
-    "constant": lambda done: 1.0,
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run: who, from which seed, at which rate and for how long (in steps)."""
-
-    contender: Contender
-    seed: int
-    learning_rate: float
-    baseline_steps: int
-    interval: int
-
-    @property
-    def steps(self) -> int:
-        """The contender's budget, in whole evaluation intervals."""
-        return max(1, round(self.contender.budget * self.baseline_steps / self.interval)) * self.interval
-
-    @property
-    def name(self) -> str:
-        return f"{self.contender.name}-lr{self.learning_rate:g}-seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: ``loss`` is the mean since the last event."""
-
-    step: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One point of a run's curve; seconds are wall-clock, training and evaluation apart."""
-
-    step: int
-    epochs: float
-    loss: float
-    score: float
-    training_seconds: float
-    evaluation_seconds: float
-
-
-@dataclass(frozen=True)
-class Diverged:
-    """The loss stopped being finite at this step; the run ends."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """The run goes on from a checkpoint, with the evaluations made before."""
-
-    step: int
-    curve: tuple[Evaluation, ...]
-
-
-Event = Progress | Evaluation | Diverged | Resumed
+REPORTS = 10  # of a run's progress, between two evaluations at most
 
 
 class Trainer:
-    """The network of one run, its optimizer and its average; knows the next step, not where the run ends."""
+    """The network of one run, its optimizer and schedule; knows the next step, not where the run ends."""
 
     def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run, self.step_count = task, run, 0
-        contender = run.contender
         torch.manual_seed(run.seed)
         self.device = device_of(task)
-        self.model = network_of(task, contender).to(self.device)
-        self.network = (
-            DistributedDataParallel(self.model, broadcast_buffers=False) if dist.is_initialized() else self.model
-        )
-        recipe = replace(contender.recipe, only_weights=True)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), run.learning_rate / recipe.learning_rate, MOMENTUM, weight_decay=task.weight_decay,
-            fused=True,
-        )  # fmt: skip
-        recipe.apply(self.optimizer, model=self.model if contender.batch_norm else None)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.average = (
-            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(contender.average))
-            if contender.average
-            else None
-        )
+        self.model = network_of(task, run.contender).to(self.device)
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.order = Order(run.seed, len(task.train), task.batch_size)
+        step = _Step(self.model, task)
+        self.network: nn.Module = DistributedDataParallel(step, broadcast_buffers=False) if self.ranks > 1 else step
+        self.optimizer, self.schedule = prepared(task, run.contender, self.model, run.steps, run.learning_rate)
+        half = task.mixed_precision is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.examples = task.training
+        if isinstance(self.examples, Loader):
+            if self.ranks > 1:
+                raise RaceError(f"task {task.name!r}: under torchrun train must be a dataset, which ranks share out.")
+            self.batches_per_epoch = self.examples.batches
+        else:
+            self.batches_per_epoch = len(self.examples) // task.batch_size
+            self.order = Order(run.seed, len(self.examples), task.batch_size)
         self.stream = self._stream()
+        self.highest_rate = 0.0
+        self.last_rate = 0.0
 
     def step(self) -> float:
-        """One step of SGD on this rank's share of the next batch; the loss over the whole batch."""
-        run = self.run
-        done = min(1.0, self.step_count / run.steps)  # timing goes past a short budget
-        warm_up = min(1.0, (self.step_count + 1) / (WARM_UP * run.steps))
-        share = min(warm_up, SCHEDULES[run.contender.schedule](done))
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * share
-        inputs, targets = self._placed(next(self.stream))
+        """One step of the optimizer on this rank's share of the next batch (or batches); the loss over all of it."""
+        task, parts = self.task, self.task.accumulate
+        self.last_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        self.highest_rate = max(self.highest_rate, self.last_rate)
         self.network.train()
         self.optimizer.zero_grad()
-        with self._precision():
-            loss = self.task.loss(self.network(inputs), targets)
-        loss.backward()
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        total = torch.zeros((), device=self.device)
+        for _ in range(parts):
+            batch = placed(next(self.stream), self.device)
+            with self._precision():
+                loss = self.network(batch)
+            self.scaler.scale(loss / parts if parts > 1 else loss).backward()
+            total += loss.detach() / parts
+        if task.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), task.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.step_count += 1
-        loss = loss.detach()
+        done, per_epoch = self.step_count * parts, self.batches_per_epoch
+        self.schedule.after_step(done // per_epoch > (done - parts) // per_epoch)
         if self.ranks > 1:
-            dist.all_reduce(loss)
-        return loss.item() / self.ranks
+            dist.all_reduce(total)
+        return total.item() / self.ranks
 
     def evaluate(self, most: int | None = None) -> float:
-        """The task's metric over the test examples (``most`` of them), of the averaged network where there is one.
+        """The task's metric over the test examples (``most`` of them).
 
         Each rank scores its share; all of them must call this, and get the same.
         """
-        network: nn.Module = self.model if self.average is None else self.average.module
         if self.ranks > 1:  # what layers keep of their rank's examples: rank 0's, as checkpoints hold it
-            for buffer in filter(Tensor.is_contiguous, network.buffers()):  # others (expanded) are constants
+            for buffer in filter(Tensor.is_contiguous, self.model.buffers()):  # others (expanded) are constants
                 dist.broadcast(buffer, 0)
-        self.prepare(network)
-        network.eval()
-        indices = torch.arange(min(most or len(self.task.test), len(self.task.test)))
-        total = 0.0
-        batches = [part for part in self._share(indices).split(EVALUATION_BATCH) if len(part)]
-        with torch.no_grad(), self._precision():
-            for part, batch in zip(batches, self._read(self.task.test, batches), strict=True):
-                inputs, targets = self._placed(batch)
-                total += float(self.task.metric(network(inputs), targets)) * len(part)
-        if self.ranks > 1:
-            totals = torch.tensor(total, dtype=torch.float64, device=self.device)
-            dist.all_reduce(totals)
-            total = totals.item()
-        return round(total / len(indices), 6)  # sums of float32 means: equal counts must give equal scores
+        self.prepare()
+        return self.score(most)
 
-    def prepare(self, network: nn.Module) -> None:
+    def score(self, most: int | None = None) -> float:
+        """The metric with the statistics that there are."""
+        task, model = self.task, self.model.eval()
+        metric = metric_of(task.scored_by, task.loss or nn.functional.cross_entropy)
+        if isinstance(metric, nn.Module):  # a torchmetrics.Metric holds tensors
+            metric.to(self.device)
+        with torch.no_grad(), self._precision():
+            for batch in self._test_batches(most):
+                batch = placed(batch, self.device)
+                output = task.output(model, batch)
+                metric.update(logits_of(output), target_of(batch))
+        return float(metric.compute())
+
+    def prepare(self) -> None:
         """Population statistics, where the contender asks for them: what a user would do once, at the end."""
-        if self.run.contender.recalibrate:
-            examples = self._share(self.order.epoch(0)[: self.run.contender.recalibrate])
-            batches = examples.chunk(math.ceil(len(examples) / EVALUATION_BATCH))  # no small last one
-            everyone = dist.group.WORLD if self.ranks > 1 else None
-            with self._precision():
-                inputs = (self._placed(batch)[0] for batch in self._read(self.task.train, batches))
-                recalibrate(network, inputs, process_group=everyone)
+        count = self.run.contender.recalibrate
+        if not count:
+            return
+        everyone = dist.group.WORLD if self.ranks > 1 else None
+        with self._precision():
+            batches = (placed(batch, self.device) for batch in self._population(count))
+            recalibrate(self.model, batches, forward=self.task.output, process_group=everyone)
+
+    def _population(self, count: int) -> Iterator[Any]:
+        """Training batches for the population statistics."""
+        if isinstance(self.examples, Loader):
+            seen = 0
+            for batch in self.examples.epoch(self.run.seed, 0):
+                yield batch
+                seen += count_of(batch)
+                if seen >= count:
+                    return
+            return
+        indices = self._share(self.order.epoch(0)[:count])
+        parts = indices.chunk(math.ceil(len(indices) / EVALUATION_BATCH))  # no small last one
+        yield from self._read(self.examples, [((self.run.seed, 0), part) for part in parts])
+
+    def _test_batches(self, most: int | None) -> Iterator[Any]:
+        examples = self.task.testing
+        if isinstance(examples, Loader):
+            yield from (batch for n, batch in enumerate(examples.epoch(0, 0)) if most is None or n == 0)
+            return
+        indices = self._share(torch.arange(min(most or len(examples), len(examples))))
+        yield from self._read(examples, [((0, 0), part) for part in indices.split(EVALUATION_BATCH) if len(part)])
 
     def close(self) -> None:
         """End the processes that read ahead."""
@@ -190,49 +152,57 @@ class Trainer:
 
     def _stream(self) -> Generator[Any]:
         """This rank's share of every batch from the next one on."""
-        return self._read(self.task.train, self.order.shares(self.step_count, self.rank, self.ranks))
+        number = self.step_count * self.task.accumulate
+        if isinstance(self.examples, Loader):
+            return stream(self.examples, self.run.seed, number)
+        return self._read(self.examples, self.order.shares(number, self.rank, self.ranks))
 
-    def _read(self, examples: Any, batches: Iterable[Tensor]) -> Generator[Any]:
+    def _read(self, examples: Examples, batches: Iterable[Wanted]) -> Generator[Any]:
         return read(examples, batches, readers=self.task.readers, pin=self.device.type == "cuda")
 
     def _share(self, indices: Tensor) -> Tensor:
         return indices[self.rank :: self.ranks]
 
-    def _placed(self, batch: Any) -> Any:
-        """Inputs and targets where the network is: tensors, or lists, tuples and dicts of them."""
-        return _pytree.tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
-
     def _precision(self) -> AbstractContextManager[Any]:
-        """Forward and loss in bfloat16, where the task asks for it and torch finds it harmless; nothing else."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.task.mixed_precision)
+        """Forward and loss in 16 bits, where the task asks for it and torch finds it harmless; nothing else."""
+        asked = self.task.mixed_precision
+        dtype = asked if isinstance(asked, torch.dtype) else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=bool(asked))
 
     def seed_noise(self) -> None:
         """Dropout's random numbers depend on seed, rank and step alone, so a resumed run draws the same ones."""
         torch.manual_seed(seed_of(self.run.seed * self.ranks + self.rank, self.step_count))
 
     def state_dict(self) -> dict[str, Any]:
-        average = None if self.average is None else self.average.state_dict()
-        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        return {"step": self.step_count, "model": model, "optimizer": optimizer, "average": average}
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule", "scaler")}
+        return {"step": self.step_count, "highest_rate": self.highest_rate, **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.close()
-        self.step_count = state["step"]
+        self.step_count, self.highest_rate = state["step"], state["highest_rate"]
         self.stream = self._stream()
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        for name in ("model", "optimizer", "schedule", "scaler"):
+            getattr(self, name).load_state_dict(state[name])
+
+
+class _Step(nn.Module):
+    """Forward and loss as one module, so that data-parallel training sees the network run whoever calls it."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.task.training_loss(self.model, batch)
 
 
 def network_of(task: Task, contender: Contender) -> nn.Module:
     """The task's network, from torch's random numbers, with what the contender changes of it."""
     model = task.model(**contender.network)
-    example = (task.train[torch.arange(2)][0],)
-    if contender.batch_norm:
-        return accelerate(model, example, contender.recipe)
+    example = task.example(model)
     reduce_dropout(model, contender.recipe.dropout, example)
-    return model
+    change = CHANGES[contender.change] if isinstance(contender.change, str) else contender.change
+    return change(model, example)
 
 
 def device_of(task: Task) -> torch.device:
@@ -257,39 +227,61 @@ def train(task: Task, run: Run, checkpoint: Path | None = None) -> Iterator[Even
 def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
     task, run = trainer.task, trainer.run
     curve: list[Evaluation] = []
-    training_seconds = evaluation_seconds = 0.0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=False)  # ours; optimizers keep what they like
         trainer.load_state_dict(state["trainer"])
         curve = [Evaluation(**row) for row in state["curve"]]
-        training_seconds, evaluation_seconds = curve[-1].training_seconds, curve[-1].evaluation_seconds
         yield Resumed(trainer.step_count, tuple(curve))
-    report_every = max(1, run.interval // 10)
-    while trainer.step_count < run.steps:
+    report_every = max(1, run.steps // run.evaluations // REPORTS)
+    for start, end in pairwise((0, *run.points)):
+        if curve and end <= trainer.step_count:
+            continue
         trainer.seed_noise()
         losses: list[float] = []
         started = time.perf_counter()
-        for _ in range(run.interval):
+        for _ in range(end - start):
             losses.append(trainer.step())
             if not math.isfinite(losses[-1]):
                 yield Diverged(trainer.step_count)
                 return
             if trainer.step_count % report_every == 0:
-                yield Progress(trainer.step_count, sum(losses[-report_every:]) / report_every)
+                recent = losses[-report_every:]
+                yield Progress(trainer.step_count, sum(recent) / len(recent))
         trained = time.perf_counter()
         try:
             score = trainer.evaluate()
         except NoStatistics:  # of the layers' inputs, before the loss shows it; all ranks find the same
             yield Diverged(trainer.step_count)
             return
-        training_seconds += trained - started
-        evaluation_seconds += time.perf_counter() - trained
-        epochs = trainer.step_count * task.batch_size / len(task.train)
-        loss = sum(losses) / len(losses)
-        curve.append(Evaluation(trainer.step_count, epochs, loss, score, training_seconds, evaluation_seconds))
+        if not math.isfinite(score):
+            yield Diverged(trainer.step_count)
+            return
+        trainer.schedule.after_evaluation(score)
+        before = (curve[-1].training_seconds, curve[-1].evaluation_seconds) if curve else (0.0, 0.0)
+        curve.append(
+            Evaluation(
+                trainer.step_count,
+                trainer.step_count * task.accumulate / trainer.batches_per_epoch,
+                sum(losses) / len(losses) if losses else None,
+                score,
+                trainer.last_rate / trainer.highest_rate if trainer.highest_rate else 0.0,
+                before[0] + trained - started,
+                before[1] + time.perf_counter() - trained,
+            )
+        )
         if checkpoint is not None and trainer.rank == 0:
             save(checkpoint, {"trainer": trainer.state_dict(), "curve": [asdict(row) for row in curve]})
         yield curve[-1]
+        if run.contender.name in BASELINES and _out_of_patience(task, curve):
+            yield Stopped(trainer.step_count)
+            return
+
+
+def _out_of_patience(task: Task, curve: list[Evaluation]) -> bool:
+    if task.patience is None or len(curve) <= task.patience:
+        return False
+    scores = [-point.score if task.score_falls else point.score for point in curve]
+    return max(scores[-task.patience :]) <= max(scores[: -task.patience])
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -12,19 +12,21 @@ from typing import Any
 from rich.table import Table
 
 from batchnorm.racing.plan import Plan, best_rate
-from batchnorm.racing.score import Record, best
+from batchnorm.racing.score import Record, curves_of
 
 
 def sweep(plan: Plan, records: Mapping[str, Sequence[Record]], task: str) -> dict[str, Any]:
     """``{task: {mode: {"command", "steps", "batch_size", "examples", "scores": {contender: {rate: [one a seed]}}}}}``.
 
-    A run that diverged scores 0: such a rate is not one to choose, however good it was before.
+    Each score is the mean over the run's last tenth (of a metric that falls its negative); a run that diverged has its
+    untrained one: such a rate is not one to choose, however good it was before.
     """
     scores: dict[str, dict[str, list[float]]] = {}
     for name, runs in records.items():
         for run in runs:
-            value = best(run) if run["status"] == "finished" else 0.0
-            scores.setdefault(name, {}).setdefault(f"{run['learning_rate']:g}", []).append(round(value or 0.0, 4))
+            curve = curves_of([run], plan.score_falls)
+            value = curve.end() if run["status"] == "finished" else float(curve.scores[0, 0])
+            scores.setdefault(name, {}).setdefault(f"{run['learning_rate']:g}", []).append(round(value, 4))
     ordered = {name: dict(sorted(rates.items(), key=lambda item: float(item[0]))) for name, rates in scores.items()}
     what = {
         "command": plan.command,
@@ -36,15 +38,15 @@ def sweep(plan: Plan, records: Mapping[str, Sequence[Record]], task: str) -> dic
     return {task: {plan.mode: what}}
 
 
-def table(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
+def table(scores: Mapping[str, Mapping[str, Sequence[float]]], plan: Plan) -> Table:
     """One row per contender and rate; the best is marked, and an edge of the sweep named as such."""
     view = Table(title="Learning rates, scored on held-out training examples", title_justify="left")
-    for heading in ("contender", "learning rate", "best accuracy", ""):
-        view.add_column(heading, justify="right" if heading in ("learning rate", "best accuracy") else "left")
+    for heading in ("contender", "learning rate", f"{plan.metric} at its end", ""):
+        view.add_column(heading, justify="right" if heading != "contender" and heading else "left")
     for name, rates in scores.items():
         chosen = best_rate(rates)
         edge = chosen in (next(iter(rates)), next(reversed(list(rates))))
         for rate, values in rates.items():
             mark = ("chosen, at the edge: sweep further" if edge else "chosen") if rate == chosen else ""
-            view.add_row(name, rate, f"{mean(values):.2%}", mark)
+            view.add_row(name, rate, plan.shown(abs(mean(values)) if plan.score_falls else mean(values)), mark)
     return view

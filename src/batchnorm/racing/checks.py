@@ -1,0 +1,85 @@
+"""What makes a fraction of steps mean nothing: said in a line each, and no fraction is printed then.
+
+Comes from: the records of all runs. Goes to: ``score.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from batchnorm.racing.plan import Plan
+    from batchnorm.racing.score import Curves
+
+FALLEN = 0.1  # of the highest learning rate: it has come down
+COARSE = 0.5  # of the steps to the target: a gap between two evaluations that tells too little
+
+
+def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves | None) -> list[str]:
+    """What is wrong with the training as it is, so that it sets no target."""
+    name = plan.baseline
+    diverged = [str(r["seed"]) for r in records if r["status"].startswith("diverged")]
+    if curves is None or diverged:
+        return [f"{name} diverged from seed {', '.join(diverged)}: lower its learning rate."]
+    scores = curves.scores
+    if not np.isfinite(scores).all():
+        return [f"{name}: {plan.metric} is not finite."]
+    if np.ptp(scores) == 0:
+        return [f"{name}: {plan.metric} is {abs(scores.flat[0]):g} at every evaluation, so it tells nothing."]
+    found = []
+    losses = [[p["loss"] for p in r["curve"] if p["loss"] is not None] for r in records]
+    if all(some and not some[-1] < some[0] for some in losses):
+        first, last = (float(np.mean([some[i] for some in losses])) for i in (0, -1))
+        found.append(f"{name}: its training loss does not fall ({first:.4g} at first, {last:.4g} at its end).")
+    noise = float(np.diff(scores[:, curves.steps >= 0.5 * curves.steps[-1]], axis=1).std()) if scores.shape[1] > 4 else 0
+    gain = float(curves.end() - scores[:, 0].mean())
+    if gain <= max(2 * noise / math.sqrt(len(scores)), 1e-12):
+        found.append(
+            f"{name} is at chance: {plan.metric} {_shown(plan, curves.end())} at its end, untrained "
+            f"{_shown(plan, scores[:, 0].mean())}. Give it more steps, or another learning rate."
+        )
+    if not found:
+        found += _unfinished(plan, records, curves)
+    return found
+
+
+def _unfinished(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves) -> list[str]:
+    """The learning rate is high at the end, and the score still rises: there is no plateau, whatever the target."""
+    if all(r["curve"][-1]["rate"] <= FALLEN for r in records) or records[0]["status"].startswith("stopped"):
+        return []
+    last = curves.steps[-1]
+    ends = curves.ends
+    before = curves.scores[:, (curves.steps >= 0.7 * last) & (curves.steps < 0.9 * last)]
+    if not before.shape[1]:
+        return []
+    rise = ends - before.mean(1)
+    error = rise.std(ddof=1) / math.sqrt(len(rise)) if len(rise) > 1 else 0.0
+    if rise.mean() <= max(2 * error, 0.002 * abs(curves.end() - curves.scores[:, 0].mean())):
+        return []
+    return [
+        f"{plan.baseline} ends before its learning rate has come down (it is at {records[0]['curve'][-1]['rate']:.0%} of "
+        f"its highest) and while its {plan.metric} still gets better: give it a scheduler that ends with the steps, or "
+        "more steps."
+    ]
+
+
+def of_contender(plan: Plan, name: str, curves: Curves | None, steps: float) -> list[str]:
+    """What is wrong with a number of steps."""
+    if curves is None:
+        return []
+    at = int(np.searchsorted(curves.steps, steps))
+    gap = float(curves.steps[min(at, len(curves.steps) - 1)] - curves.steps[max(0, at - 1)])
+    if at == 0 or gap > COARSE * steps:
+        return [
+            f"{name} is at the target within {steps:,.0f} steps, where it was evaluated too seldom to tell (the nearest "
+            f"evaluations are {gap:,.0f} steps apart): race it with a smaller budget, or the baseline with more steps."
+        ]
+    return []
+
+
+def _shown(plan: Plan, score: float) -> str:
+    return plan.shown(-score if plan.score_falls else score)

@@ -1,0 +1,81 @@
+"""A training run, and what happens in it.
+
+Comes from: ``plan.py``, which decides runs; ``trainer.py``, which tells events. Goes to: ``pool.py``, ``display.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from batchnorm.racing.contenders import Contender
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: who, from which seed, at which rate and for how long (in steps)."""
+
+    contender: Contender
+    seed: int
+    learning_rate: float
+    steps: int
+    evaluations: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.contender.name.replace(':', '.').replace('/', '.')}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    @property
+    def points(self) -> list[int]:
+        """The steps after which it is evaluated: before the first, and ever more often towards the end."""
+        n = self.evaluations
+        return sorted({0, *(max(1, round(self.steps * (1 - (1 - k / n) ** 1.5))) for k in range(1, n + 1))})
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: ``loss`` is the mean since the last event."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One point of a run's curve; seconds are wall-clock, training and evaluation apart.
+
+    ``loss``: the mean since the last one, None before the first step; ``rate``: the last step's learning rate, over the
+    highest so far.
+    """
+
+    step: int
+    epochs: float
+    loss: float | None
+    score: float
+    rate: float
+    training_seconds: float
+    evaluation_seconds: float
+
+
+@dataclass(frozen=True)
+class Diverged:
+    """The loss stopped being finite at this step; the run ends."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The baseline did not get better for as many evaluations as its task has patience; the run ends."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The run goes on from a checkpoint, with the evaluations made before."""
+
+    step: int
+    curve: tuple[Evaluation, ...]
+
+
+Event = Progress | Evaluation | Diverged | Stopped | Resumed

@@ -1,0 +1,241 @@
+"""A task's examples, of every kind, as batches: the same ones for every contender of a seed, and for a resumed run.
+
+Comes from: ``Task.train``, ``Task.test``. Goes to: ``reading.py``, which hands them out in an order; ``trainer.py``.
+Random augmentation inside them draws from generators that are seeded per seed, epoch and example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Subset, TensorDataset, default_collate
+
+from batchnorm.racing.errors import RaceError
+
+Key = tuple[int, ...]  # what the random numbers of an example or a batch hang on: seed, epoch, place
+
+
+class Examples(Protocol):
+    """Examples that are read by their indices."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor, key: Key) -> Any:
+        """The batch of these examples; ``key``: seed and epoch."""
+
+    def part(self, indices: Tensor, *, test: bool) -> Examples:
+        """Some of them; ``test``: to score on, not to train on."""
+
+    def fingerprint(self) -> str:
+        """Tells them from others, without reading what is augmented at random."""
+
+
+def examples_of(what: str, given: Any, collate: Callable[[list[Any]], Any] | None = None) -> Examples | Loader:
+    """What a user gives as examples, as one of the classes below.
+
+    Raises:
+        RaceError: it is none of them, or empty, or its first examples cannot be read.
+    """
+    if isinstance(given, DataLoader):
+        return Loader(what, lambda: given)
+    if callable(given) and not hasattr(given, "__getitem__"):
+        return Loader(what, given)
+    if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
+        raise RaceError(
+            f"{what} must be a dataset with a length (torch.utils.data.Dataset), a DataLoader or a function that makes "
+            f"one (got {type(given).__name__})."
+        )
+    if len(given) == 0:
+        raise RaceError(f"{what} is empty.")
+    found: Examples = Whole(given) if collate is None and _gives_batches(given) else Items(given, collate)
+    try:
+        found.batch(torch.arange(min(2, len(given))), (0, 0))
+    except RaceError:
+        raise
+    except Exception as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise RaceError(
+            f"{what}: its first two examples make no batch ({type(error).__name__}: {first}). Examples are tensors, "
+            "arrays, numbers, or tuples and dicts of them; for others pass collate=, as to a DataLoader."
+        ) from None
+    return found
+
+
+def _gives_batches(given: Any) -> bool:
+    """Whether ``given[tensor of indices]`` is a batch: of tensors in memory, and of what has ``part``, as folders do."""
+    if isinstance(given, Subset):
+        return type(given) is Subset and _gives_batches(given.dataset)
+    return type(given) is TensorDataset or hasattr(given, "part")
+
+
+class Whole:
+    """Examples in memory, or that say themselves how a batch is read: ``given[indices]`` is a batch."""
+
+    def __init__(self, given: Any, indices: Tensor | None = None) -> None:
+        while isinstance(given, Subset):
+            own = torch.as_tensor(list(given.indices))
+            indices, given = own if indices is None else own[indices], given.dataset
+        self.given, self.indices = given, indices
+
+    def __len__(self) -> int:
+        return len(self.given if self.indices is None else self.indices)
+
+    def batch(self, indices: Tensor, key: Key) -> Any:
+        return self.given[indices if self.indices is None else self.indices[indices]]
+
+    def part(self, indices: Tensor, *, test: bool) -> Whole:
+        own = indices if self.indices is None else self.indices[indices]
+        return Whole(self.given.part(own, test=test)) if hasattr(self.given, "part") else Whole(self.given, own)
+
+    def fingerprint(self) -> str:
+        if hasattr(self.given, "fingerprint"):
+            return f"{self.given.fingerprint()} {_of_tensor(self.indices)}"
+        some = torch.arange(0, len(self), max(1, len(self) // 100))
+        return f"{len(self)} {[_of_tensor(part) for part in self.batch(some, (0, 0))]}"
+
+
+class Items:
+    """Any map-style dataset: read example by example, each with random numbers of its own, and collated."""
+
+    def __init__(self, given: Any, collate: Callable[[list[Any]], Any] | None = None) -> None:
+        self.given, self.collate = given, collate or default_collate
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def batch(self, indices: Tensor, key: Key) -> Any:
+        items = []
+        with own_random_numbers() as seeded:
+            for index in indices.tolist():
+                seeded((*key, index))
+                items.append(self._item(index))
+        return self.collate(items)
+
+    def _item(self, index: int) -> Any:
+        several = getattr(self.given, "__getitems__", None)  # torch's protocol; a Subset has it, and passes it on
+        return several([index])[0] if several else self.given[index]
+
+    def part(self, indices: Tensor, *, test: bool) -> Items:
+        return Items(Subset(self.given, indices.tolist()), self.collate)
+
+    def fingerprint(self) -> str:
+        return _of_dataset(self.given)
+
+
+class Loader:
+    """A DataLoader of the user's, or a function that makes one: its batches are a step's, in its own order.
+
+    At the beginning of each epoch its generators are seeded, and before each batch all others, so that order and
+    augmentation are the same for every contender, and for a run that goes on in the middle of an epoch: what came before
+    is read again, and dropped.
+    """
+
+    def __init__(self, what: str, make: Callable[[], Any]) -> None:
+        self.what, self.make = what, make
+        loader = self._made()
+        try:
+            self.batches = len(loader)
+        except TypeError:
+            raise RaceError(f"{what}: its DataLoader has no length, which tells how long an epoch is.") from None
+        if self.batches == 0:
+            raise RaceError(f"{what} is empty.")
+        dataset = getattr(loader, "dataset", None)
+        size = getattr(loader, "batch_size", None) or 1
+        self.examples = len(dataset) if hasattr(dataset, "__len__") else self.batches * size
+        self.batch_size = max(1, self.examples // self.batches) if size == 1 else size
+
+    def __len__(self) -> int:
+        return self.examples
+
+    def _made(self) -> Any:
+        loader = self.make()
+        if not hasattr(loader, "__iter__"):
+            raise RaceError(f"{self.what} gave a {type(loader).__name__}, not a DataLoader or the like.")
+        return loader
+
+    def epoch(self, seed: int, epoch: int, skip: int = 0) -> Iterator[Any]:
+        """The batches of an epoch, without the first ``skip``."""
+        with own_random_numbers() as seeded:
+            seeded((seed, epoch))
+            loader = self._made()
+            sampler = getattr(loader, "batch_sampler", None)
+            inner = sampler.sampler if isinstance(sampler, BatchSampler) else getattr(loader, "sampler", None)
+            for holder in (loader, inner):
+                if isinstance(getattr(holder, "generator", None), torch.Generator):
+                    holder.generator.manual_seed(seed_of(seed, epoch))  # type: ignore[union-attr]
+            batches = iter(loader)
+        for place in range(self.batches):
+            with own_random_numbers() as seeded:
+                seeded((seed, epoch, place))
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            if place >= skip:
+                yield batch
+
+    def fingerprint(self) -> str:
+        return f"{self.batches} {_of_dataset(getattr(self._made(), 'dataset', None))}"
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed of its own for each tuple; torch's generator on the CPU looks at the low 32 bits alone."""
+    found = 0
+    for number in numbers:
+        found = (found * 1_000_003 + number) % 2**32
+    return found
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[Callable[[Key], None]]:
+    """What is drawn inside leaves torch's, Python's and NumPy's generators as they were; seeds them by a key."""
+    numpy: Any = sys.modules.get("numpy")
+    before = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+
+    def seeded(key: Key) -> None:
+        number = seed_of(*key)
+        torch.default_generator.manual_seed(number)
+        random.seed(number)
+        if numpy:
+            numpy.random.seed(number)
+
+    try:
+        yield seeded
+    finally:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        if numpy:
+            numpy.random.set_state(before[2])
+
+
+def _of_dataset(dataset: Any) -> str:
+    """By its class, length and what it holds in tensors and arrays; no example is read, which may be augmented."""
+    if hasattr(dataset, "fingerprint"):
+        return str(dataset.fingerprint())
+    held = [type(dataset).__qualname__, len(dataset) if hasattr(dataset, "__len__") else None]
+    for name, value in sorted(getattr(dataset, "__dict__", {}).items()):
+        if name == "_fingerprint":  # of Hugging Face's datasets
+            held.append(value)
+        elif name in ("dataset", "datasets"):
+            held += [_of_dataset(each) for each in (value if isinstance(value, list | tuple) else [value])]
+        elif name == "tensors":
+            held += [_of_tensor(each) for each in value]
+        elif isinstance(value, Tensor | list | range) or hasattr(value, "__array__"):
+            held.append((name, _of_tensor(value)))
+    return hashlib.sha256(repr(held).encode()).hexdigest()
+
+
+def _of_tensor(values: Any) -> str:
+    """By its length and a hundred of its entries."""
+    if values is None or not hasattr(values, "__len__") or (hasattr(values, "ndim") and values.ndim == 0):
+        return repr(values)
+    some = values[:: max(1, len(values) // 100)]
+    listed = some.tolist() if hasattr(some, "tolist") else [v for v in some if isinstance(v, int | float | str | tuple)]
+    return hashlib.sha256(f"{len(values)} {listed!r}".encode()).hexdigest()

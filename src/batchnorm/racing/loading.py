@@ -1,0 +1,102 @@
+"""Tasks and contenders by name: the built-in ones, or a user's as ``package.module:name``.
+
+Comes from: options. Goes to: ``plan.py``, and every process of a race, which loads them for itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import random
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from batchnorm.racing.contenders import CONTENDERS, Contender
+from batchnorm.racing.errors import RaceError
+from batchnorm.racing.task import Task
+from batchnorm.recipe.recipe import Recipe
+
+
+def load_task(spec: str, data: str | None = None) -> Task:
+    """A built-in task by name, or a user's as ``package.module:function``; the function returns a ``Task``."""
+    from batchnorm.racing.tasks import TASKS
+
+    if spec in TASKS:
+        return TASKS[spec](data)
+    if not _is_path(spec):
+        raise RaceError(
+            f"unknown task {spec!r}. Known: {', '.join(TASKS)}; or a function of yours: package.module:function."
+        )
+    if data is not None:
+        raise RaceError(f"--data is for the built-in tasks; {spec} brings its own data.")
+    task = _imported("task", spec)
+    if not isinstance(task, Task):
+        if not callable(task):
+            raise RaceError(f"task {spec}: {spec.partition(':')[0]} has no function {spec.partition(':')[2]}.")
+        task = _called(f"task {spec}", task)
+    if not isinstance(task, Task):
+        raise RaceError(f"task {spec}: the function must return a batchnorm.Task (got {type(task).__name__}).")
+    return task
+
+
+def load_contender(given: str | Recipe | Contender) -> Contender:
+    """A contender by its name, a recipe as one (``batch_norm`` where there is none yet), or the value itself."""
+    if isinstance(given, Contender):
+        return given
+    if isinstance(given, Recipe):
+        return Contender(given.name, "with-bn", recipe=given, recalibrate=2_000)
+    if not isinstance(given, str):
+        raise RaceError(f"a contender is a name, a batchnorm.Recipe or a batchnorm.Contender (got {given!r}).")
+    if given in CONTENDERS:
+        return CONTENDERS[given]
+    if not _is_path(given):
+        raise RaceError(f"unknown contender {given!r}. Known: {', '.join(CONTENDERS)}; or one of yours: module:name.")
+    found = _imported("contender", given)
+    if callable(found) and not isinstance(found, Contender | Recipe):
+        found = _called(f"contender {given}", found)
+    if not isinstance(found, Contender | Recipe):
+        raise RaceError(
+            f"contender {given}: {given.partition(':')[2]} must be a batchnorm.Contender or Recipe, or a function that "
+            f"returns one (got {type(found).__name__})."
+        )
+    return load_contender(found)
+
+
+def _is_path(spec: str) -> bool:
+    module, colon, name = spec.partition(":")
+    return bool(colon and module and name)
+
+
+def _imported(what: str, spec: str) -> Any:
+    module_name, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:  # as `python -m` does: a user's module lies where the user stands
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise RaceError(
+            f"{what} {spec}: importing {module_name} from {os.getcwd()} or the environment failed: {one_line(error)}"
+        ) from error
+    return getattr(module, name, None)
+
+
+def _called(what: str, function: Callable[[], Any]) -> Any:
+    """Every process of a race calls the function for itself: what it draws must be the same each time."""
+    torch.manual_seed(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    try:
+        return function()
+    except RaceError:
+        raise
+    except Exception as error:
+        raise RaceError(f"{what}: the function raised {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

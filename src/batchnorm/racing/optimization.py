@@ -1,0 +1,119 @@
+"""The optimizer and schedule that a training has unless its task brings others, and what a contender makes of them.
+
+Comes from: ``Task.optimizer``, ``Task.scheduler``, a contender's recipe. Goes to: ``trainer.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from batchnorm.recipe.apply import RATES
+from batchnorm.recipe.schedules import TIMES, family
+from batchnorm.recipe.schedules import Schedule as InTime
+
+if TYPE_CHECKING:
+    from batchnorm.racing.contenders import Contender
+    from batchnorm.racing.task import Task
+
+MOMENTUM = 0.9
+WARM_UP = 0.3  # of a run's budget: where its learning rate has risen linearly to the initial one
+
+
+def decay_of_weights(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
+    """SGD with momentum; weight decay on weights, not on biases, gamma and beta."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kinds = [[p for p in parameters if (p.ndim > 1) is weight] for weight in (True, False)]
+    groups = [
+        {"params": some, "weight_decay": decay}
+        for some, decay in zip(kinds, (weight_decay, 0.0), strict=True) if some
+    ]  # fmt: skip
+    return SGD(groups, lr, MOMENTUM, fused=True)
+
+
+def linear(optimizer: Optimizer, steps: int, warm_up: float = WARM_UP) -> LambdaLR:
+    """The learning rate rises linearly over a share of the steps, and falls linearly to zero at their end."""
+    return LambdaLR(optimizer, partial(_share, steps=steps, warm_up=warm_up))
+
+
+def _share(step: int, steps: int, warm_up: float) -> float:
+    """Learning rate over initial rate in a step, the first being 0."""
+    return max(0.0, min((step + 1) / (warm_up * steps), (1 - step / steps) / (1 - warm_up)))
+
+
+@dataclass
+class Schedule:
+    """A scheduler of the user's, stepped when it wants to be: after each step, epoch or evaluation."""
+
+    scheduler: Any
+    interval: str = "step"
+
+    def after_step(self, epoch_ended: bool) -> None:
+        if self.scheduler is None or isinstance(self.scheduler, ReduceLROnPlateau):
+            return
+        if self.interval == "step" or epoch_ended:
+            self.scheduler.step()
+
+    def after_evaluation(self, score: float) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(score)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.scheduler is None else self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state)
+
+
+def prepared(
+    task: Task, contender: Contender, model: nn.Module, steps: int, learning_rate: float
+) -> tuple[Optimizer, Schedule]:
+    """The optimizer and schedule of one run.
+
+    The task's own, over the contender's budget, changed by its recipe, at the run's learning rate; or those that the
+    recipe brings.
+    """
+    recipe = contender.recipe
+    if recipe.brings_optimizer:
+        optimizer = recipe.optimizer(model, example=task.example(model))
+        scale = learning_rate / optimizer.param_groups[0]["lr"]
+        optimizer.param_groups[0]["lr"] *= scale
+        return optimizer, Schedule(recipe.scheduler(optimizer, steps))
+    optimizer = task.make_optimizer(model)
+    scale = learning_rate / recipe.learning_rate / optimizer.param_groups[0]["lr"]
+    able = all("nesterov" in g and g["momentum"] and not g["dampening"] for g in optimizer.param_groups)
+    # The schedule is made over the contender's own budget; Nesterov's momentum is what only SGD has.
+    changes = replace(recipe, decay_speed=1.0, nesterov=recipe.nesterov and able)
+    told = model if contender.normalizes and recipe.learning_rate != 1 else None
+    schedule = _schedule(task.make_scheduler(optimizer, steps))
+    parts = [] if schedule.scheduler is None else family(schedule.scheduler)
+    if not all(type(each) in TIMES for each in parts):  # of a class of the user's: it takes the rates that it finds
+        optimizer = task.make_optimizer(model)
+        _scale(optimizer, [], scale)
+        if changes.changes():
+            changes.apply(optimizer, model=told)
+        return optimizer, _schedule(task.make_scheduler(optimizer, steps))
+    _scale(optimizer, parts, scale)
+    if changes.changes():
+        changes.apply(optimizer, schedule.scheduler, told)
+    return optimizer, schedule
+
+
+def _schedule(made: Any) -> Schedule:
+    row = made if isinstance(made, dict) else {"scheduler": made}
+    return Schedule(row.get("scheduler"), row.get("interval", "step"))
+
+
+def _scale(optimizer: Optimizer, schedulers: list[Any], factor: float) -> None:
+    """Multiply all learning rates, also those that schedulers keep."""
+    if factor == 1:
+        return
+    for group in optimizer.param_groups:
+        group |= {key: group[key] * factor for key in RATES if group.get(key) is not None}
+    InTime(schedulers, [factor] * len(optimizer.param_groups), [], 1.0).change()
