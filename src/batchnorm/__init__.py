@@ -8,7 +8,7 @@ from batchnorm.population import accumulate_statistics, freeze, preserve_state, 
 from batchnorm.racing.runner import race
 from batchnorm.racing.task import Task
 from batchnorm.recipe import RECIPES, Recipe, accelerate, find_learning_rate
-from batchnorm.surgery import convert_sync_batchnorm, fold, from_torch, insert, revert_sync_batchnorm, to_torch
+from batchnorm.surgery import convert_sync_batchnorm, fold, from_torch, insert, remove, revert_sync_batchnorm, to_torch
 
 __all__ = [
     "RECIPES",
@@ -33,6 +33,7 @@ __all__ = [
     "preserve_state",
     "race",
     "recalibrate",
+    "remove",
     "revert_sync_batchnorm",
     "to_torch",
     "unfreeze",

@@ -103,7 +103,7 @@ def computes(layer: Any, rest: nn.Module, x: Tensor) -> bool:
     return True
 
 
-def check_statistics(name: str, layer: Any) -> None:
+def check_statistics(name: str, layer: Any, verb: str = "fold") -> None:
     """Statistics and parameters that no fold makes right.
 
     Raises:
@@ -124,6 +124,6 @@ def check_statistics(name: str, layer: Any) -> None:
         for what, where in wrong.items():
             if where.any():
                 raise ValueError(
-                    f"fold: {key} of layer {name!r} has {what} in {int(where.sum())} of {len(values)} channels: "
+                    f"{verb}: {key} of layer {name!r} has {what} in {int(where.sum())} of {len(values)} channels: "
                     f"{way}take a checkpoint from before."
                 )
