@@ -6,7 +6,7 @@ Comes from: a network that has it, trained or not. Goes to: training without it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -99,8 +99,9 @@ class ChannelAffine(nn.Module):
     What of the layer was a parameter is one here, and is trained; the rest is in buffers.
     """
 
-    weight: Tensor
-    bias: Tensor
+    if TYPE_CHECKING:  # torch.jit knows no names of types here
+        weight: Tensor
+        bias: Tensor
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
