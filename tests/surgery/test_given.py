@@ -98,6 +98,7 @@ def test_sharded_and_distributed_ones():
             assert "wrapped by DistributedDataParallel" in found[verb, "ddp"]
             assert "pass model.module, and wrap the result" in found[verb, "ddp"]
     assert ("insert", "ddp") not in found
+    assert ("remove", "ddp") not in found
 
 
 def trained(rank, world):

@@ -240,6 +240,26 @@ def test_a_residual_stays(first):
     assert isinstance(removed.norm, ChannelAffineThen) == isinstance(first, nn.Tanh)
 
 
+class BatchNormAct(nn.BatchNorm2d):
+    """As timm has it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+@pytest.mark.parametrize("first", [nn.Conv2d(4, 4, 1), nn.Tanh()], ids=str)
+def test_another_packages_activation_stays(first):
+    model = shaken(nn.Sequential(first, BatchNormAct(4)))
+    removed = bn.remove(model, X)
+    torch.testing.assert_close(removed(X), model(X))
+    kinds = [type(m) for m in removed[1].modules() if not isinstance(m, nn.Sequential)]
+    assert kinds == ([nn.ReLU] if isinstance(first, nn.Conv2d) else [ChannelAffine, nn.ReLU])
+
+
 def test_what_from_torch_fused_is_given_back():
     model = shaken(resnet())
     fused = bn.from_torch(model, example=X)

@@ -4,7 +4,7 @@ timm's ``BatchNormAct2d`` is batch normalization, then its children ``drop`` and
 activation; a frozen one of torchvision's or DETR's keeps everything in buffers. What such a class states is believed
 once it agrees, in float64, with what the layer computes.
 
-Comes from: ``fold``. Goes to: what remains of a folded layer.
+Comes from: ``fold``, ``remove``, ``exchange``. Goes to: what remains of a layer.
 """
 
 from __future__ import annotations

@@ -154,6 +154,7 @@ def _by_itself(seen: Watched, row: Row, layer: Any, stated: bool) -> Row:
         made = ChannelAffine(layer)
         if type(rest) is not nn.Identity:
             behind = rest._modules if type(rest) is nn.Sequential else {"activation": rest}
+            behind = {key: child for key, child in behind.items() if type(child) is not nn.Identity}
             made = nn.Sequential(OrderedDict({"affine": made, **behind}))
     hooks = {key: value for key, value in vars(layer).items() if key.startswith(_HOOKS)}
     become(layer, made)
