@@ -9,7 +9,7 @@ from batchnorm.racing.runner import race
 from batchnorm.racing.contenders import Contender
 from batchnorm.racing.task import Task
 from batchnorm.recipe import RECIPES, Recipe, accelerate, find_learning_rate
-from batchnorm.surgery import convert_sync_batchnorm, fold, from_torch, insert, revert_sync_batchnorm, to_torch
+from batchnorm.surgery import convert_sync_batchnorm, fold, from_torch, insert, remove, revert_sync_batchnorm, to_torch
 
 __all__ = [
     "RECIPES",
@@ -34,6 +34,7 @@ __all__ = [
     "preserve_state",
     "race",
     "recalibrate",
+    "remove",
     "revert_sync_batchnorm",
     "to_torch",
     "unfreeze",

@@ -20,7 +20,7 @@ from batchnorm.ops import split
 # None, a name, ("leaky_relu", slope), or a torch.nn module (or its class) of one of these kinds.
 Activation = str | tuple[str, float] | nn.Module | type[nn.Module] | None
 
-_MODULES: dict[type[nn.Module], str] = {
+MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
     nn.LeakyReLU: "leaky_relu",
@@ -30,7 +30,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Tanh: "tanh",
 }
 _TORCH_SLOPE = 0.01  # torch's default for leaky_relu
-_KNOWN = f"Known: {', '.join(kind.__name__ for kind in _MODULES)}."
+_KNOWN = f"Known: {', '.join(kind.__name__ for kind in MODULES)}."
 
 _DTYPES = "weight, bias, running_mean and running_var have input's dtype, or all are float32 beside a 16-bit input"
 _dispatched: Any = handle_torch_function
@@ -57,9 +57,9 @@ def parse_activation(activation: Activation) -> tuple[str | None, float]:
     if isinstance(activation, type) and issubclass(activation, nn.Module):  # as timm's act_layer=nn.ReLU
         return parse_activation(_constructed(activation))
     if isinstance(activation, nn.Module):
-        if type(activation) not in _MODULES:  # a subclass may compute anything
+        if type(activation) not in MODULES:  # a subclass may compute anything
             raise TypeError(f"cannot fuse activation {type(activation).__name__}. {_KNOWN} Put others after the layer.")
-        return _MODULES[type(activation)], getattr(activation, "negative_slope", _TORCH_SLOPE)
+        return MODULES[type(activation)], getattr(activation, "negative_slope", _TORCH_SLOPE)
     pair = (activation, _TORCH_SLOPE) if isinstance(activation, str) else activation
     if not (
         isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int | float)
@@ -78,7 +78,7 @@ def parse_activation(activation: Activation) -> tuple[str | None, float]:
 
 def _constructed(kind: type[nn.Module]) -> nn.Module:
     """A module of this class, with its default arguments; one that is not known comes as it is, to be refused."""
-    return kind() if kind in _MODULES else kind.__new__(kind)
+    return kind() if kind in MODULES else kind.__new__(kind)
 
 
 @overload

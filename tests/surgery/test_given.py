@@ -25,6 +25,7 @@ VERBS = {
     "insert": lambda model: bn.insert(model, X),
     "accelerate": lambda model: bn.accelerate(model, X),
     "fold": lambda model: bn.fold(model, X),
+    "remove": lambda model: bn.remove(model, X),
 }
 every_verb = pytest.mark.parametrize("verb", VERBS)
 
@@ -93,10 +94,11 @@ def test_sharded_and_distributed_ones():
     for verb in VERBS:
         advice = f"cut by fully_shard, which knows its parameters: call {verb} before, and shard the result."
         assert found[verb, "shard"] == f"{verb}: plain is {advice}"
-        if verb not in ("insert", "accelerate"):
+        if verb not in ("insert", "accelerate", "remove"):
             assert "wrapped by DistributedDataParallel" in found[verb, "ddp"]
             assert "pass model.module, and wrap the result" in found[verb, "ddp"]
     assert ("insert", "ddp") not in found
+    assert ("remove", "ddp") not in found
 
 
 def trained(rank, world):
@@ -265,7 +267,7 @@ def test_functions_that_hold_the_model_hold_the_copy_in_the_copy(verb, kind):
     model.conv.register_forward_hook(lambda *_: called.append(1))
     y = done.eval()(X)
     assert not called  # the original's layers stay out of it
-    if verb not in ("insert", "accelerate"):
+    if verb not in ("insert", "accelerate", "remove"):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -7,8 +7,8 @@ Comes from: a trained model. Goes to: deployment, without batch normalization.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,9 +22,11 @@ from batchnorm.surgery.given import checked, hooked, only_copies_run, scripted
 from batchnorm.surgery.neighbours import Place, after, before, tied
 from batchnorm.surgery.norms import check_statistics, computes, is_known, norms_of, rest_of
 from batchnorm.surgery.report import LEFT, Report, Row
-from batchnorm.surgery.watch import Call, in_eager, watch
+from batchnorm.surgery.watch import Call, Watched, in_eager, watch
 from batchnorm.surgery.weights import affine, scale_inputs, scale_outputs
 
+# What became of a layer that folds into none, which says why; its calls; whether it computes what it states.
+Otherwise = Callable[[Watched, Row, Any, bool], Row]
 _TENSORS = ("parameters", "named_parameters", "buffers", "named_buffers")  # that every module has, and a rest none of
 
 
@@ -72,34 +74,49 @@ def fold(model: Model, example: Any, *, tolerance: float | None = None) -> Model
     Inference", https://arxiv.org/abs/1712.05877, Section 3.2.
     """
     checked(model, "fold")
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"fold: tolerance must be 0 or more (got {tolerance}).")
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and layer.training and not getattr(layer, "frozen_statistics", False):
             raise ValueError(
                 f"fold needs running statistics in use, layer {name!r} is in train mode: call model.eval() first."
             )
+    folded, report = folded_copy(model, example, tolerance, "fold")
+    folded.batchnorm_report = report  # type: ignore[assignment]
+    return folded
+
+
+def folded_copy(
+    model: Model, example: Any, tolerance: float | None, verb: str, otherwise: Otherwise | None = None
+) -> tuple[Model, Report]:
+    """A copy in eval with all folded that can be, checked, and what was done; ``otherwise``: to what cannot be.
+
+    Raises:
+        ValueError: as ``fold``, named ``verb`` here.
+    """
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"{verb}: tolerance must be 0 or more (got {tolerance}).")
     wide, wide_example = _unfused(model).double(), to_double(example)
-    ties, left = shared(model), dict[str, str]()
+    work = _Work(verb, wide, wide_example, shared(model), otherwise)
+    left = dict[str, str]()
 
     def fold_in(model: nn.Module, example: Any, but: Collection[str] = ()) -> tuple[Report, list[Fold]]:
         with in_eager(model):  # calls are played again, some of them random
-            return _fold_all(model, example, wide, wide_example, ties, dict.fromkeys(but, "") | left)
+            return _fold_all(model, example, work, dict.fromkeys(but, "") | left)
 
-    with only_copies_run(model, "fold"):
+    with only_copies_run(model, verb):
         while True:
             folded = _unfused(model)
             report, folds = fold_in(folded, example)
-            check_layers(folded, wide, wide_example, folds, tolerance)
-            inserted = [name for name in report.of("folded") if name not in {one.layer for one in folds}]
-            names = [*inserted, *(one.layer for one in folds)]  # in the order in which they were folded
-            found = check_outputs(model, folded, wide, example, wide_example, tolerance, names, fold_in)
+            check_layers(folded, wide, wide_example, folds, tolerance, verb)
+            into = [one.layer for one in folds]  # in the order in which they were folded
+            others = [row.layer for row in report if row.done != LEFT and row.layer not in into]
+            found = check_outputs(
+                model, folded, wide, example, wide_example, tolerance, [*others, *into], fold_in, verb
+            )
             if found is None:
                 break
             left[found] = "without it the model is another, in float64 too: a forward does more than call it"
         report.extend(scripted(folded))
-    folded.batchnorm_report = report  # type: ignore[assignment]
-    return folded
+    return folded, report
 
 
 def _unfused(model: Model) -> Model:
@@ -109,17 +126,25 @@ def _unfused(model: Model) -> Model:
     return made
 
 
-def _fold_all(
-    folded: nn.Module, example: Any, wide: nn.Module, wide_example: Any, ties: dict[str, str], left: dict[str, str]
-) -> tuple[Report, list[Fold]]:
+class _Work(NamedTuple):
+    """What is done, by which verb; the model and the example in float64; its tensors that others share; what else."""
+
+    verb: str
+    wide: nn.Module
+    wide_example: Any
+    ties: dict[str, str]
+    otherwise: Otherwise | None
+
+
+def _fold_all(folded: nn.Module, example: Any, work: _Work, left: dict[str, str]) -> tuple[Report, list[Fold]]:
     """Fold what can be folded, in place; ``left``: layers to leave alone, and why."""
-    report = _fold_inserted(folded, example, ties, left)
+    report = _fold_inserted(folded, example, work, left)
     norms = {name: norm for name, norm in norms_of(folded).items() if name not in {row.layer for row in report}}
     seen = watch(folded, example, whole=norms.values())
     others = [name for name, layer in norms.items() if not is_known(layer) and seen.of(name)]
-    saw = seen_by(wide, wide_example, others)[0] if others else {}
-    stated = {name: name not in others or _as_stated(wide.get_submodule(name), saw[name]) for name in norms}
-    place = Place(folded, seen, ties, {})
+    saw = seen_by(work.wide, work.wide_example, others)[0] if others else {}
+    stated = {name: name not in others or _as_stated(work.wide.get_submodule(name), saw[name]) for name in norms}
+    place = Place(folded, seen, work.ties, {})
     rows = {name: Row(name, LEFT, left.get(name, "")) for name in norms}
     folds: list[Fold] = []
     waiting = sorted(
@@ -129,10 +154,12 @@ def _fold_all(
     while len(waiting) < were:  # one that was folded stands in nobody's way any more
         were = len(waiting)
         for name in list(waiting):
-            rows[name], done = _fold_one(place, name, norms[name], stated[name])
+            rows[name], done = _fold_one(place, name, norms[name], stated[name], work.verb)
             if done is not None:
                 waiting.remove(name)
                 folds.append(done)
+    if work.otherwise is not None:
+        rows |= {name: work.otherwise(seen, rows[name], norms[name], stated[name]) for name in waiting}
     report.extend(rows.values())
     return report, folds
 
@@ -144,7 +171,7 @@ def _as_stated(layer: Any, saw: list[Tensor]) -> bool:
 # ---- one layer -------------------------------------------------------------------------------------------------------
 
 
-def _fold_inserted(model: nn.Module, example: Any, ties: dict[str, str], left: dict[str, str]) -> Report:
+def _fold_inserted(model: nn.Module, example: Any, work: _Work, left: dict[str, str]) -> Report:
     """What ``insert`` gave to layers goes back into them."""
     report = Report()
     layers: dict[str, Any] = {n: layer for n, layer in model.named_modules() if hasattr(type(layer), "normalizes")}
@@ -153,9 +180,9 @@ def _fold_inserted(model: nn.Module, example: Any, ties: dict[str, str], left: d
         norm: Any = getattr(layer, "batch_norm", None)  # which may be another one by now, or none
         plain = norm is not None and is_known(norm) and getattr(norm, "activation", None) is None
         if seen is not None and plain and norm.running_mean is not None:
-            reason = left[f"{name}.batch_norm"] if f"{name}.batch_norm" in left else tied(ties, seen, name)
+            reason = left[f"{name}.batch_norm"] if f"{name}.batch_norm" in left else tied(work.ties, seen, name)
             if reason is None:
-                check_statistics(f"{name}.batch_norm", norm)
+                check_statistics(f"{name}.batch_norm", norm, work.verb)
                 scale_outputs(layer, *affine(norm))
                 del layer.batch_norm
                 layer.__class__ = type(layer).normalizes
@@ -164,14 +191,14 @@ def _fold_inserted(model: nn.Module, example: Any, ties: dict[str, str], left: d
     return report
 
 
-def _fold_one(place: Place, name: str, layer: Any, stated: bool) -> tuple[Row, Fold | None]:
+def _fold_one(place: Place, name: str, layer: Any, stated: bool, verb: str) -> tuple[Row, Fold | None]:
     """Fold it, or say why not."""
     calls = place.seen.of(name)
     rest = rest_of(layer, any(len(call.inputs) > 1 for call in calls))
-    reason = _unfit(layer, calls, stated) or _read(place, name, rest)
+    reason = unfit(layer, calls, stated) or _alone(layer, calls) or read(place.seen, name, rest)
     if reason is not None:
         return Row(name, LEFT, reason), None
-    check_statistics(name, layer)
+    check_statistics(name, layer, verb)
     found, not_before = before(place, calls, layer)
     if found is None:
         found, not_after = after(place, calls, layer, rest)
@@ -181,15 +208,14 @@ def _fold_one(place: Place, name: str, layer: Any, stated: bool) -> tuple[Row, F
     target = place.model.get_submodule(found.into)
     scale_C, shift_C = found.spread(*affine(layer))
     (scale_inputs if found.after else scale_outputs)(target, scale_C, shift_C)
-    _become(layer, rest)
+    become(layer, rest)
     return Row(name, "folded", f"into {found.into}, {'after' if found.after else 'before'} it"), found
 
 
-def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
+def unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
+    """Why a layer is more, in eval, than a scale and a shift of each channel and what comes behind it."""
     if layer.running_mean is None:
         return "it has no running statistics: it normalizes by each batch in eval too"
-    if not calls:
-        return "the example does not reach it"
     if not stated:
         then = " and then ".join(name for name, _ in layer.named_children())
         what = f"batch normalization{' and then ' if then else ''}{then}"
@@ -199,22 +225,27 @@ def _unfit(layer: Any, calls: list[Call], stated: bool) -> str | None:
             return f"a {type(layer).__qualname__} is given more than its input"
         if {2, "mask"} & {*call.given}:
             return "it is given a mask"
-    if hooked(layer):
-        return "it has hooks, which would see something else"
     if type(layer).__basicsize__ != nn.Module.__basicsize__:
         return f"a {type(layer).__qualname__} has __slots__: the same object cannot be of another class"
     return None
 
 
-def _read(place: Place, name: str, rest: nn.Module) -> str | None:
+def _alone(layer: Any, calls: list[Call]) -> str | None:
+    """Why it is not to become part of another layer, whichever that is."""
+    if not calls:
+        return "the example does not reach it"
+    return "it has hooks, which would see something else" if hooked(layer) else None
+
+
+def read(seen: Watched, name: str, rest: nn.Module) -> str | None:
     """What a forward asks of it that would be gone, or be another."""
-    asked = place.seen.asked.get(name, {})
+    asked = seen.asked.get(name, {})
     gone = [key for key in asked if key in _TENSORS or not hasattr(rest, key)]
     key = min(gone, key=lambda key: key.startswith("_"), default=None)
     return None if key is None else f"the forward of {asked[key] or 'the model'} reads its {key}"
 
 
-def _become(old: nn.Module, new: nn.Module) -> None:
+def become(old: nn.Module, new: nn.Module) -> None:
     """The same object as another module: whoever holds it, a list or an object that torch does not know, has that."""
     new.train(old.training)
     old.__class__ = type(new)

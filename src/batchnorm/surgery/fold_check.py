@@ -98,7 +98,9 @@ def seen_by(wide: nn.Module, example: Any, names: Collection[str]) -> tuple[Seen
     return saw, made
 
 
-def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[Fold], tolerance: float | None) -> None:
+def check_layers(
+    folded: nn.Module, wide: nn.Module, example: Any, folds: list[Fold], tolerance: float | None, verb: str
+) -> None:
     """Each layer that took up others, on what these see, beside all of them in float64."""
     modules, wide_modules = dict(folded.named_modules()), dict(wide.named_modules())
     saw, made = seen_by(wide, example, {name for one in folds for name in (one.layer, one.into)})
@@ -128,8 +130,8 @@ def check_layers(folded: nn.Module, wide: nn.Module, example: Any, folds: list[F
             if not off <= limit:
                 names = " and ".join(one.layer for one in before + behind)
                 raise ValueError(
-                    f"fold refused: {into} with {names} folded in is {off:.1e} of its largest output off, more than "
-                    f"{limit:.1e} ({weight.dtype}): fold in a wider dtype, or raise the tolerance."
+                    f"{verb} refused: {into} with {names} folded in is {off:.1e} of its largest output off, more than "
+                    f"{limit:.1e} ({weight.dtype}): {verb} in a wider dtype, or raise the tolerance."
                 )
 
 
@@ -142,6 +144,7 @@ def check_outputs(
     tolerance: float | None,
     names: list[str],
     fold_in: Callable[[nn.Module, Any, Collection[str]], Any],
+    verb: str,
 ) -> str | None:
     """The whole model beside itself in float64.
 
@@ -182,8 +185,8 @@ def check_outputs(
             if found is not None:
                 return found
             raise ValueError(
-                f"fold refused: output {i} of the model is {error(mine, expected):.1e} of its largest value off, more "
-                f"than {limit:.1e}, though each layer alone is within it: pass a larger tolerance if that is fine."
+                f"{verb} refused: output {i} of the model is {error(mine, expected):.1e} of its largest value off, "
+                f"more than {limit:.1e}, though each layer alone is within it: pass a larger tolerance if that is fine."
             )
     return None
 

@@ -1,6 +1,6 @@
 """Models that the verbs of surgery cannot change: wrappers that know the model as it is, and what hides its calls.
 
-Comes from: ``from_torch``, ``to_torch``, the converters, ``insert``, ``fold``, ``accelerate``. Goes to: their errors
+Comes from: ``from_torch``, ``to_torch``, the converters, ``insert``, ``remove``, ``fold``, ``accelerate``. Goes to: their errors
 and reports.
 """
 

@@ -4,7 +4,7 @@ timm's ``BatchNormAct2d`` is batch normalization, then its children ``drop`` and
 activation; a frozen one of torchvision's or DETR's keeps everything in buffers. What such a class states is believed
 once it agrees, in float64, with what the layer computes.
 
-Comes from: ``fold``. Goes to: what remains of a folded layer.
+Comes from: ``fold``, ``remove``, ``exchange``. Goes to: what remains of a layer.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def computes(layer: Any, rest: nn.Module, x: Tensor) -> bool:
     return True
 
 
-def check_statistics(name: str, layer: Any) -> None:
+def check_statistics(name: str, layer: Any, verb: str = "fold") -> None:
     """Statistics and parameters that no fold makes right.
 
     Raises:
@@ -124,6 +124,6 @@ def check_statistics(name: str, layer: Any) -> None:
         for what, where in wrong.items():
             if where.any():
                 raise ValueError(
-                    f"fold: {key} of layer {name!r} has {what} in {int(where.sum())} of {len(values)} channels: "
+                    f"{verb}: {key} of layer {name!r} has {what} in {int(where.sum())} of {len(values)} channels: "
                     f"{way}take a checkpoint from before."
                 )

@@ -1,6 +1,6 @@
 """What a change to a model did, layer by layer, and what it left alone: ``model.batchnorm_report``.
 
-Comes from: ``insert``, ``fuse``, ``fold``. Goes to: the user.
+Comes from: ``insert``, ``remove``, ``fuse``, ``fold``. Goes to: the user.
 """
 
 from __future__ import annotations
