@@ -140,7 +140,7 @@ def test_stored_plan_is_read_back_and_a_strange_one_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("resnet", r"unknown task 'resnet'. Known: inception, mlp, imagenet, imagenet-resnet50; or a function of yo"),
+        ("resnet", r"unknown task 'resnet'. Known: inception, mlp, covertype, imagenet, imagenet-resnet50; or a fu"),
         ("racing.toy:nothing", "racing.toy has no function nothing"),
         ("racing.nowhere:task", "importing racing.nowhere from .* failed: ModuleNotFoundError"),
         ("racing.toy:returns_a_model", r"must return a batchnorm.Task \(got Sequential\)"),

@@ -28,7 +28,7 @@ def evaluations(events: list[Any]) -> list[tuple[float, ...]]:
     return [astuple(event)[:4] for event in events if isinstance(event, Evaluation)]
 
 
-@pytest.mark.parametrize("name", ["inception", "mlp"])
+@pytest.mark.parametrize("name", ["inception", "mlp", "covertype"])
 def test_every_contender_is_the_baselines_network_from_the_same_weights(name: str) -> None:
     task = load_task(name)
 
