@@ -5,8 +5,8 @@ from importlib.metadata import version
 from batchnorm.functional import batch_norm
 from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d, Ghost, Renorm, Synced
 from batchnorm.population import accumulate_statistics, freeze, preserve_state, recalibrate, unfreeze
-from batchnorm.racing.runner import race
 from batchnorm.racing.contenders import Contender
+from batchnorm.racing.runner import race
 from batchnorm.racing.task import Task
 from batchnorm.recipe import RECIPES, Recipe, accelerate, find_learning_rate
 from batchnorm.surgery import convert_sync_batchnorm, fold, from_torch, insert, remove, revert_sync_batchnorm, to_torch
@@ -17,6 +17,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Contender",
     "Ghost",
     "Recipe",
     "Renorm",

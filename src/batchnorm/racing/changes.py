@@ -6,13 +6,11 @@ Comes from: ``contenders.py``. Goes to: ``trainer.network_of``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from batchnorm.nn.base import FusedBatchNorm
-from batchnorm.nn.statistics import Ghost, Renorm, Statistics
-from batchnorm.surgery import from_torch, insert
+from batchnorm.surgery import exchange, from_torch, insert, remove
 from batchnorm.surgery.norms import norms_of
 
 Change = Callable[[nn.Module, Any], nn.Module]
@@ -34,8 +32,6 @@ def with_batch_norm(model: nn.Module, example: Any) -> nn.Module:
 
 def without_batch_norm(model: nn.Module, example: Any) -> nn.Module:
     """``remove`` takes it out, where it is."""
-    from batchnorm.surgery import remove
-
     return remove(model, example) if has_batch_norm(model) else model
 
 
@@ -44,34 +40,26 @@ def has_batch_norm(model: nn.Module) -> bool:
     return bool(norms_of(model))
 
 
-def _exchange(name: str) -> Change:
-    def change(model: nn.Module, example: Any) -> nn.Module:
-        from batchnorm.surgery import exchange
-
-        return exchange.exchanged(model, example, getattr(exchange, name))
-
-    return change
+def _exchange(make: exchange.Maker) -> Change:
+    return lambda model, example: exchange.exchanged(model, example, make)
 
 
-def _statistics(make: Callable[[], Statistics]) -> Change:
-    def change(model: nn.Module, example: Any) -> nn.Module:
-        converted = from_torch(model)
-        for layer in converted.modules():
-            if isinstance(layer, FusedBatchNorm):
-                layer.statistics = make()
-        return converted
+class Row(NamedTuple):
+    """``words``: for tables; ``make``: from the task's network and what it is called with the contender's."""
 
-    return change
+    words: str
+    make: Change
 
 
-CHANGES: dict[str, Change] = {
-    "nothing": lambda model, example: model,
-    "with-bn": with_batch_norm,
-    "without-bn": without_batch_norm,
-    "ghost": _statistics(lambda: Ghost(32)),
-    "renorm": _statistics(Renorm),
-    "group-norm": _exchange("group_norm"),
-    "layer-norm": _exchange("layer_norm"),
-    "fused": lambda model, example: from_torch(model, example=example),
+# A new change is a row.
+CHANGES = {
+    "nothing": Row("", lambda model, example: model),
+    "with-bn": Row("BN before the nonlinearities (bn.insert)", with_batch_norm),
+    "without-bn": Row("no BN (bn.remove)", without_batch_norm),
+    "ghost": Row("BN over 32 examples at a time (bn.Ghost)", _exchange(exchange.ghost)),
+    "renorm": Row("batch renormalization (bn.Renorm)", _exchange(exchange.renorm)),
+    "group-norm": Row("GroupNorm in BN's place", _exchange(exchange.group_norm)),
+    "layer-norm": Row("LayerNorm in BN's place", _exchange(exchange.layer_norm)),
+    "fused": Row("BN, activations and additions in one kernel (bn.from_torch)", lambda m, x: from_torch(m, example=x)),
 }
 WITH = ("with-bn",)

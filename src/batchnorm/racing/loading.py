@@ -10,6 +10,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,13 +44,24 @@ def load_task(spec: str, data: str | None = None) -> Task:
 
 
 def load_contender(given: str | Recipe | Contender) -> Contender:
-    """A contender by its name, a recipe as one (``batch_norm`` where there is none yet), or the value itself."""
+    """A contender by its name, a recipe as one (with batch normalization), or the value itself.
+
+    ``"name@4"``: in a quarter of the baseline's steps.
+    """
     if isinstance(given, Contender):
         return given
     if isinstance(given, Recipe):
         return Contender(given.name, "with-bn", recipe=given, recalibrate=2_000)
     if not isinstance(given, str):
         raise RaceError(f"a contender is a name, a batchnorm.Recipe or a batchnorm.Contender (got {given!r}).")
+    if "@" in given:
+        name, _, speed = given.rpartition("@")
+        try:
+            return replace(load_contender(name).at_speed(float(speed)), name=given, speeds={})
+        except ValueError as error:
+            if isinstance(error, RaceError):
+                raise
+            raise RaceError(f"contender {given!r}: {name}@4 is {name} in a quarter of the baseline's steps.") from None
     if given in CONTENDERS:
         return CONTENDERS[given]
     if not _is_path(given):

@@ -14,6 +14,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from batchnorm.racing.changes import CHANGES
 from batchnorm.racing.contenders import Contender
 from batchnorm.racing.plan import Plan
 from batchnorm.racing.score import REACHED, Record
@@ -37,11 +38,12 @@ def sentence(results: Mapping[str, Any], plan: Plan) -> str:
 def share(row: Mapping[str, Any], quantity: str) -> str:
     """ "6.6% (95%: 6.1 to 7.2%)"."""
     value, ends = row[f"{quantity}_fraction"], row[f"{quantity}_fraction_interval"]
-    return f"{value:.1%}" if ends is None else f"{value:.1%} (95%: {100 * ends[0]:.1f} to {_upper(ends[1])})"
+    return f"{value:.1%}" if ends is None else f"{value:.1%} (95%: {_range(ends)})"
 
 
-def _upper(end: float) -> str:
-    return f"{end:.1%}" if end < float("inf") else "not reached"
+def _range(ends: Sequence[float]) -> str:
+    """An upper end of infinity: one in forty resamples does not reach the target."""
+    return f"{100 * ends[0]:.1f} to {ends[1]:.1%}" if ends[1] < float("inf") else f"{ends[0]:.1%} or more"
 
 
 def _others(results: Mapping[str, Any], plan: Plan) -> list[Mapping[str, Any]]:
@@ -66,30 +68,30 @@ def rules(plan: Plan) -> str:
 def changes(contender: Contender, tuned: bool = True) -> str:
     """What a contender changes against the training as it is. ``tuned``: its rate, on this task, if it has its own."""
     recipe = contender.recipe
-    parts = [] if contender.change == "nothing" else [f"network {contender.values()['change']}"]
+    change = contender.change
+    parts = [CHANGES[change].words if isinstance(change, str) else contender.values()["change"]]
     parts += [f"{key}={value}" for key, value in contender.network.items()]
     rate = contender.tuned and tuned
     parts += ["own tuned learning rate"] if rate else []
     parts += [what for what, _ in recipe.changes() if not (rate and what.startswith("learning rate x"))]
     if contender.recalibrate:
         parts.append(f"statistics re-estimated on {contender.recalibrate:,} training examples")
-    return ", ".join(parts) or "nothing"
+    return ", ".join(filter(None, parts)) or "nothing"
 
 
 def table(results: Mapping[str, Any], plan: Plan) -> Table:
     """Steps and seconds to the target, as shares of the baseline's; narrow enough for 80 columns."""
     view = Table(title=title(results, plan), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     view.add_column("contender", no_wrap=True)
-    for heading in ("rate", "steps", "share", "95%", "seconds", f"{plan.metric} at end"):
+    for heading in ("steps", "share", "95%", "seconds", f"{plan.metric} at end"):
         view.add_column(heading, justify="right", no_wrap=True)
     for row in results["contenders"]:
         ends = row["steps_fraction_interval"]
         view.add_row(
             row["name"],
-            f"{row['learning_rate']:g}",
-            "not reached" if row["steps_to_target"] is None else f"{row['steps_to_target']:,.0f}",
+            "-" if row["steps_to_target"] is None else f"{row['steps_to_target']:,.0f}",
             "-" if row["steps_fraction"] is None else f"{row['steps_fraction']:.1%}",
-            "" if ends is None else f"{100 * ends[0]:.1f} to {_upper(ends[1])}",
+            "" if ends is None else _range(ends),
             "-" if row["seconds_fraction"] is None else f"{row['seconds_fraction']:.1%}",
             _end(row, plan),
         )
@@ -117,8 +119,9 @@ def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
     lines = [f"NOTE: {warning}" for warning in results["warnings"]]
     for contender, row in zip(plan.contenders, results["contenders"], strict=True):
         ended = "" if row["status"] == REACHED else f". Outcome: {row['status']}"
-        if ended or contender.name != plan.baseline:
-            lines.append(f"{contender.name} changes: {changes(contender, contender.name in plan.tuned)}{ended}")
+        rate = f" (rate {row['learning_rate']:g})"
+        what = changes(contender, contender.name in plan.tuned)
+        lines.append(f"{contender.name}{rate}: {what}{ended}" if what != "nothing" else f"{contender.name}{rate}{ended}")
     if plan.left_out:
         lines.append(f"left out, since the model function lacks the keywords: {', '.join(plan.left_out)}")
     return lines

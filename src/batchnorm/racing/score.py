@@ -5,14 +5,14 @@
     steps(a) = first crossing of a by the mean curve over seeds, made monotone (isotonic regression), linear in between
 
 The standard error: within it of its end, a curve that flattens out is at its plateau (the one-standard-error rule,
-Breiman et al. 1984); without it noise decides when the baseline has reached what it ends at. Intervals: 95%, by resampling seeds with replacement (Efron 1979), the baseline's and a contender's apart, so that the
-target's own uncertainty is in them. Comes from: the records of ``pool.py`` and the times of ``timing.py``. Goes to:
+Breiman et al. 1984); without it noise decides when the baseline has reached what it ends at. Intervals: 95%, by resampling seeds with replacement (Efron 1979), the target computed anew each time, so that its own
+uncertainty is in them. Comes from: the records of ``pool.py`` and the times of ``timing.py``. Goes to:
 ``report.py`` and ``results.json``. The rules are in docs/race.md; this is the only place that applies them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -127,7 +127,7 @@ def _row(
     time, sign = times[name], -1 if plan.score_falls else 1
     steps = own.steps_to(target) if own is not None and target is not None else float("inf")
     reference = base.steps_to(target) if base is not None and target is not None else float("inf")
-    shares, all_steps = _resampled(name == plan.baseline, own, base)
+    shares, all_steps = _resampled(own, base)
     reached = float(np.isfinite(all_steps).mean()) if len(all_steps) else None
     is_reached = bool(np.isfinite(steps))
     found = checks.of_contender(plan, name, own, steps) if is_reached and not void else []
@@ -169,22 +169,18 @@ def _row(
     }
 
 
-def _resampled(same: bool, own: Curves | None, base: Curves | None) -> tuple[Array, Array]:
-    """Shares and steps of the resamples; infinite where the target is not reached. The baseline's against itself."""
-    if own is None or base is None or len(own.scores) < 2 or len(base.scores) < 2:
+def _resampled(own: Curves | None, base: Curves | None) -> tuple[Array, Array]:
+    """Shares and steps of the resamples, infinite where the target is not reached: of the baseline's seeds, and the
+    same ones of the contender's, which begin with the same weights and see the same batches."""
+    if own is None or base is None or len(base.scores) < 2:
         return np.empty(0), np.empty(0)
-    shares, steps = [], []
-    for theirs, mine in _resamples(len(base.scores), len(own.scores)):
-        target = base.target(theirs)
-        steps.append(own.steps_to(target, theirs if same else mine))
-        shares.append(steps[-1] / base.steps_to(target, theirs))
-    return np.array(shares), np.array(steps)
-
-
-def _resamples(*sizes: int) -> Iterator[list[Array]]:
     generator = np.random.default_rng(0)
-    for _ in range(RESAMPLES):
-        yield [generator.integers(size, size=size) for size in sizes]
+    shares, steps = [], []
+    for seeds in generator.integers(len(base.scores), size=(RESAMPLES, len(base.scores))):
+        target = base.target(seeds)
+        steps.append(own.steps_to(target, seeds))
+        shares.append(steps[-1] / base.steps_to(target, seeds))
+    return np.array(shares), np.array(steps)
 
 
 def _percentiles(values: Array) -> tuple[float, float] | None:

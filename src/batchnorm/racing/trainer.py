@@ -201,7 +201,7 @@ def network_of(task: Task, contender: Contender) -> nn.Module:
     model = task.model(**contender.network)
     example = task.example(model)
     reduce_dropout(model, contender.recipe.dropout, example)
-    change = CHANGES[contender.change] if isinstance(contender.change, str) else contender.change
+    change = CHANGES[contender.change].make if isinstance(contender.change, str) else contender.change
     return change(model, example)
 
 
