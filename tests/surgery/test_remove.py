@@ -158,6 +158,19 @@ def test_a_name_that_a_forward_calls_is_a_function():
     assert "bn1" in dict(removed[0].named_children())
 
 
+def test_a_traced_program_calls_the_function_too():
+    model = torch.fx.symbolic_trace(shaken(resnet()))
+    removed = assert_removed(model, X)
+    for other in (copy.deepcopy(removed), torch.fx.symbolic_trace(removed), pickle.loads(pickle.dumps(removed))):
+        torch.testing.assert_close(other(X), removed(X))
+
+
+def test_each_module_keeps_its_mode():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Dropout(), nn.Tanh(), nn.BatchNorm2d(4)).double()
+    model.train()[2].eval()
+    assert [m.training for m in bn.remove(model, X).modules()] == [True, True, False, True, True]
+
+
 class Listed(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
 """Models that the verbs of surgery cannot change: wrappers that know the model as it is, and what hides its calls.
 
-Comes from: ``from_torch``, ``to_torch``, the converters, ``insert``, ``remove``, ``fold``, ``accelerate``. Goes to: their errors
-and reports.
+Comes from: ``from_torch``, ``to_torch``, the converters, ``insert``, ``remove``, ``fold``, ``accelerate``. Goes to:
+their errors and reports.
 """
 
 from __future__ import annotations
