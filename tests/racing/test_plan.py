@@ -1,5 +1,6 @@
 """racing/plan.py and racing/task.py: everything is decided, or refused, before any long work."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from racing import toy
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import batchnorm as bn
-from batchnorm.racing.contenders import CONTENDERS, DEFAULT
+from batchnorm.racing.contenders import CONTENDERS, NORMALIZED, PLAIN
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.plan import TUNED_FILE, as_planned, check_same, make_plan, read_plan, read_tuned
-from batchnorm.racing.task import fingerprint, load_task
+from batchnorm.racing.loading import load_task
 from batchnorm.racing.trainer import device_of
 
 MODES: tuple[Any, ...] = ("quick", "default", "full")
@@ -24,18 +26,39 @@ def plan(task: bn.Task | None = None, **options: Any) -> Any:
     return make_plan(task or toy.task(), spec="racing.toy:task", **options)
 
 
-def test_default_runs_three_contenders_from_three_seeds() -> None:
-    made = plan()
-    assert [c.name for c in made.contenders] == list(DEFAULT) == ["baseline", "bn-x5", "accelerated"]
-    assert made.seeds == 3
-    assert len(made.runs()) == 9
-    assert made.steps == 200
+@pytest.mark.parametrize("mode", MODES)
+def test_default_contenders_hang_on_the_mode_and_on_whether_the_network_has_bn(mode: Any) -> None:
+    made = plan(mode=mode)
+    assert [c.name for c in made.contenders] == list(PLAIN[mode])
+    assert made.baseline == "baseline"
+    assert made.seeds == (2 if mode == "quick" else 8)
+    assert len(made.runs()) == made.seeds * len(PLAIN[mode])
+    assert made.steps == (25 if mode == "quick" else 200)
+    normalized = plan(toy.normalized(), mode=mode)
+    assert [c.name for c in normalized.contenders] == list(NORMALIZED[mode])
+    assert normalized.baseline == "as-is"
 
 
-def test_full_runs_all_eight_and_quick_one_seed() -> None:
-    assert [c.name for c in plan(mode="full").contenders] == list(CONTENDERS)
-    assert len(CONTENDERS) == 8
-    assert plan(mode="quick").seeds == 1
+def test_every_row_of_contenders_is_in_some_race_and_every_control_is_there_with_its_contender() -> None:
+    named = {name for table in (PLAIN, NORMALIZED) for names in table.values() for name in names}
+    assert named == CONTENDERS.keys()
+    for table in (PLAIN, NORMALIZED):
+        for names in (table["default"], table["full"]):
+            assert all(CONTENDERS[name].control in (None, *names) for name in names)
+
+
+def test_contenders_are_names_recipes_or_values_in_any_share_of_the_steps() -> None:
+    mine = bn.Contender("mine", "group-norm", recipe=bn.Recipe(learning_rate=2))
+    made = plan(contenders=["baseline", "sgd@4", bn.Recipe("three", learning_rate=3), mine, "racing.toy:contender"])
+    assert [c.name for c in made.contenders] == ["baseline", "sgd@4", "three", "mine", "theirs"]
+    assert made.contenders[1].budget == 1 / 4
+    assert made.learning_rates["three"] == pytest.approx(0.03)
+    with pytest.raises(RaceError, match=r"contender 'sgd@fast': sgd@4 is sgd in a quarter"):
+        plan(contenders=["baseline", "sgd@fast"])
+    with pytest.raises(RaceError, match=r"racing\.toy:task: task must be a batchnorm.Contender or Recipe.*got Task"):
+        plan(contenders=["baseline", "racing.toy:task"])
+    with pytest.raises(RaceError, match=r"contender 'mine': unknown change 'layernorm'. Known: nothing, with-bn"):
+        bn.Contender("mine", "layernorm")
 
 
 def test_paper_rates_are_multiples_of_the_baselines() -> None:
@@ -45,10 +68,15 @@ def test_paper_rates_are_multiples_of_the_baselines() -> None:
     assert rates["bn-x30"] == pytest.approx(30 * rates["baseline"])
 
 
-def test_every_budget_is_whole_intervals() -> None:
+def test_a_run_is_evaluated_before_its_first_step_and_ever_more_often_towards_its_end() -> None:
     for run in plan(mode="full", steps=1000).runs():
-        assert run.steps % run.interval == 0
-        assert run.steps > 0
+        points = run.points
+        assert (points[0], points[-1]) == (0, run.steps)
+        gaps = [b - a for a, b in itertools.pairwise(points)]
+        assert len(gaps) <= run.evaluations
+        assert gaps[0] == max(gaps)
+        if run.steps > 100:
+            assert sum(point >= 0.9 * run.steps for point in points) >= len(gaps) / 5
 
 
 def test_full_leaves_out_what_the_model_cannot_be_asked_for_but_a_named_one_is_refused() -> None:
@@ -60,11 +88,12 @@ def test_full_leaves_out_what_the_model_cannot_be_asked_for_but_a_named_one_is_r
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"contenders": ["baseline", "bn-x50"]}, r"unknown contender 'bn-x50'. Known: baseline, bn, bn-x5"),
+        ({"contenders": ["baseline", "bn-x50"]}, r"unknown contender 'bn-x50'. Known: baseline, short, bn, bn-x5"),
         ({"contenders": ["bn"]}, "the baseline sets the target, so it must run: --contenders baseline,bn"),
         ({"contenders": ["baseline", "baseline"]}, "named twice"),
         ({"contenders": []}, "no contenders"),
-        ({"contenders": "baseline"}, r"must be a list of names \(got 'baseline'\)"),
+        ({"contenders": "baseline"}, r"must be a list of names or Contenders \(got 'baseline'\)"),
+        ({"contenders": ["baseline", 3]}, r"a contender is a name, a batchnorm.Recipe or a batchnorm.Contender \(got 3\)"),
         ({"contenders": ["bn-x5"], "tune": True}, "'bn-x5' has no rate of its own"),
         ({"mode": "fast"}, "unknown mode 'fast'. Known: quick, default, full"),
         ({"seeds": "3"}, "--seeds must be a whole number"),
@@ -81,16 +110,16 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 
 def test_tuned_rate_is_the_one_with_the_best_mean_score(tmp_path: Path) -> None:
     file = tmp_path / "tuning.json"
-    scores = {"baseline": {"0.1": [0.8, 0.9], "0.2": [0.95, 0.7]}, "accelerated": {"0.5": [0.7]}}
+    scores = {"baseline": {"0.1": [0.8, 0.9], "0.2": [0.95, 0.7]}, "sgd": {"0.5": [0.7]}}
     file.write_text(json.dumps({"toy": {"default": {"scores": scores}}}))
-    assert read_tuned("toy", "default", file, 20) == {"baseline": 0.1, "accelerated": 0.5}
+    assert read_tuned("toy", "default", file, 20) == {"baseline": 0.1, "sgd": 0.5}
     assert read_tuned("toy", "full", file, 20)["baseline"] == 0.1  # not swept: the default budget's
     assert read_tuned("other", "default", file, 20) == {}
     tied = {"scores": {"baseline": {"0.1": [0.9], "0.2": [0.9], "0.4": [0.8]}}}
     file.write_text(json.dumps({"toy": {"default": {"scores": scores}, "full": tied}}))
-    assert read_tuned("toy", "full", file, 20) == {"baseline": 0.2, "accelerated": 0.5}  # of equals, not the edge
+    assert read_tuned("toy", "full", file, 20) == {"baseline": 0.2, "sgd": 0.5}  # of equals, not the edge
     file.write_text(json.dumps({"toy": {"default": {"scores": scores}}}))
-    assert plan(rates=file).learning_rates == {"baseline": 0.1, "bn-x5": 0.5, "accelerated": 0.5}
+    assert plan(rates=file, contenders=["baseline", "bn-x5", "sgd"]).learning_rates == {"baseline": 0.1, "bn-x5": 0.5, "sgd": 0.5}
     with pytest.raises(RaceError, match=r"holds no learning rates for task 'plain'"):
         plan(toy.plain(), rates=file)
     own = {"default": {"scores": scores, "batch_size": 40}}  # swept in other batches: of no use here
@@ -107,7 +136,7 @@ def test_stored_rates_hold_a_sweep_of_at_least_five_for_each_tuned_contender() -
     stored = json.loads(TUNED_FILE.read_text())["inception"]
     for sweep in stored.values():
         assert sweep["command"].startswith("batchnorm race --tune")
-    for name in ("baseline", "accelerated", "accelerated-without-bn"):
+    for name in ("baseline", "short", "sgd", "fast", "fast-without-bn"):
         assert len(stored["default"]["scores"][name]) >= 5
 
 
@@ -121,7 +150,7 @@ def test_a_sweep_starts_from_the_task_or_from_a_shorter_sweep(tmp_path: Path) ->
             ("full", plan(contenders=["baseline"], tune=True, mode="full", rates=file)),
         )
     }
-    rate = toy.task().learning_rate
+    rate = toy.task().base_rate
     assert tried["default"] == pytest.approx([rate / 4, rate / 2, rate, rate * 2, rate * 4])
     assert tried["full"] == pytest.approx([0.1, 0.2, 0.4])
 
@@ -134,6 +163,15 @@ def test_stored_plan_is_read_back_and_a_strange_one_refused(tmp_path: Path) -> N
     assert read_plan(tmp_path / "out") == made
     with pytest.raises(RaceError, match="holds no race"):
         read_plan(tmp_path)
+    config = tmp_path / "out" / "config.json"
+    stored = json.loads(config.read_text())
+    config.write_text(json.dumps({k: v for k, v in stored.items() if k != "format"}))
+    with pytest.raises(RaceError, match=r"of another version of batchnorm \(format 1, this is 2\), whose rules were others"):
+        read_plan(tmp_path / "out")
+    stored["contenders"][1]["recipe"]["learning_rate"] = 7.0
+    config.write_text(json.dumps(stored))
+    with pytest.raises(RaceError, match="holds a race of another version: short meant something else"):
+        read_plan(tmp_path / "out")
     assert "already holds a race" in (runner._prepare(tmp_path / "out", made, resume=False) or "")
 
 
@@ -155,15 +193,22 @@ def test_wrong_task(spec: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": torch.randn(5, 8)}, r"train\[tensor of indices\] must give \(inputs, targets\)"),
-        ({"test": 7}, "test must be a torch.utils.data.TensorDataset or the like"),
+        ({"test": 7}, "test must be a dataset with a length"),
         ({"test": TensorDataset(torch.zeros(0, 8), torch.zeros(0))}, "test is empty"),
         ({"batch_size": 0}, "batch_size must be a positive whole number"),
         ({"batch_size": 20.5}, r"batch_size must be a positive whole number \(got 20.5\)"),
         ({"weight_decay": -1.0}, "weight_decay must be 0 or a positive number"),
         ({"learning_rate": float("inf")}, "learning_rate must be a positive number"),
         ({"batch_size": 2000}, r"1000 training examples are less than one batch \(2000\)"),
-        ({"model": "resnet"}, "model must be a function that returns a network"),
+        ({"model": "resnet"}, "model must be a function that returns a new network each time \\(got 'resnet'"),
+        ({"model": nn.Linear(8, 4)}, "model must be a function that returns a new network each time \\(got Linear"),
+        ({"loss": "mse"}, r"loss must be a function \(got 'mse'\)"),
+        ({"optimizer": 0.1}, r"optimizer must be a function \(got 0.1\)"),
+        ({"metric": "auc"}, 'metric is "accuracy", "loss", a function or a torchmetrics.Metric'),
+        ({"metric": 3}, "metric must be a function of all outputs and targets"),
+        ({"clip_grad_norm": -1}, "clip_grad_norm must be a positive number"),
+        ({"accumulate": 0}, "accumulate must be a positive whole number"),
+        ({"mixed_precision": "bf16"}, "mixed_precision is True, torch.bfloat16 or torch.float16"),
         ({"readers": -1}, r"readers must be 0 or a positive whole number \(got -1\)"),
         ({"device": "cuda:1"}, r'device must be "cpu" or "cuda" \(got \'cuda:1\'\): torchrun tells which GPU'),
     ],
@@ -174,30 +219,34 @@ def test_wrong_fields_of_a_task(changes: dict[str, Any], message: str) -> None:
         bn.Task(**fields)
 
 
+def tensors_of(examples: Any) -> torch.Tensor:
+    return examples.batch(torch.arange(len(examples)), (0, 0))[0]  # type: ignore[no-any-return]
+
+
 def test_tuning_never_sees_the_test_examples() -> None:
     task = toy.task()
     held = task.for_tuning()
     rows = {tuple(row.tolist()) for row in task.train.tensors[0]}
-    assert {tuple(row.tolist()) for row in held.test.tensors[0]} <= rows
+    assert {tuple(row.tolist()) for row in tensors_of(held.test)} <= rows
     assert len(held.train) + len(held.test) == 1000
-    assert not {tuple(r.tolist()) for r in held.test.tensors[0]} & {tuple(r.tolist()) for r in held.train.tensors[0]}
+    assert not {tuple(r.tolist()) for r in tensors_of(held.test)} & {tuple(r.tolist()) for r in tensors_of(held.train)}
 
 
-def test_a_baseline_at_its_plateau_leaves_the_accelerated_ones_a_smaller_share() -> None:
+def test_a_contender_has_a_share_of_its_own_in_each_mode() -> None:
     task = replace(toy.task(), full_steps=8000)
-    share = {mode: plan(task, mode=mode, contenders=["baseline", "accelerated"]).contenders[1].budget for mode in MODES}
-    own = CONTENDERS["accelerated"]
-    assert share == {"quick": own.budget, "default": own.budget, "full": 1 / own.plateau_speed}  # type: ignore
-    assert share["full"] < share["default"] < 1 / 5
-    assert plan(mode="full").contenders[-1].budget == own.budget  # no budget of its own for --full
+    share = {mode: plan(task, mode=mode, contenders=["baseline", "fast"]).contenders[1].budget for mode in MODES}
+    own = CONTENDERS["fast"]
+    assert share == {"quick": 1 / own.speeds["quick"], "default": own.budget, "full": 1 / own.speeds["full"]}
+    assert share["full"] < share["default"] < share["quick"] < 1 / 2
+    assert plan(mode="full", contenders=["baseline", "fast"]).contenders[1].budget == own.budget  # no plateau is known
 
 
 def test_task_is_the_same_each_time_it_is_loaded_even_if_its_data_is_drawn_unseeded() -> None:
     """Every process of a race calls the function for itself, and so does a resumed race."""
     tasks = [load_task("racing.toy:unseeded") for _ in range(2)]
-    assert fingerprint(tasks[0]) == fingerprint(tasks[1])
-    assert fingerprint(tasks[0]) != fingerprint(toy.task())
-    assert fingerprint(replace(tasks[0], weight_decay=1.0)) != fingerprint(tasks[0])
+    assert tasks[0].fingerprint() == tasks[1].fingerprint()
+    assert tasks[0].fingerprint() != toy.task().fingerprint()
+    assert replace(tasks[0], weight_decay=1.0).fingerprint() != tasks[0].fingerprint()
 
 
 def test_race_on_another_task_or_torch_is_refused() -> None:
@@ -215,7 +264,7 @@ def test_race_on_another_task_or_torch_is_refused() -> None:
 
 
 def test_a_network_with_nothing_to_normalize_is_refused_before_any_training(tmp_path: Path) -> None:
-    with pytest.raises(RaceError, match=r"'bn-x5': ValueError: accelerate: there is no layer to normalize"):
+    with pytest.raises(RaceError, match=r"'bn-x5': ValueError: there is no layer to normalize"):
         bn.race(toy.linear(), seeds=1, out=tmp_path / "o")
 
 
@@ -226,7 +275,7 @@ def test_other_batches_take_as_many_examples_and_rates_in_proportion() -> None:
     assert (smaller.steps, smaller.full_steps, smaller.quick_steps) == (800, 3204, None)
     assert as_planned(task, 5, tune=False) == smaller
     assert as_planned(task, None, tune=False) is as_planned(task, 20, tune=False) is task
-    assert fingerprint(smaller) != fingerprint(task)
+    assert smaller.fingerprint() != task.fingerprint()
     with pytest.raises(RaceError, match=r"--batch-size must be a whole number of at least 1 \(got -2\)"):
         task.with_batch_size(-2)
 

@@ -2,60 +2,118 @@
 
 import io
 from dataclasses import replace
+from typing import Any
 
+import pytest
 from racing import toy
 from rich.console import Console
+from torch import nn
 
+import batchnorm as bn
 from batchnorm.racing import report
-from batchnorm.racing.contenders import CONTENDERS
+from batchnorm.racing.contenders import CONTENDERS, NORMALIZED, PLAIN
 from batchnorm.racing.display import Display
+from batchnorm.racing.events import Diverged, Evaluation, Progress, Resumed
 from batchnorm.racing.plan import make_plan
-from batchnorm.racing.plots import STYLES
-from batchnorm.racing.trainer import Diverged, Evaluation, Progress, Resumed
+from batchnorm.racing.plots import STYLES, styles
+from batchnorm.racing.score import score
+from batchnorm.racing.timing import StepTime
 
 
 def test_each_contender_says_what_it_changes() -> None:
     assert report.changes(CONTENDERS["baseline"]) == "nothing"
-    assert report.changes(CONTENDERS["bn"]) == "BN, statistics re-estimated on 2,000 training examples"
-    x5 = report.changes(CONTENDERS["bn-x5"])
-    assert x5.startswith(
-        "BN, no dropout, learning rate x5, weight decay x0.2, learning rate at zero after 16.7% of the steps"
+    assert report.changes(CONTENDERS["bn"]) == (
+        "BN before the nonlinearities (bn.insert), statistics re-estimated on 2,000 training examples"
     )
+    x5 = report.changes(CONTENDERS["bn-x5"])
+    assert "learning rate x5, weight decay x0.2, none on gamma, beta and biases, learning-rate decay 6 times" in x5
     assert "activation=sigmoid" in report.changes(CONTENDERS["sigmoid"])
-    assert "statistics re-estimated on 2,000 training examples" in report.changes(CONTENDERS["accelerated"])
+    mine = bn.Contender("mine", doubled, recipe=bn.Recipe(learning_rate=3))
+    assert report.changes(mine) == "doubled, learning rate x3"
 
 
-def test_accelerated_without_bn_differs_from_accelerated_by_bn_alone() -> None:
-    """What is BN itself worth? Same schedule, averaging and budget; its rate is its own."""
-    with_bn, without = CONTENDERS["accelerated"], CONTENDERS["accelerated-without-bn"]
-    recipe = replace(with_bn.recipe, learning_rate=without.recipe.learning_rate)  # to be tuned, each
-    assert replace(with_bn, name=without.name, batch_norm=False, recalibrate=0, recipe=recipe) == without
+def doubled(model: nn.Module, example: Any) -> nn.Module:
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name, c in CONTENDERS.items() if c.control == f"{name}-without-bn"])
+def test_a_control_differs_by_bn_alone(name: str) -> None:
+    """What is BN itself worth? Same optimizer, schedule and budget in every mode; its rate is its own."""
+    with_bn, without = CONTENDERS[name], CONTENDERS[f"{name}-without-bn"]
+    assert replace(with_bn, name=without.name, change="without-bn", recalibrate=0, control=None) == without
 
 
 def test_one_seed_says_that_it_is_one_and_an_untuned_rate_that_it_is_untuned() -> None:
-    rules = report.rules(make_plan(toy.task(), spec="racing.toy:task", seeds=1))
+    names = ["baseline", "bn-x5", "sgd"]
+    rules = report.rules(make_plan(toy.task(), spec="racing.toy:task", seeds=1, contenders=names))
     assert "ONE seed" in rules
-    assert "NOT TUNED for this task: the learning rate of baseline, accelerated" in rules
-    untuned = report.changes(CONTENDERS["accelerated"], tuned=False)
-    assert "tuned" not in untuned
-    assert "learning rate x5" in untuned
-    assert "own tuned learning rate" in report.changes(CONTENDERS["accelerated"])
-    assert "Means over 3 seeds" in report.rules(make_plan(toy.task(), spec="racing.toy:task"))
+    assert "NOT TUNED for this task: the learning rate of baseline, sgd;" in rules
+    assert "own tuned" not in report.changes(CONTENDERS["sgd"], tuned=False)
+    assert "learning rate x" in report.changes(CONTENDERS["sgd"], tuned=False)
+    assert "own tuned learning rate" in report.changes(CONTENDERS["sgd"])
+    assert "8 seeds; intervals" in report.rules(make_plan(toy.task(), spec="racing.toy:task"))
+
+
+def results(*ends: float) -> tuple[Any, Any]:
+    """Of the baseline, and of two contenders that go as far as they are told, at twice and four times its speed."""
+    plan = make_plan(toy.task(), spec="racing.toy:task", contenders=["baseline", "sgd", "short"], seeds=3)
+    records = {
+        name: [
+            {
+                "seed": seed,
+                "learning_rate": 0.1,
+                "status": "finished",
+                "curve": [
+                    {"step": step, "score": end * min(1, step * speed / 80), "loss": 1 / (1 + step), "rate": 0.0}
+                    for step in range(0, 101, 4)
+                ],
+            }
+            for seed in range(3)
+        ]
+        for name, speed, end in zip(("baseline", "sgd", "short"), (1, 4, 2), ends, strict=True)
+    }
+    times = {name: StepTime(0.1 if name == "baseline" else 0.2, (0.1, 0.2), 0.0, 9) for name in records}
+    return score(plan, records, times), plan
+
+
+def test_the_answer_comes_first_with_its_interval_and_its_control() -> None:
+    assert report.sentence(*results(0.8, 0.9, 0.81)) == (
+        "sgd: the accuracy of baseline (80.00%) in 22.2% (95%: 22.2 to 22.2%) of its steps, 44.4% (95%: 44.4 to 44.4%) of "
+        "its seconds; without batch normalization (short): 49.4% (95%: 49.4 to 49.4%) of the steps."
+    )
+    assert "without batch normalization (short): not reached" in report.sentence(*results(0.8, 0.9, 0.7))
+    assert report.sentence(*results(0.8, 0.7, 0.7)) == "No contender reached the target."
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_table_fits_a_terminal(width: int) -> None:
+    out = io.StringIO()
+    found, plan = results(0.8, 0.9, 0.7)
+    found["contenders"][2] |= {"name": "fast-without-bn", "end": 0.8012, "end_interval": (0.79, 0.81)}
+    found["contenders"][1] |= {"steps_to_target": 12345.0, "steps_fraction_interval": (0.22, float("inf"))}
+    Console(file=out, width=width).print(report.table(found, plan))
+    assert "…" not in out.getvalue()
+    assert "22.0% or more" in out.getvalue()
+    assert "fast-without-bn" in out.getvalue()
 
 
 def test_every_contender_has_its_own_color() -> None:
     assert STYLES.keys() == CONTENDERS.keys()
-    assert len(set(STYLES.values())) == len(STYLES)
+    for table in (PLAIN, NORMALIZED):
+        for names in table.values():
+            assert len({STYLES[name] for name in names}) == len(names)
+    assert len(set(styles(["mine", "yours"]).values())) >= 2
 
 
 def test_progress_is_readable_when_piped() -> None:
-    runs = make_plan(toy.task(), spec="racing.toy:task", seeds=1).runs()
+    plan = make_plan(toy.task(), spec="racing.toy:task", seeds=1, contenders=["baseline", "bn-x5"])
+    runs = plan.runs()
     other = next(run for run in runs if run.contender.name == "bn-x5")
     out = io.StringIO()
-    with Display(runs, [], Console(file=out, width=200)) as display:
+    with Display(runs, [], Console(file=out, width=200), plan) as display:
         display.update(runs[0], Resumed(100, ()))
         display.update(runs[0], Progress(150, 0.6))
-        display.update(runs[0], Evaluation(200, 1.0, 0.5, 0.875, 2.0, 1.0))
+        display.update(runs[0], Evaluation(200, 1.0, 0.5, 0.875, 0.0, 2.0, 1.0))
         display.update(other, Diverged(13))
     lines = out.getvalue().splitlines()
     assert "baseline (seed 0, rate 0.01)  step 200/200  loss 0.500  accuracy 87.50%  left 0:00" in lines[0]

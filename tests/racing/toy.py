@@ -111,3 +111,16 @@ def fails() -> bn.Task:
         return nn.functional.cross_entropy(output, target)
 
     return bn.Task("fails", model, examples(1000, 0), examples(500, 1), loss, batch_size=20, steps=200)
+
+
+def normalized() -> bn.Task:
+    """With batch normalization already."""
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+
+    return bn.Task("normalized", network, examples(1000, 0), examples(500, 1), batch_size=20, steps=200)
+
+
+def contender() -> bn.Contender:
+    return bn.Contender("theirs", "with-bn", recipe=bn.Recipe(learning_rate=2, decay_speed=2))

@@ -43,6 +43,8 @@ def examples_of(what: str, given: Any, collate: Callable[[list[Any]], Any] | Non
     Raises:
         RaceError: it is none of them, or empty, or its first examples cannot be read.
     """
+    if isinstance(given, Whole | Items | Loader):
+        return given
     if isinstance(given, DataLoader):
         return Loader(what, lambda: given)
     if callable(given) and not hasattr(given, "__getitem__"):

@@ -141,5 +141,3 @@ PAPER = Recipe(
 )  # fmt: skip
 FAST = replace(PAPER, name="fast", nesterov=True)
 RECIPES = {recipe.name: recipe for recipe in (PAPER, FAST)}
-SGD = replace(FAST, name="sgd")  # TEMP
-Recipe.brings_optimizer = False  # TEMP
