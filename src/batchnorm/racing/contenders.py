@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from batchnorm.recipe.recipe import FAST, PAPER, Recipe
+from batchnorm.recipe.recipe import PAPER, Recipe
+from batchnorm.recipe.recipe import SGD as FAST
 
 
 @dataclass(frozen=True)

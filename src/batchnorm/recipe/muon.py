@@ -71,7 +71,7 @@ class Muon(Optimizer):
 
     Args:
         params: parameters, (name, parameter) or groups of them, as torch's optimizers take them. A group says by
-            ``orthogonalize=False`` that it is SGD's, by ``keep_norm=False`` that its weights' norms are not put back (a network
+            ``orthogonalize=False`` that it is SGD's, by ``keep_norm=False`` that norms are not put back (in a network
             without batch normalization), by ``blocks=[1, 4, ...]`` how many blocks each weight has.
         lr: of groups that are orthogonalized: the share of a weight's norm that a step is long.
         sgd_lr: ``lr`` of the other groups.
@@ -81,7 +81,7 @@ class Muon(Optimizer):
     Raises:
         ValueError: a value that is negative; in a group that is orthogonalized, a parameter of fewer than two
             dimensions, weight decay, or blocks that do not divide it; at the first step, a weight that is zero.
-        RuntimeError: complex parameters; sparse gradients.
+        RuntimeError: complex or sharded parameters; sparse gradients.
 
     Parameters without a gradient are left alone. State is a momentum per parameter and a norm per weight, in the
     parameter's dtype. In DistributedDataParallel all ranks compute the same.
@@ -118,7 +118,7 @@ class Muon(Optimizer):
 
         Raises:
             ValueError: see the class.
-            RuntimeError: complex parameters.
+            RuntimeError: complex or sharded parameters.
         """
         own = {"weight_decay": 0.0} if param_group.get("orthogonalize", True) else {"lr": self.defaults["sgd_lr"]}
         super().add_param_group(own | param_group)
@@ -196,6 +196,8 @@ def _check(group: dict[str, Any]) -> None:
             raise ValueError(f"Muon: {key} must be at least 0 (got {group[key]}).")
     if any(p.is_complex() for p in group["params"]):
         raise RuntimeError("Muon does not support complex parameters.")
+    if any(hasattr(p, "placements") for p in group["params"]):  # DTensor
+        raise RuntimeError("Muon does not support parameters that are sharded (fully_shard): it needs whole matrices.")
     if not group["orthogonalize"]:
         return
     group.setdefault("keep_norm", True)
