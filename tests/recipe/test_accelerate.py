@@ -123,7 +123,7 @@ def test_refused() -> None:
         bn.accelerate(normalized, X[0])
     with pytest.raises(ValueError, match=r"is there already. .*: recipe.apply\(optimizer, scheduler\)"):
         bn.accelerate(normalized, X[0], replace(bn.RECIPES["paper"], learning_rate=30))
-    with pytest.raises(ValueError, match=r'unknown recipe "quick". Known: paper, fast; or a batchnorm.Recipe'):
+    with pytest.raises(ValueError, match=r'unknown recipe "quick". Known: paper, sgd, fast; or a batchnorm.Recipe'):
         bn.accelerate(Network(), X, "quick")
     with pytest.raises(TypeError, match=r"recipe must be a name or a batchnorm\.Recipe, got dict"):
         bn.accelerate(Network(), X, {})  # type: ignore[arg-type]

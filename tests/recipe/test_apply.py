@@ -327,7 +327,7 @@ def test_refused_before_anything_is_changed() -> None:
     refuse(ValueError, "recipe paper has been applied to this optimizer", at=None)
     for optimizer in (sgd(momentum=0), sgd(dampening=0.5), torch.optim.AdamW(network().parameters())):
         state = optimizer.state_dict()
-        refuse(ValueError, "the recipe asks for Nesterov's momentum", bn.RECIPES["fast"], at=None)
+        refuse(ValueError, "the recipe asks for Nesterov's momentum", bn.RECIPES["sgd"], at=None)
 
 
 @pytest.mark.parametrize(

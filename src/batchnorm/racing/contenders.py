@@ -28,8 +28,7 @@ class Contender:
         recipe: what else changes, as ``batchnorm.accelerate`` has it; ``learning_rate`` is times the task's.
         network: keywords for the task's model function, on top of its defaults.
         tuned: its learning rate is its own, chosen by ``--tune``; the recipe's holds until then.
-        speeds: the recipe's ``decay_speed`` in a mode where it is another: "quick", or "full", where the baseline runs
-            to its plateau.
+        speeds: the recipe's ``decay_speed`` in a mode where it is another. Of built-in tasks ``tuned.json`` has some, too.
         recalibrate: training examples for the population statistics, re-estimated before each evaluation; 0: none.
         control: name of the contender that is the same without batch normalization.
 
@@ -83,23 +82,23 @@ class Contender:
 
 SIGMOID: dict[str, Any] = {"network": {"activation": "sigmoid"}}
 ESTIMATED: dict[str, Any] = {"change": "with-bn", "recalibrate": 2_000}  # population statistics, Algorithm 2
-SGD_SPEEDS, FAST_SPEEDS = {"quick": 3.0, "full": 22.0}, {"quick": 3.0, "full": 38.0}
-SHORT = Recipe(decay_speed=6)
+OWN: dict[str, Any] = {"tuned": True, "speeds": {"quick": 3.0}}
+MUON = replace(FAST, decay_speed=6)
 
 CONTENDERS = {
     contender.name: contender
     for contender in (
         Contender("baseline", tuned=True),
-        Contender("short", recipe=SHORT, tuned=True, speeds=SGD_SPEEDS),
-        Contender("bn", **ESTIMATED, speeds={"full": 2.0}),
+        Contender("short", **OWN, recipe=Recipe(decay_speed=6)),
+        Contender("bn", **ESTIMATED),
         Contender("bn-x5", **ESTIMATED, recipe=PAPER, control="short"),
         Contender("bn-x30", **ESTIMATED, recipe=replace(PAPER, learning_rate=30)),
-        Contender("sigmoid", **SIGMOID, speeds={"full": 2.0}),
+        Contender("sigmoid", **SIGMOID),
         Contender("bn-x5-sigmoid", **ESTIMATED, **SIGMOID, recipe=PAPER),
-        Contender("sgd", **ESTIMATED, recipe=SGD, tuned=True, speeds=SGD_SPEEDS, control="short"),
-        Contender("fast", **ESTIMATED, recipe=FAST, tuned=True, speeds=FAST_SPEEDS, control="fast-without-bn"),
-        Contender("fast-without-bn", "without-bn", recipe=FAST, tuned=True, speeds=FAST_SPEEDS),
-        Contender("muon-without-bn", "without-bn", recipe=replace(FAST, decay_speed=1), tuned=True),
+        Contender("sgd", **ESTIMATED, **OWN, recipe=SGD, control="short"),
+        Contender("fast", **ESTIMATED, **OWN, recipe=MUON, control="fast-without-bn"),
+        Contender("fast-without-bn", "without-bn", **OWN, recipe=MUON),
+        Contender("muon-without-bn", "without-bn", recipe=replace(MUON, decay_speed=1), tuned=True),
         # Of a network that has batch normalization already.
         Contender("as-is", tuned=True),
         Contender("without-bn", "without-bn", tuned=True),

@@ -13,9 +13,13 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from batchnorm.racing.changes import has_batch_norm
 from batchnorm.recipe.apply import RATES
+from batchnorm.recipe.muon import Muon
+from batchnorm.recipe.normalized import normalized, parameter_groups
 from batchnorm.recipe.schedules import TIMES, family
 from batchnorm.recipe.schedules import Schedule as InTime
+from batchnorm.surgery import insert
 
 if TYPE_CHECKING:
     from batchnorm.racing.contenders import Contender
@@ -80,10 +84,8 @@ def prepared(
     recipe brings.
     """
     recipe = contender.recipe
-    if recipe.brings_optimizer:
-        optimizer = recipe.optimizer(model, example=task.example(model))
-        scale = learning_rate / optimizer.param_groups[0]["lr"]
-        optimizer.param_groups[0]["lr"] *= scale
+    if recipe.muon_lr:
+        optimizer = _muon(task, contender, model, learning_rate)
         return optimizer, Schedule(recipe.scheduler(optimizer, steps))
     optimizer = task.make_optimizer(model)
     scale = learning_rate / recipe.learning_rate / optimizer.param_groups[0]["lr"]
@@ -103,6 +105,19 @@ def prepared(
     if changes.changes():
         changes.apply(optimizer, schedule.scheduler, told)
     return optimizer, schedule
+
+
+def _muon(task: Task, contender: Contender, model: nn.Module, learning_rate: float) -> Optimizer:
+    """The recipe's own. Without batch normalization the same layers are orthogonalized: those that would have it."""
+    recipe, example = contender.recipe, task.example(model)
+    if contender.normalizes:
+        layers = normalized(model)
+    elif has_batch_norm(model):
+        layers = normalized(model, example)
+    else:
+        rows = insert(model, example).batchnorm_report.of("normalized")  # type: ignore[union-attr, operator]
+        layers = [model.get_submodule(name) for name in rows]
+    return Muon(parameter_groups(model, layers), lr=learning_rate, sgd_lr=recipe.sgd_lr * recipe.learning_rate)
 
 
 def _schedule(made: Any) -> Schedule:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from batchnorm.racing import zoo
+from batchnorm.racing import tabular, zoo
 from batchnorm.racing.changes import has_batch_norm
 from batchnorm.racing.contenders import BASELINES, CONTENDERS, NORMALIZED, PLAIN, Contender
 from batchnorm.racing.errors import RaceError
@@ -36,6 +36,7 @@ TUNED_GRID = (1 / 2, 1, 2)  # times a rate that a sweep at another budget has fo
 CONFIG = "config.json"
 FORMAT = 2  # of what a race leaves in its directory
 TUNED_FILE = Path(__file__).with_name("tuned.json")
+BUILT_IN = (zoo.inception, zoo.mlp, tabular.deep_mlp)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def make_plan(
             "full": task.full_steps or task.steps,
         }[mode]
     )
-    built_in = task.model in (zoo.inception, zoo.mlp)
+    built_in = task.model in BUILT_IN
     stored = TUNED_FILE if built_in and (mode == "full" or not tune) else None  # a long sweep starts from a short one's
     file = Path(rates) if rates is not None else stored
     tuned = read_tuned(task.name, mode, file, task.batch_size) if file else {}
@@ -180,7 +181,7 @@ def make_plan(
 def _untuned(contender: Contender, baseline: float) -> float:
     """The rate of the recipe's own optimizer, or the baseline's times the recipe's factor."""
     recipe = contender.recipe
-    return recipe.own_rate if recipe.brings_optimizer else baseline * recipe.learning_rate
+    return (recipe.muon_lr or baseline) * recipe.learning_rate
 
 
 def task_of(plan: Plan) -> Task:
@@ -291,6 +292,12 @@ def best_rate(scores: Mapping[str, Sequence[float]]) -> str:
     return max(rates, key=lambda rate: (mean(scores[rate]), -abs(rates.index(rate) - (len(rates) - 1) / 2)))
 
 
+def stored_speeds(task: str, mode: Mode) -> dict[str, float]:
+    """The budgets of contenders of a built-in task, as ``decay_speed``, chosen on held-out examples."""
+    stored = json.loads(TUNED_FILE.read_text()).get(task, {})
+    return dict(stored.get(mode, {}).get("speeds", {}))
+
+
 def read_tuned(task: str, mode: Mode, file: Path, batch_size: int) -> dict[str, float]:
     """The learning rate of each tuned contender: the one with the best held-out score in the stored sweep.
 
@@ -298,7 +305,7 @@ def read_tuned(task: str, mode: Mode, file: Path, batch_size: int) -> dict[str, 
     """
     try:
         stored = json.loads(file.read_text()).get(task, {})
-        sweeps = {m: sweep for m, sweep in stored.items() if sweep.get("batch_size", batch_size) == batch_size}
+        sweeps = {m: sweep for m, sweep in stored.items() if "scores" in sweep and sweep.get("batch_size", batch_size) == batch_size}
         scores = {name: rates for m in ("default", mode) if m in sweeps for name, rates in sweeps[m]["scores"].items()}
         return {name: float(best_rate(rates)) for name, rates in scores.items()}
     except OSError as error:

@@ -1,7 +1,8 @@
 """What batch normalization lets one change in training, as one value; and a test of learning rates."""
 
 from batchnorm.recipe.accelerate import accelerate
+from batchnorm.recipe.muon import Muon
 from batchnorm.recipe.range_test import find_learning_rate
 from batchnorm.recipe.recipe import RECIPES, Recipe
 
-__all__ = ["RECIPES", "Recipe", "accelerate", "find_learning_rate"]
+__all__ = ["RECIPES", "Muon", "Recipe", "accelerate", "find_learning_rate"]

@@ -31,13 +31,14 @@ def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, sk
 
     ``insert`` puts batch normalization before the nonlinearities; dropout's probabilities are multiplied by the
     recipe's factor. What is to change in optimizer and scheduler is ``batchnorm_recipe`` of the result: ``print`` it,
-    ``dataclasses.replace`` what should be otherwise, and ``apply`` it. The model given is not changed.
-    ``batchnorm_report`` lists what was done, layer by layer.
+    ``dataclasses.replace`` what should be otherwise, and ``apply`` it, or take its ``optimizer``. The model given is
+    not changed. ``batchnorm_report`` lists what was done, layer by layer.
 
     Args:
         model: any module, not trained yet.
         example: an input: a tensor, a tuple of arguments or a dict of keyword arguments.
-        recipe: "paper" (Section 4.2.1), "fast" (the best that the race found), or a ``Recipe``.
+        recipe: "paper" (Section 4.2.1), "sgd" (the same with Nesterov's momentum), "fast" (the best that the race
+            found, which brings its optimizer: ``recipe.optimizer(accelerated)``), or a ``Recipe``.
         skip: names of layers that ``insert`` leaves alone.
 
     Returns:
@@ -78,9 +79,10 @@ def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, sk
     if not report.of("normalized"):
         if any(row.done == LEFT and "has batch normalization" in row.why for row in report):
             known = f'batchnorm.RECIPES["{value.name}"]' if RECIPES.get(value.name) == value else "recipe"
+            rest = "optimizer(model, example)" if value.muon_lr else "apply(optimizer, scheduler)"
             raise ValueError(
                 "accelerate: there is no layer to normalize, batch normalization is there already. The rest of the "
-                f"recipe: {known}.apply(optimizer, scheduler), and dropout's probabilities x{value.dropout:g}, by hand."
+                f"recipe: {known}.{rest}, and dropout's probabilities x{value.dropout:g}, by hand."
                 f"\n{report}"
             )
         raise ValueError(f"accelerate: there is no layer to normalize.\n{report or 'The model has no affine layer.'}")

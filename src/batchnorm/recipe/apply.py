@@ -5,7 +5,6 @@ Comes from: ``Recipe.apply``. Goes to: the user's training loop.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from batchnorm.population.batches import unwrapped
+from batchnorm.recipe.normalized import modules_of
 from batchnorm.recipe.schedules import Schedule, check_schedule, family
 from batchnorm.surgery.affine import affine_of, looks_affine
 from batchnorm.surgery.report import LEFT
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from batchnorm.recipe.recipe import Recipe
 
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
-_WRAPPED_PART = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
 MARK = "recipe"  # in a parameter group: what was applied
 
 
@@ -59,6 +58,11 @@ def apply(recipe: Recipe, optimizer: Optimizer, scheduler: Any, model: nn.Module
 
 
 def _check(recipe: Recipe, optimizer: Optimizer, schedulers: list[Any]) -> None:
+    if recipe.muon_lr:
+        raise ValueError(
+            f"recipe {recipe.name} brings its optimizer: optimizer = recipe.optimizer(model), then scheduler = "
+            'recipe.scheduler(optimizer, steps). For an optimizer of yours: batchnorm.RECIPES["sgd"] or "paper".'
+        )
     groups = getattr(optimizer, "param_groups", None)
     if groups is None:
         raise TypeError(
@@ -102,7 +106,7 @@ def _not_normalized(model: Any, optimizer: Optimizer) -> set[int]:
             "apply takes the model that accelerate() returned, and an optimizer of its parameters: "
             "torch.optim.SGD(accelerated.parameters(), ...)."
         )
-    modules = {_WRAPPED_PART.sub("", name).rstrip("."): module for name, module in model.named_modules()}
+    modules = modules_of(model)
     named = [(row, modules[row.layer]) for row in report if row.layer in modules]
     affine = [(row, m) for row, m in named if affine_of(m) is not None or looks_affine(m)]
     if not affine and any(affine_of(m) is not None for m in modules.values()):

@@ -32,6 +32,7 @@ _NONLINEARITIES = {
 }  # fmt: skip
 _OUTPUTS = {"sigmoid", "hardsigmoid", "logsigmoid", "tanh", "softplus"}  # that a model's output may end in
 _MAXIMA = (_MaxPoolNd, _AdaptiveMaxPoolNd)
+HAS_ONE = "it has batch normalization, "  # and its name
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -47,7 +48,7 @@ def row_of(seen: Watched, name: str, layer: nn.Module) -> Row | None:
         wanted = reader is not None and len(calls[0].shape or ()) > 1 and _place(seen, name, reader).done != LEFT
         return Row(name, LEFT, unregistered(layer)) if wanted else None
     if hasattr(type(layer), "normalizes"):
-        why = f"it has batch normalization, {name}.batch_norm"
+        why = f"{HAS_ONE}{name}.batch_norm"
     elif len(calls) != 1:
         why = "its forward is not called on the example" if not calls else f"it is called {len(calls)} times"
     elif does_more(layer):
@@ -67,9 +68,23 @@ def row_of(seen: Watched, name: str, layer: nn.Module) -> Row | None:
     return Row(name, LEFT, why)
 
 
+def norms_behind(seen: Watched, name: str, layer: nn.Module) -> list[nn.Module]:
+    """The batch normalization that alone reads what a layer computes, of each of its calls; none if others read it.
+
+    Also behind a maximum and what moves values: with a positive factor on the weight they give as much more.
+    """
+    if affine_of(layer) is None or is_pruned(layer) or is_computed(layer) or f"{name}.weight" in seen.read:
+        return []
+    if hasattr(type(layer), "normalizes"):
+        return [layer.get_submodule("batch_norm")]
+    readers = [] if does_more(layer) else [_reader(seen, call) for call in seen.of(name)]
+    norms = [r.target for r in readers if r is not None and r.kind == "module" and "" in norms_of(r.target)]
+    return norms if len(norms) == len(readers) else []
+
+
 def _place(seen: Watched, name: str, reader: Call) -> Row:
     if reader.kind == "module" and "" in norms_of(reader.target):
-        return Row(name, LEFT, f"it has batch normalization, {reader.name}")
+        return Row(name, LEFT, f"{HAS_ONE}{reader.name}")
     if _is_nonlinearity(reader):
         return _before(seen, name, reader, reader.label)
     after = _behind_sums(seen, reader)
