@@ -27,7 +27,10 @@ from batchnorm.racing.score import interval
 SPOILS = {"capacity": "with_eps", "scale": "output, eps=0", "convolution": "per_map"}
 # Claims about training and times. What each of its runs gives where the claim holds, and where it does not.
 LEARNS: dict[str, Callable[[Cell, bool], Record]] = {
-    "steps": lambda cell, holds: {"curve": reaching(0.9, 5 if cell["contender"] == "bn-x5" and holds else 100), "status": "finished"},
+    "steps": lambda cell, holds: {
+        "curve": reaching(0.9, 5 if cell["contender"] == "bn-x5" and holds else 100),
+        "status": "finished",
+    },
     "mnist": lambda cell, holds: {"curve": curve(0.9 if cell["batch_norm"] and holds else 0.8)},
     "shift": lambda cell, holds: {
         "drift": 0.3 if cell["batch_norm"] and holds else 1.0,

@@ -22,10 +22,10 @@ from batchnorm.experiments import style
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
 from batchnorm.experiments.numbers import with_interval
 from batchnorm.experiments.steps import record_of
+from batchnorm.racing.events import Run
+from batchnorm.racing.loading import load_task
 from batchnorm.racing.plan import make_plan
 from batchnorm.racing.score import curves_of
-from batchnorm.racing.loading import load_task
-from batchnorm.racing.events import Run
 from batchnorm.racing.trainer import Trainer, train
 from batchnorm.surgery import from_torch, to_torch
 

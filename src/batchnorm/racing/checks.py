@@ -35,7 +35,9 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
     if all(some and not some[-1] < some[0] for some in losses):
         first, last = (float(np.mean([some[i] for some in losses])) for i in (0, -1))
         found.append(f"{name}: its training loss does not fall ({first:.4g} at first, {last:.4g} at its end).")
-    noise = float(np.diff(scores[:, curves.steps >= 0.5 * curves.steps[-1]], axis=1).std()) if scores.shape[1] > 4 else 0
+    noise = (
+        float(np.diff(scores[:, curves.steps >= 0.5 * curves.steps[-1]], axis=1).std()) if scores.shape[1] > 4 else 0
+    )
     gain = float(curves.end() - scores[:, 0].mean())
     if gain <= max(2 * noise / math.sqrt(len(scores)), 1e-12):
         found.append(

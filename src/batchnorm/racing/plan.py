@@ -95,7 +95,9 @@ class Plan:
 
     def values(self) -> dict[str, Any]:
         """Itself as JSON has it."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)} | {"contenders": [c.values() for c in self.contenders]}
+        found = {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "contenders": [c.values() for c in self.contenders]
+        }
         return json.loads(json.dumps(found))  # type: ignore[no-any-return]
 
     def shown(self, score: float) -> str:
@@ -147,8 +149,7 @@ def make_plan(
     speeds = stored_speeds(task.name, mode) if built_in else {}
     chosen = [c if "@" in c.name else c.at_speed(speeds.get(c.name, c.speeds.get(mode))) for c in chosen]
     learning_rates = {
-        c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{_untuned(c, baseline):.3g}")
-        for c in chosen
+        c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{_untuned(c, baseline):.3g}") for c in chosen
     }
     return Plan(
         format=FORMAT,
@@ -207,7 +208,9 @@ def read_plan(directory: Path) -> Plan:
         plan = Plan(**{**stored, **lists, "contenders": now})
     except (KeyError, TypeError):
         raise RaceError(f"{directory} holds no race of this version to resume (no readable {CONFIG}).") from None
-    changed = [row["name"] for row, now in zip(stored["contenders"], plan.values()["contenders"], strict=True) if row != now]
+    changed = [
+        row["name"] for row, now in zip(stored["contenders"], plan.values()["contenders"], strict=True) if row != now
+    ]
     if changed:
         raise RaceError(f"{directory} holds a race of another version: {', '.join(changed)} meant something else.")
     return plan
@@ -267,7 +270,9 @@ def _choose(
                 f"{task.name!r} does not take (it takes {', '.join(sorted(taken or ())) or 'nothing'})."
             )
         if tune and not contender.tuned:
-            raise RaceError(f"contender {contender.name!r} has no rate of its own: it takes a multiple of the baseline's.")
+            raise RaceError(
+                f"contender {contender.name!r} has no rate of its own: it takes a multiple of the baseline's."
+            )
     if len(set(names)) < len(names):
         raise RaceError(f"a contender is named twice: {', '.join(names)}.")
     if not names:
@@ -305,7 +310,11 @@ def read_tuned(task: str, mode: Mode, file: Path, batch_size: int) -> dict[str, 
     """
     try:
         stored = json.loads(file.read_text()).get(task, {})
-        sweeps = {m: sweep for m, sweep in stored.items() if "scores" in sweep and sweep.get("batch_size", batch_size) == batch_size}
+        sweeps = {
+            m: sweep
+            for m, sweep in stored.items()
+            if "scores" in sweep and sweep.get("batch_size", batch_size) == batch_size
+        }
         scores = {name: rates for m in ("default", mode) if m in sweeps for name, rates in sweeps[m]["scores"].items()}
         return {name: float(best_rate(rates)) for name, rates in scores.items()}
     except OSError as error:

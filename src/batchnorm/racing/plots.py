@@ -77,7 +77,9 @@ def _curves(
 ) -> None:
     """The mean over seeds, lowest to highest as a band; a dot where the target is reached."""
     label = "training steps" if quantity == "steps" else "seconds of training (steps x median step time)"
-    axes = _axes(figure, _message(results, plan, quantity), f"{label}, log scale", f"{plan.metric} on the test examples")
+    axes = _axes(
+        figure, _message(results, plan, quantity), f"{label}, log scale", f"{plan.metric} on the test examples"
+    )
     target, sign = results["target"], -1 if plan.score_falls else 1
     ends = []
     for row in results["contenders"]:

@@ -122,7 +122,9 @@ def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
         ended = "" if row["status"] == REACHED else f". Outcome: {row['status']}"
         rate = f" (rate {row['learning_rate']:g})"
         what = changes(contender, contender.name in plan.tuned)
-        lines.append(f"{contender.name}{rate}: {what}{ended}" if what != "nothing" else f"{contender.name}{rate}{ended}")
+        lines.append(
+            f"{contender.name}{rate}: {what}{ended}" if what != "nothing" else f"{contender.name}{rate}{ended}"
+        )
     if plan.left_out:
         lines.append(f"left out, since the model function lacks the keywords: {', '.join(plan.left_out)}")
     return lines

@@ -95,12 +95,16 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 def score(plan: Plan, records: Mapping[str, Sequence[Record]], times: Mapping[str, StepTime]) -> dict[str, Any]:
     """Every contender's row; fractions are None where they mean nothing, ``warnings`` say why."""
-    curves = {name: curves_of(some, plan.score_falls) for name, some in records.items() if any(r["curve"] for r in some)}
+    curves = {
+        name: curves_of(some, plan.score_falls) for name, some in records.items() if any(r["curve"] for r in some)
+    }
     base = curves.get(plan.baseline)
     faults = checks.of_baseline(plan, records[plan.baseline], base)
     target = base.target() if base is not None else None
     rows = [
-        _row(plan, contender.name, records[contender.name], curves.get(contender.name), base, target, times, bool(faults))
+        _row(
+            plan, contender.name, records[contender.name], curves.get(contender.name), base, target, times, bool(faults)
+        )
         for contender in plan.contenders
     ]
     sign = -1 if plan.score_falls else 1

@@ -139,7 +139,9 @@ class Task:
                 raise RaceError(f"{who}: {name} must be a function (got {value!r}).")
         self._check_metric(who)
         if self.mixed_precision not in (False, True, torch.bfloat16, torch.float16):
-            raise RaceError(f"{who}: mixed_precision is True, torch.bfloat16 or torch.float16 (got {self.mixed_precision!r}).")
+            raise RaceError(
+                f"{who}: mixed_precision is True, torch.bfloat16 or torch.float16 (got {self.mixed_precision!r})."
+            )
         if not isinstance(self.training, Loader) and len(self.training) < self.batch_size:
             raise RaceError(
                 f"{who}: {len(self.training)} training examples are less than one batch ({self.batch_size})."
@@ -149,7 +151,9 @@ class Task:
     def _check_metric(self, who: str) -> None:
         given = self.metric
         if isinstance(given, str) and given not in ("accuracy", "loss"):
-            raise RaceError(f'{who}: metric is "accuracy", "loss", a function or a torchmetrics.Metric (got {given!r}).')
+            raise RaceError(
+                f'{who}: metric is "accuracy", "loss", a function or a torchmetrics.Metric (got {given!r}).'
+            )
         if given is not None and not (isinstance(given, str) or callable(given) or is_object(given)):
             raise RaceError(f"{who}: metric must be a function of all outputs and targets (got {given!r}).")
 
@@ -241,7 +245,9 @@ class Task:
     def for_tuning(self) -> Task:
         """The same task scored on training examples that are held out; the test examples are not looked at."""
         if isinstance(self.training, Loader):
-            raise RaceError(f"Task {self.name!r}: --tune holds examples out, so train must be a dataset, not a DataLoader.")
+            raise RaceError(
+                f"Task {self.name!r}: --tune holds examples out, so train must be a dataset, not a DataLoader."
+            )
         count = len(self.training)
         held_out = self.held_out or max(1, count // 12)
         if count - held_out < self.batch_size:
