@@ -62,7 +62,7 @@ class LightningLoop(Loop):
     def after_batch(self) -> None:
         trainer, output = self.trainer, self.trainer.output
         outputs = dict(output) if isinstance(output, dict) else {"loss": output}
-        outputs["loss"] = outputs["loss"].detach()
+        outputs["loss"] = outputs["loss"].detach() / trainer.accumulate_grad_batches
         trainer.output, trainer.batch, trainer.after = None, self.batch, 1
         self.module.on_train_batch_end(outputs, self.batch, trainer.batch_idx)
         trainer.batch = self.batch = None

@@ -110,7 +110,7 @@ class LightningTask(Task):
         batch = placed(self.first_batch(), "cpu")
         with torch.random.fork_rng(devices=[]):
             twin = copied(model)
-            attach(twin, self.stand_in(self.steps))  # copies of LightningModules have none
+            self.loop(twin, *self.make_both(twin, self.steps), self.steps)  # training_step may ask for all of it
             with contextlib.suppress(NotCalled):
                 return arguments_of(twin, lambda: self.output(twin, batch))
         given = model.example_input_array
