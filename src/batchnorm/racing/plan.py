@@ -189,9 +189,9 @@ def task_of(plan: Plan) -> Task:
 
 
 def as_planned(task: Task, batch_size: int | None, tune: bool) -> Task:
-    """A loaded task in batches of that size, where one is given; for a sweep without its test examples."""
-    if batch_size is not None and batch_size != task.batch_size:
-        task = task.with_batch_size(batch_size)
+    """A loaded task in steps of so many examples, where a number is given; for a sweep without its test examples."""
+    if batch_size is not None and batch_size != task.examples_per_step:
+        task = task.with_batch_size(batch_size // task.accumulate)
     return task.for_tuning() if tune else task
 
 
