@@ -18,3 +18,14 @@ def test_my_model_races(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in results["contenders"]}
     assert results["target"] > 1 / 8  # better than chance
     assert rows["bn-x5"]["best_accuracy"] > results["target"]  # a deep network, where BN shows at once
+
+
+def test_lightning_module_races(tmp_path: Path) -> None:
+    names = ("--contenders", "baseline,bn-x5", "--steps", "200", "--seeds", "1", "--quick")
+    done = invoke(
+        race, EXAMPLES, "--task", "lightning_module:task", *names, "--workers", "1", "--out", str(tmp_path / "o")
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert results["plan"]["metric"] == "val_acc"
+    assert results["target"] > 1 / 8  # better than chance

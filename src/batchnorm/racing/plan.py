@@ -149,7 +149,7 @@ def make_plan(
     speeds = stored_speeds(task.name, mode) if built_in else {}
     chosen = [c if "@" in c.name else c.at_speed(speeds.get(c.name, c.speeds.get(mode))) for c in chosen]
     learning_rates = {
-        c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{_untuned(c, baseline):.3g}") for c in chosen
+        c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{_untuned(c, baseline):.6g}") for c in chosen
     }
     return Plan(
         format=FORMAT,
@@ -191,9 +191,9 @@ def task_of(plan: Plan) -> Task:
 
 
 def as_planned(task: Task, batch_size: int | None, tune: bool) -> Task:
-    """A loaded task in batches of that size, where one is given; for a sweep without its test examples."""
-    if batch_size is not None and batch_size != task.batch_size:
-        task = task.with_batch_size(batch_size)
+    """A loaded task in steps of so many examples, where a number is given; for a sweep without its test examples."""
+    if batch_size is not None and batch_size != task.examples_per_step:
+        task = task.with_batch_size(batch_size // task.accumulate)
     return task.for_tuning() if tune else task
 
 

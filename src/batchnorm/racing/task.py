@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from batchnorm.population.batches import call_with_inputs
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.examples import Examples, Loader, examples_of
-from batchnorm.racing.metrics import is_object, logits_of, name_of
-from batchnorm.racing.optimization import decay_of_weights, linear
+from batchnorm.racing.loop import Loop
+from batchnorm.racing.metrics import Metric, is_object, logits_of, metric_of, name_of
+from batchnorm.racing.optimization import Schedule, decay_of_weights, linear
 
 TARGETS = ("labels", "label", "targets", "target", "y")  # a dict's keys, or an object's attributes: the first there is
 
@@ -157,6 +158,81 @@ class Task:
         if given is not None and not (isinstance(given, str) or callable(given) or is_object(given)):
             raise RaceError(f"{who}: metric must be a function of all outputs and targets (got {given!r}).")
 
+    @staticmethod
+    def from_lightning(
+        module_factory: Callable[..., Any],
+        data: Any = None,
+        *,
+        name: str | None = None,
+        steps: int | None = None,
+        max_epochs: int | None = None,
+        metric: str | None = None,
+        lower_is_better: bool | None = None,
+        clip_grad_norm: float | None = None,
+        accumulate: int = 1,
+        mixed_precision: bool | torch.dtype = False,
+        device: Literal["cpu", "cuda"] = "cpu",
+        full_steps: int | None = None,
+        quick_steps: int | None = None,
+        patience: int | None = None,
+    ) -> Task:
+        """A LightningModule's training: its steps, its loaders, what ``configure_optimizers`` returns, what it logs.
+
+        A contender with fewer steps runs through the module's schedules as many times faster, so that they end with it.
+        Callbacks are left out. docs/race.md, "A Lightning module", tells what else is, and what is called when.
+
+        Args:
+            module_factory: returns a new LightningModule, with one optimizer and automatic optimization.
+            data: a LightningDataModule, or a pair of loaders (or functions that make them) for training and
+                validation. Default: the module's own loaders.
+            name: for tables and plots. Default: the module's class.
+            steps: of the optimizer, in the training as it is; the module is told them as ``self.trainer.max_steps``.
+            max_epochs: instead of ``steps``.
+            metric: the name under which validation logs what is scored. Default: what the module's checkpoints, early
+                stopping or scheduler monitor, else the only one there is.
+            lower_is_better: of the metric. Default: as a logged torchmetrics.Metric says, else by its name ("loss",
+                "error", "mae", ...).
+            clip_grad_norm, accumulate, mixed_precision: what the Lightning trainer would be given:
+                ``gradient_clip_val``, ``accumulate_grad_batches``, ``precision``.
+            device, full_steps, quick_steps, patience: as of a Task.
+
+        Returns:
+            A Task for ``race``.
+
+        Raises:
+            RaceError: (a ValueError) several optimizers, manual optimization, a metric that is not logged, ...
+            ModuleNotFoundError: Lightning is missing.
+
+        Example:
+            >>> import lightning.pytorch as pl, torch, batchnorm as bn
+            >>> from torch.utils.data import DataLoader, TensorDataset
+            >>> class Regression(pl.LightningModule):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.net = torch.nn.Linear(4, 1)
+            ...     def forward(self, x):
+            ...         return self.net(x)
+            ...     def training_step(self, batch, batch_idx):
+            ...         return (self(batch[0]) - batch[1]).square().mean()
+            ...     def validation_step(self, batch, batch_idx):
+            ...         self.log("val_loss", self.training_step(batch, batch_idx))
+            ...     def configure_optimizers(self):
+            ...         return torch.optim.SGD(self.parameters(), lr=0.01)
+            >>> data = TensorDataset(torch.randn(60, 4), torch.randn(60, 1))
+            >>> loaders = DataLoader(data, 20, shuffle=True), DataLoader(data, 60)
+            >>> task = bn.Task.from_lightning(Regression, loaders, max_epochs=10)
+            >>> task.name, task.steps, task.metric, task.lower_is_better, task.base_rate
+            ('Regression', 30, 'val_loss', True, 0.01)
+        """
+        from batchnorm.racing.lightning_task import from_lightning
+
+        return from_lightning(
+            module_factory, data, name=name, steps=steps, max_epochs=max_epochs, metric=metric,
+            lower_is_better=lower_is_better, clip_grad_norm=clip_grad_norm, accumulate=accumulate,
+            mixed_precision=mixed_precision, device=device, full_steps=full_steps, quick_steps=quick_steps,
+            patience=patience,
+        )  # fmt: skip
+
     @functools.cached_property
     def training(self) -> Examples | Loader:
         """The training examples, whatever they were given as."""
@@ -234,6 +310,30 @@ class Task:
         """The training's own, over a budget."""
         return self.scheduler(optimizer, steps) if self.scheduler is not None else linear(optimizer, steps)
 
+    def make_both(
+        self, model: nn.Module, steps: int, change: Callable[[Optimizer], None] | None = None
+    ) -> tuple[Optimizer, Schedule]:
+        """Optimizer and schedule over a budget; ``change(optimizer)`` is called before the scheduler is made."""
+        optimizer = self.make_optimizer(model)
+        if change is not None:
+            change(optimizer)
+        return optimizer, Schedule.of(self.make_scheduler(optimizer, steps))
+
+    def loop(self, model: nn.Module, optimizer: Optimizer, schedule: Schedule, steps: int) -> Loop:
+        """What is to be done around a run's batches."""
+        return Loop(model)
+
+    def measured(self, model: nn.Module, batches: Iterable[Any]) -> Metric:
+        """The metric, updated with the batches."""
+        metric, by_loss = metric_of(self.scored_by, self.loss_of), self.scored_by == "loss"
+        device = next((p.device for p in model.parameters()), None)
+        if isinstance(metric, nn.Module) and device is not None:  # a torchmetrics.Metric holds tensors
+            metric.to(device)
+        for batch in batches:
+            output = self.output(model, batch)  # the loss may be its own
+            metric.update(*(output, batch) if by_loss else (logits_of(output), target_of(batch)))
+        return metric
+
     @functools.cached_property
     def base_rate(self) -> float:
         """The learning rate of the training as it is: of its optimizer's first group."""
@@ -287,11 +387,15 @@ class _Called(Exception):
     """Stops a forward pass at the network's door."""
 
 
+class NotCalled(RaceError):
+    """The forward pass does not go through the model's own."""
+
+
 def arguments_of(model: nn.Module, call: Callable[[], Any]) -> Any:
     """What a model is called with in there: a tensor, a tuple of arguments, a dict of keyword arguments; it is not run.
 
     Raises:
-        RaceError: it is not called.
+        NotCalled: it is not called.
     """
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -307,7 +411,7 @@ def arguments_of(model: nn.Module, call: Callable[[], Any]) -> Any:
     finally:
         hook.remove()
     if not seen:
-        raise RaceError("forward= must call the model itself, not parts of it: what it is called with is its example.")
+        raise NotCalled("forward= must call the model itself, not parts of it: what it is called with is its example.")
     args, kwargs = seen[0]
     if args and kwargs:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
