@@ -1,5 +1,5 @@
-"""racing/optimization.py: a training's own optimizer, schedule, clipping, accumulation and precision, bit for bit as in a
-loop of the user's; and what a contender makes of them."""
+"""racing/optimization.py: a training's own optimizer, schedule, clipping, accumulation and precision, bit for bit as in
+a loop of the user's; and what a contender makes of them."""
 
 from __future__ import annotations
 
