@@ -233,12 +233,15 @@ def test_tuning_never_sees_the_test_examples() -> None:
 
 
 def test_a_contender_has_a_share_of_its_own_in_each_mode() -> None:
-    task = replace(toy.task(), full_steps=8000)
-    share = {mode: plan(task, mode=mode, contenders=["baseline", "fast"]).contenders[1].budget for mode in MODES}
-    own = CONTENDERS["fast"]
-    assert share == {"quick": 1 / own.speeds["quick"], "default": own.budget, "full": 1 / own.speeds["full"]}
-    assert share["full"] < share["default"] < share["quick"] < 1 / 2
-    assert plan(mode="full", contenders=["baseline", "fast"]).contenders[1].budget == own.budget  # no plateau is known
+    """Of a built-in task what was found on held-out examples; else a sixth, and a third where all is short."""
+
+    def shares(task: bn.Task) -> dict[str, float]:
+        return {mode: plan(task, mode=mode, contenders=["baseline", "fast"]).contenders[1].budget for mode in MODES}
+
+    assert shares(toy.task()) == {"quick": 1 / 3, "default": 1 / 6, "full": 1 / 6}
+    own = shares(load_task("inception"))
+    assert own["quick"] == 1 / 3
+    assert own["full"] < own["default"] < 1 / 10
 
 
 def test_task_is_the_same_each_time_it_is_loaded_even_if_its_data_is_drawn_unseeded() -> None:
@@ -284,7 +287,7 @@ def test_stored_rates_are_of_the_batch_size_that_they_were_found_at() -> None:
     rates = {
         size: make_plan(load_task("inception").with_batch_size(size), spec="inception").tuned for size in (256, 32)
     }
-    assert rates == {256: ("baseline", "accelerated"), 32: ()}
+    assert rates == {256: ("baseline", "short", "sgd", "fast", "fast-without-bn"), 32: ()}
 
 
 def test_each_process_of_a_machine_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_every_contender_can_train_the_network(rows: bytes, tmp_path: Path, name
     task = tabular.covertype_task(str(tmp_path))
     network = network_of(task, CONTENDERS[name])
     inputs, targets = task.train[torch.arange(8)]
-    task.loss(network(inputs), targets).backward()
+    task.training_loss(network, (inputs, targets)).backward()
     assert all(p.grad is not None for p in network.parameters())
 
 

@@ -31,7 +31,7 @@ def test_group_and_layer_normalization(shape, package, affine):
     x = torch.randn(shape, dtype=torch.float64)
     model = shaken(nn.Sequential(kind(12, eps=0.01, affine=affine), nn.Tanh()))
     norm, before = model[0], copy.deepcopy(model.state_dict())
-    for make, groups in ((group_norm, 3), (layer_norm, 1)):
+    for make, groups in ((group_norm, 1 if isinstance(norm, nn.BatchNorm1d) else 6), (layer_norm, 1)):
         made = exchanged(model, x, make)
         assert made.batchnorm_report.of("replaced") == ["0"]
         torch.testing.assert_close(made(x), by_groups(x, groups, norm).tanh())
@@ -50,10 +50,12 @@ def test_layer_normalization_of_vectors_is_torchs():
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups"), [(1, 1), (2, 1), (7, 1), (10, 2), (32, 8), (48, 12), (64, 16), (100, 25), (256, 32)]
+    ("kind", "channels", "groups"),
+    [(nn.BatchNorm2d, *row) for row in ((1, 1), (2, 1), (7, 1), (10, 5), (32, 16), (64, 32), (100, 25), (256, 32))]
+    + [(nn.BatchNorm1d, *row) for row in ((7, 1), (16, 2), (64, 8), (100, 10), (512, 32))],
 )
-def test_groups(channels, groups):
-    made = group_norm(nn.BatchNorm2d(channels))
+def test_groups(kind, channels, groups):
+    made = group_norm(kind(channels))
     assert (made.num_groups, made.num_channels) == (groups, channels)
 
 

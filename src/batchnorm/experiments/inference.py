@@ -55,7 +55,7 @@ def measure(seed: int, steps: int) -> Record:
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         inputs, targets = task.train[torch.randint(len(task.train), (task.batch_size,), generator=generator)]
-        task.loss(network.train()(inputs), targets).backward()
+        task.training_loss(network.train(), (inputs, targets)).backward()
         optimizer.step()
         if step % (steps // POINTS) == 0:
             curve.append((step, *accuracies(network, images, test, labels)))

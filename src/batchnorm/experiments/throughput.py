@@ -76,7 +76,7 @@ def measure(seed: int, sizes: list[int], rounds: int) -> Record:
                 started = time.perf_counter()
                 for _ in range(repeats):
                     optimizers[name].zero_grad()
-                    task.loss(network.train()(images), labels).backward()
+                    task.training_loss(network.train(), (images, labels)).backward()
                     optimizers[name].step()
                 seconds[name].append(time.perf_counter() - started)
         for name, taken in seconds.items():

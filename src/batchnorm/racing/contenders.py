@@ -120,7 +120,7 @@ PLAIN = {
 }  # fmt: skip
 NORMALIZED = {
     "quick": ("as-is", "without-bn", "fused"),
-    "default": ("as-is", "without-bn", "paper", "fast", "fused"),
+    "default": ("as-is", "without-bn", "paper", "fast", "fast-without-bn", "fused"),
     "full": ("as-is", "without-bn", "paper", "fast", "fast-without-bn", "ghost", "renorm", "group-norm", "layer-norm",
              "fused"),
 }  # fmt: skip

@@ -144,8 +144,8 @@ def make_plan(
             f"{task.batch_size}."
         )
     baseline = tuned.get("baseline", task.base_rate)
-    if mode != "full" or (task.full_steps is not None and steps is None):
-        chosen = [c.at_speed(c.speeds.get(mode)) for c in chosen]
+    speeds = stored_speeds(task.name, mode) if built_in else {}
+    chosen = [c if "@" in c.name else c.at_speed(speeds.get(c.name, c.speeds.get(mode))) for c in chosen]
     learning_rates = {
         c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{_untuned(c, baseline):.3g}")
         for c in chosen

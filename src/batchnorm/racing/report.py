@@ -76,7 +76,8 @@ def changes(contender: Contender, tuned: bool = True) -> str:
     parts += [what for what, _ in recipe.changes() if not (rate and what.startswith("learning rate x"))]
     if contender.recalibrate:
         parts.append(f"statistics re-estimated on {contender.recalibrate:,} training examples")
-    return ", ".join(filter(None, parts)) or "nothing"
+    words = ", ".join(filter(None, parts))
+    return words if words not in ("", "own tuned learning rate") else "nothing"
 
 
 def table(results: Mapping[str, Any], plan: Plan) -> Table:

@@ -104,14 +104,15 @@ class Trainer:
     def score(self, most: int | None = None) -> float:
         """The metric with the statistics that there are."""
         task, model = self.task, self.model.eval()
-        metric = metric_of(task.scored_by, task.loss or nn.functional.cross_entropy)
+        metric = metric_of(task.scored_by, task.loss_of)
         if isinstance(metric, nn.Module):  # a torchmetrics.Metric holds tensors
             metric.to(self.device)
         with torch.no_grad(), self._precision():
             for batch in self._test_batches(most):
                 batch = placed(batch, self.device)
                 output = task.output(model, batch)
-                metric.update(logits_of(output), target_of(batch))
+                whole = task.scored_by == "loss"  # which may be the output's own
+                metric.update(*(output, batch) if whole else (logits_of(output), target_of(batch)))
         return float(metric.compute())
 
     def prepare(self) -> None:

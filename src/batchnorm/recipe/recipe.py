@@ -243,6 +243,6 @@ class Recipe:
 PAPER = Recipe(
     "paper", learning_rate=5, weight_decay=1 / 5, only_weights=True, decay_speed=6, dropout=0, shuffle=True
 )  # fmt: skip
-SGD = replace(PAPER, name="sgd", nesterov=True)
+SGD = replace(PAPER, name="sgd", weight_decay=1, nesterov=True)
 FAST = Recipe("fast", muon_lr=0.03, sgd_lr=0.5, warm_up=0.1, dropout=0, shuffle=True)
 RECIPES = {recipe.name: recipe for recipe in (PAPER, SGD, FAST)}

@@ -117,12 +117,12 @@ def group_norm(layer: Any) -> nn.GroupNorm:
 
         y = weight * (x - mean of its group) / sqrt(variance of its group + eps) + bias
 
-    A group has four channels or more, as (N, C) has one value in each; fewer channels are one group.
+    A group has two channels or more, behind ``BatchNorm1d`` eight, as (N, C) has one value in each; fewer are one group.
 
     Source: Wu & He, "Group Normalization", https://arxiv.org/abs/1803.08494.
     """
     channels = layer.num_features
-    most = max(1, min(_GROUPS, channels // 4))
+    most = max(1, min(_GROUPS, channels // (8 if isinstance(layer, nn.BatchNorm1d) else 2)))
     return _with_affine(next(groups for groups in range(most, 0, -1) if channels % groups == 0), layer)
 
 
