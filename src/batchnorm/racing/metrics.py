@@ -6,7 +6,8 @@ Comes from: ``Task.metric``. Goes to: ``trainer.py``, one score per evaluation.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +45,10 @@ class Mean:
 
 
 class OfAll:
-    """A function of all outputs and all targets: kept on the CPU, joined along their first dimension."""
+    """A function of all outputs and all targets: kept on the CPU, tensors joined along their first dimension.
+
+    Lists with an entry per example, as detection has them, become one list.
+    """
 
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
         self.function = function
@@ -59,13 +63,31 @@ class OfAll:
             shares: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(shares, kept)
             kept = [pair for share in shares for pair in share]
-        return self.function(*_pytree.tree_map(lambda *parts: _joined(parts), kept[0], *kept[1:]))
+        outputs, targets = zip(*kept, strict=True)
+        return self.function(_joined(outputs), _joined(targets))
 
 
-def _joined(parts: tuple[Any, ...]) -> Any:
-    if not all(isinstance(part, Tensor) for part in parts):
-        return parts[0] if len(parts) == 1 else list(parts)
-    return torch.cat(parts) if parts[0].ndim else torch.stack(parts)
+def _joined(parts: tuple[Any, ...] | list[Any]) -> Any:
+    """What batches have in common by place and key, of each place all of them."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts) if first.ndim else torch.stack(parts)
+    if isinstance(first, Mapping):
+        whole = {key: _joined([part[key] for part in parts]) for key in first}
+        return type(first)(**whole) if is_dataclass(first) else whole  # transformers' outputs are both
+    if isinstance(first, list | tuple):
+        if _per_example(first) or len({len(part) for part in parts}) > 1:
+            return [one for part in parts for one in part]
+        places = [_joined(some) for some in zip(*parts, strict=True)]
+        return type(first)(*places) if hasattr(first, "_fields") else type(first)(places)
+    return first if len(parts) == 1 else list(parts)
+
+
+def _per_example(value: Any) -> bool:
+    """Whether it is a list with an entry per example: of dicts, texts or numbers, not of tensors for all of them."""
+    if not isinstance(value, list | tuple) or hasattr(value, "_fields"):
+        return False
+    return bool(value) and all(isinstance(one, Mapping | str | int | float) for one in value)
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -74,15 +96,13 @@ def accuracy(output: Tensor, target: Tensor) -> Tensor:
 
 
 def metric_of(given: Any, loss: Callable[[Any, Any], Tensor]) -> Metric:
-    """A new one for an evaluation: ``"accuracy"``, ``"loss"``, a function of all outputs and targets, a torchmetrics.Metric."""
-    if given == "accuracy":
-        return Mean(accuracy)
-    if given == "loss":
-        return Mean(loss)
+    """A new one for an evaluation, of what ``Task.metric`` may be."""
+    if isinstance(given, str):  # torchmetrics' == makes another metric, which counts as true
+        return Mean(accuracy if given == "accuracy" else loss)
     if is_object(given):
         own = copy.deepcopy(given)
         own.reset()
-        return own  # type: ignore[no-any-return]
+        return own
     return OfAll(given)
 
 
@@ -100,7 +120,9 @@ def name_of(given: Any) -> str:
 
 
 def count_of(batch: Any) -> int:
-    """Examples in a batch: the length of its first tensor."""
+    """Examples in a batch: the length of its first tensor, or of its list of an entry per example."""
+    if _per_example(batch):
+        return len(batch)
     first = next((leaf for leaf in _pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
     return 1 if first is None else len(first)
 

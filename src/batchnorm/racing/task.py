@@ -265,7 +265,7 @@ class Task:
         if self.lower_is_better is not None:
             return self.lower_is_better
         higher = getattr(self.scored_by, "higher_is_better", None)
-        return self.scored_by == "loss" if higher is None else not higher
+        return (isinstance(self.scored_by, str) and self.scored_by == "loss") if higher is None else not higher
 
     def example(self, model: nn.Module) -> Any:
         """What the network is called with on two training examples: as ``insert`` wants it."""
