@@ -175,8 +175,8 @@ def test_subsets_of_tensors_are_read_whole_and_their_parts_are_the_right_ones() 
 
 def test_batches_that_are_objects_with_a_collate_of_the_users() -> None:
     task = bn.Task(
-        "objects", toy.model, Noisy(form="object"), Noisy(100, form="object"), collate=collated, batch_size=20, steps=60,
-        forward=lambda model, batch: model(batch.x),
+        "objects", toy.model, Noisy(form="object"), Noisy(100, form="object"), collate=collated, batch_size=20,
+        forward=lambda model, batch: model(batch.x), steps=60,
     )  # fmt: skip
     assert scores(task)[-1][3] > 0.4
     assert scores(replace(task, model=toy.plain().model), "bn-x5")[-1][3] > 0.3

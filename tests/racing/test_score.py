@@ -103,7 +103,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch: pytest.Monke
 
 
 def test_not_reached_comes_with_how_sure_that_is() -> None:
-    results, _, bn = scored(
+    _, _, bn = scored(
         [record(seed, 0.5, 0.8, 0.9 + 0.001 * seed) for seed in range(4)],
         [record(seed, 0.5, 0.5, 0.6) for seed in range(4)],
     )

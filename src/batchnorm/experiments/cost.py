@@ -42,8 +42,8 @@ CLAIM = Claim(
     "cost",
     "Speed has two measures, steps and time, and what saves steps saves time, though each step costs more.",
     "Section 4; the paper counts steps alone",
-    f"what the baseline ends at (the race's target) takes at most {SHARE:.0%} of its seconds, with torch's layers, with "
-    "ours and with ours fused",
+    f"what the baseline ends at (the race's target) takes at most {SHARE:.0%} of its seconds, with torch's layers, "
+    "with ours and with ours fused",
 )
 TURNS = {"quick": (5, 8), "default": (10, 10)}
 

@@ -63,9 +63,9 @@ def _unfinished(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
     if rise.mean() <= max(2 * error, 0.002 * abs(curves.end() - curves.scores[:, 0].mean())):
         return []
     return [
-        f"{plan.baseline} ends before its learning rate has come down (it is at {records[0]['curve'][-1]['rate']:.0%} of "
-        f"its highest) and while its {plan.metric} still gets better: give it a scheduler that ends with the steps, or "
-        "more steps."
+        f"{plan.baseline} ends before its learning rate has come down (it is at {records[0]['curve'][-1]['rate']:.0%} "
+        f"of its highest) and while its {plan.metric} still gets better: give it a scheduler that ends with the "
+        "steps, or more steps."
     ]
 
 
@@ -77,8 +77,9 @@ def of_contender(plan: Plan, name: str, curves: Curves | None, steps: float) -> 
     gap = float(curves.steps[min(at, len(curves.steps) - 1)] - curves.steps[max(0, at - 1)])
     if at == 0 or gap > COARSE * steps:
         return [
-            f"{name} is at the target within {steps:,.0f} steps, where it was evaluated too seldom to tell (the nearest "
-            f"evaluations are {gap:,.0f} steps apart): race it with a smaller budget, or the baseline with more steps."
+            f"{name} is at the target within {steps:,.0f} steps, where it was evaluated too seldom to tell (the "
+            f"nearest evaluations are {gap:,.0f} steps apart): race it with a smaller budget, or the "
+            "baseline with more steps."
         ]
     return []
 

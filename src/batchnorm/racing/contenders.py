@@ -28,7 +28,7 @@ class Contender:
         recipe: what else changes, as ``batchnorm.accelerate`` has it; ``learning_rate`` is times the task's.
         network: keywords for the task's model function, on top of its defaults.
         tuned: its learning rate is its own, chosen by ``--tune``; the recipe's holds until then.
-        speeds: the recipe's ``decay_speed`` in a mode where it is another. Of built-in tasks ``tuned.json`` has some, too.
+        speeds: the recipe's ``decay_speed`` in a mode where it is another; of built-in tasks ``tuned.json`` has some.
         recalibrate: training examples for the population statistics, re-estimated before each evaluation; 0: none.
         control: name of the contender that is the same without batch normalization.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from batchnorm.population.batches import placed
+from batchnorm.racing.calls import NotCalled, arguments_of
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.examples import Loader
 from batchnorm.racing.lightning_given import checked, loaders, metric_and_direction
@@ -25,7 +26,7 @@ from batchnorm.racing.lightning_schedule import LightningSchedule, Row, changed_
 from batchnorm.racing.lightning_trainer import Logged, StandIn, attach, overridden
 from batchnorm.racing.metrics import Metric
 from batchnorm.racing.optimization import Schedule
-from batchnorm.racing.task import NotCalled, Task, arguments_of
+from batchnorm.racing.task import Task
 from batchnorm.surgery.copied import copied
 
 

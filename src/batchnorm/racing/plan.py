@@ -18,12 +18,13 @@ from typing import Any, Literal
 import torch
 
 from batchnorm.racing import tabular, zoo
+from batchnorm.racing.calls import keywords_of
 from batchnorm.racing.changes import has_batch_norm
 from batchnorm.racing.contenders import BASELINES, CONTENDERS, NORMALIZED, PLAIN, Contender
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Run
 from batchnorm.racing.loading import load_contender, load_task
-from batchnorm.racing.task import Task, keywords_of
+from batchnorm.racing.task import Task
 from batchnorm.recipe.recipe import Recipe
 
 Mode = Literal["quick", "default", "full"]
@@ -98,7 +99,7 @@ class Plan:
         found = {f.name: getattr(self, f.name) for f in fields(self)} | {
             "contenders": [c.values() for c in self.contenders]
         }
-        return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+        return dict(json.loads(json.dumps(found)))
 
     def shown(self, score: float) -> str:
         """A score as people write it."""
@@ -225,8 +226,8 @@ def stored_in(directory: Path) -> dict[str, Any]:
         raise RaceError(f"{directory} holds no race of this version to resume (no readable {CONFIG}).") from None
     if own != FORMAT:
         raise RaceError(
-            f"{directory} holds a race of another version of batchnorm (format {own}, this is {FORMAT}), whose rules were "
-            "others: race again."
+            f"{directory} holds a race of another version of batchnorm (format {own}, this is {FORMAT}), whose rules "
+            "were others: race again."
         )
     return stored
 
@@ -247,17 +248,17 @@ def check_same(plan: Plan, task: Task, processes: int) -> None:
 def _choose(
     task: Task, asked: Sequence[Asked] | None, mode: Mode, tune: bool
 ) -> tuple[list[str], list[Contender], list[str]]:
-    """How the contenders were named, the contenders, and the names of those left out that cannot run with this model."""
+    """How the contenders were named, the contenders, and the names of those left out, which this model cannot run."""
     taken = keywords_of(task.model)
     left_out: list[str] = []
     if asked is None:
         table = NORMALIZED if _has_batch_norm(task) else PLAIN
-        asked = table["full" if tune else mode]
+        known = [*table["full" if tune else mode]]
         if tune:
-            asked = [name for name in table["full"] if CONTENDERS[name].tuned]
+            known = [name for name in known if CONTENDERS[name].tuned]
         if taken is not None:  # a model function without an activation= has no sigmoid variants
-            left_out = [name for name in asked if not taken.issuperset(CONTENDERS[name].network)]
-            asked = [name for name in asked if name not in left_out]
+            left_out = [name for name in known if not taken.issuperset(CONTENDERS[name].network)]
+        asked = [name for name in known if name not in left_out]
     if isinstance(asked, str | Recipe | Contender):
         raise RaceError(f"contenders must be a list of names or Contenders (got {asked!r}).")
     chosen = [load_contender(each) for each in asked]

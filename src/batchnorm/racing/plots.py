@@ -112,7 +112,7 @@ def _steps_to_each(
 ) -> None:
     """How the advantage grows, or shrinks, with what is to be reached."""
     axes = _axes(
-        figure, f"Steps to each {plan.metric}", f"{plan.metric} to reach", "training steps to it (mean curve), log scale"
+        figure, f"Steps to each {plan.metric}", f"{plan.metric} to reach", "training steps to it, log scale"
     )  # fmt: skip
     each = results["steps_to_each"]
     for name, steps in each.get("steps", {}).items():

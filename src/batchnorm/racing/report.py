@@ -58,9 +58,9 @@ def rules(plan: Plan) -> str:
     return (
         f"Rules: same network, initialization seed, data order and batch size ({plan.batch_size}) for all; {precision}"
         f"scored on the test examples. Target: the mean over seeds of the {plan.metric} in the last tenth of "
-        f"{plan.baseline}'s steps, less its standard error; steps: where the mean curve over seeds, made monotone, first is "
-        "there, of all contenders alike. Seconds are training alone: steps x median step time, taken alone and "
-        f"interleaved, plus one re-estimation of statistics where a contender has one. {seeds}."
+        f"{plan.baseline}'s steps, less its standard error; steps: where the mean curve over seeds, made monotone, "
+        "first is there, of all contenders alike. Seconds are training alone: steps x median step time, taken alone "
+        f"and interleaved, plus one re-estimation of statistics where a contender has one. {seeds}."
         + (f" NOT TUNED for this task: the learning rate of {', '.join(untuned)}; see --tune." if untuned else "")
     )
 

@@ -5,9 +5,10 @@
     steps(a) = first crossing of a by the mean curve over seeds, made monotone (isotonic regression), linear in between
 
 The standard error: within it of its end, a curve that flattens out is at its plateau (the one-standard-error rule,
-Breiman et al. 1984); without it noise decides when the baseline has reached what it ends at. Intervals: 95%, by resampling seeds with replacement (Efron 1979), the target computed anew each time, so that its own
-uncertainty is in them. Comes from: the records of ``pool.py`` and the times of ``timing.py``. Goes to:
-``report.py`` and ``results.json``. The rules are in docs/race.md; this is the only place that applies them.
+Breiman et al. 1984); without it noise decides when the baseline has reached what it ends at. Intervals: 95%, by
+resampling seeds with replacement (Efron 1979), the target computed anew each time, so that its own uncertainty is in
+them. Comes from: the records of ``pool.py`` and the times of ``timing.py``. Goes to: ``report.py`` and
+``results.json``. The rules are in docs/race.md; this is the only place that applies them.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from batchnorm.population.batches import call_with_inputs
+from batchnorm.racing.calls import arguments_of, target_of
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.examples import Examples, Loader, examples_of
 from batchnorm.racing.loop import Loop
 from batchnorm.racing.metrics import Metric, is_object, logits_of, metric_of, name_of
 from batchnorm.racing.optimization import Schedule, decay_of_weights, linear
-
-TARGETS = ("labels", "label", "targets", "target", "y")  # a dict's keys, or an object's attributes: the first there is
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,10 @@ class Task:
         readers: processes per training process that read examples ahead of it. Default: none, examples in memory need
             none; nor are there any where the race itself trains several runs at a time.
 
-    Outputs with ``.logits`` (or ``["logits"]``) are scored by them; targets are a batch's second part, or the first of its
-    ``labels``, ``label``, ``targets``, ``target``, ``y``. Examples that are files may have ``part(indices, test=)``, which
-    gives some of them without reading them (``test``: to score on, not to train on), indices as tensors, and
-    ``fingerprint()``, a string that tells them from others.
+    Outputs with ``.logits`` (or ``["logits"]``) are scored by them; targets are a batch's second part, or the first of
+    its ``labels``, ``label``, ``targets``, ``target``, ``y``. Examples that are files may have
+    ``part(indices, test=)``, which gives some of them without reading them (``test``: to score on, not to train on),
+    indices as tensors, and ``fingerprint()``, a string that tells them from others.
 
     Raises:
         RaceError: (a ValueError) a field that is not what it must be, by name.
@@ -265,7 +264,11 @@ class Task:
         if self.lower_is_better is not None:
             return self.lower_is_better
         higher = getattr(self.scored_by, "higher_is_better", None)
-        return (isinstance(self.scored_by, str) and self.scored_by == "loss") if higher is None else not higher
+        return self._by_loss if higher is None else not higher
+
+    @property
+    def _by_loss(self) -> bool:
+        return isinstance(self.scored_by, str) and self.scored_by == "loss"
 
     def example(self, model: nn.Module) -> Any:
         """What the network is called with on two training examples: as ``insert`` wants it."""
@@ -302,8 +305,9 @@ class Task:
         made: Any = self.optimizer(model if first == "model" else model.parameters())
         if not isinstance(made, Optimizer):
             raise RaceError(f"Task {self.name!r}: optimizer returned a {type(made).__name__}, not an optimizer.")
-        for group in made.param_groups if self.learning_rate is not None else ():
-            group["lr"] *= self.learning_rate / made.defaults.get("lr", self.learning_rate)
+        factor = 1.0 if self.learning_rate is None else self.learning_rate / made.param_groups[0]["lr"]
+        for group in made.param_groups if factor != 1 else ():
+            group["lr"] *= factor
         return made
 
     def make_scheduler(self, optimizer: Optimizer, steps: int) -> Any:
@@ -325,7 +329,7 @@ class Task:
 
     def measured(self, model: nn.Module, batches: Iterable[Any]) -> Metric:
         """The metric, updated with the batches."""
-        metric, by_loss = metric_of(self.scored_by, self.loss_of), self.scored_by == "loss"
+        metric, by_loss = metric_of(self.scored_by, self.loss_of), self._by_loss
         device = next((p.device for p in model.parameters()), None)
         if isinstance(metric, nn.Module) and device is not None:  # a torchmetrics.Metric holds tensors
             metric.to(device)
@@ -383,52 +387,6 @@ class Task:
         return digest.hexdigest()[:16]
 
 
-class _Called(Exception):
-    """Stops a forward pass at the network's door."""
-
-
-class NotCalled(RaceError):
-    """The forward pass does not go through the model's own."""
-
-
-def arguments_of(model: nn.Module, call: Callable[[], Any]) -> Any:
-    """What a model is called with in there: a tensor, a tuple of arguments, a dict of keyword arguments; it is not run.
-
-    Raises:
-        NotCalled: it is not called.
-    """
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-        raise _Called
-
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        call()
-    except _Called:
-        pass
-    finally:
-        hook.remove()
-    if not seen:
-        raise NotCalled("forward= must call the model itself, not parts of it: what it is called with is its example.")
-    args, kwargs = seen[0]
-    if args and kwargs:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    return kwargs or (args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args)
-
-
-def target_of(batch: Any) -> Any:
-    """Of a pair its second part, of a longer tuple all but the first; of dicts and objects their labels; else all."""
-    if isinstance(batch, tuple | list) and len(batch) > 1:
-        return batch[1] if len(batch) == 2 else tuple(batch[1:])
-    for name in TARGETS:
-        found = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
-        if found is not None:
-            return found
-    return batch
-
-
 def _check_device(what: str, device: str) -> None:
     if device not in ("cpu", "cuda"):
         raise RaceError(f'{what}: device must be "cpu" or "cuda" (got {device!r}): torchrun tells which GPU.')
@@ -436,14 +394,3 @@ def _check_device(what: str, device: str) -> None:
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if processes > gpus:
             raise RaceError(f"{what}: each process on this machine needs a GPU: {processes} do, and torch sees {gpus}.")
-
-
-def keywords_of(model: Callable[..., nn.Module]) -> set[str] | None:
-    """The keywords that a model function takes; None if it takes any."""
-    try:
-        parameters = inspect.signature(model).parameters.values()
-    except ValueError:  # of a class in C
-        return set()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
