@@ -111,7 +111,7 @@ CONTENDERS = {
     )
 }
 PLAIN = {
-    "quick": ("baseline", "fast"),
+    "quick": ("baseline", "fast", "fast-without-bn"),
     "default": ("baseline", "short", "bn-x5", "sgd", "fast", "fast-without-bn"),
     "full": (
         "baseline", "short", "bn", "bn-x5", "bn-x30", "sigmoid", "bn-x5-sigmoid", "sgd", "fast", "fast-without-bn",

@@ -30,11 +30,12 @@ from batchnorm.recipe.recipe import Recipe
 Mode = Literal["quick", "default", "full"]
 Asked = str | Recipe | Contender
 SEEDS: dict[str, int] = {"quick": 2, "default": 8, "full": 8}
-EVALUATIONS: dict[str, int] = {"quick": 12, "default": 24, "full": 40}  # of each run, ever more often towards its end
+EVALUATIONS: dict[str, int] = {"quick": 10, "default": 24, "full": 40}  # of each run, ever more often towards its end
 RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the task's rate: what --tune tries
 TUNED_GRID = (1 / 2, 1, 2)  # times a rate that a sweep at another budget has found
 
 CONFIG = "config.json"
+SCORED: dict[str, int | None] = {"quick": 2_500, "default": None, "full": None}  # test examples, the first ones
 FORMAT = 2  # of what a race leaves in its directory
 TUNED_FILE = Path(__file__).with_name("tuned.json")
 BUILT_IN = (zoo.inception, zoo.mlp, tabular.deep_mlp)
@@ -53,6 +54,7 @@ class Plan:
     seeds: int
     steps: int
     evaluations: int
+    scored: int | None
     batch_size: int
     examples: int
     fingerprint: str
@@ -77,7 +79,7 @@ class Plan:
     def runs(self) -> list[Run]:
         """Every run, longest first, which packs best on several cores."""
         runs = [
-            Run(contender, seed, rate, max(1, round(contender.budget * self.steps)), self.evaluations)
+            Run(contender, seed, rate, max(1, round(contender.budget * self.steps)), self.evaluations, self.scored)
             for contender in self.contenders
             for seed in range(self.seeds)
             for rate in self.rates_of(contender)
@@ -162,6 +164,7 @@ def make_plan(
         seeds=seeds or (1 if tune else SEEDS[mode]),
         steps=budget,
         evaluations=EVALUATIONS[mode],
+        scored=SCORED[mode],
         batch_size=task.examples_per_step,
         examples=len(task.training),
         learning_rates=learning_rates,

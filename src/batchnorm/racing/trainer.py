@@ -250,7 +250,7 @@ def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
                 yield Progress(trainer.step_count, sum(recent) / len(recent))
         trained = time.perf_counter()
         try:
-            score = trainer.evaluate()
+            score = trainer.evaluate(run.scored)
         except NoStatistics:  # of the layers' inputs, before the loss shows it; all ranks find the same
             yield Diverged(trainer.step_count)
             return
