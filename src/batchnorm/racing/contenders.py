@@ -119,7 +119,7 @@ PLAIN = {
     ),
 }  # fmt: skip
 NORMALIZED = {
-    "quick": ("as-is", "without-bn", "fused"),
+    "quick": ("as-is", "without-bn", "fast"),
     "default": ("as-is", "without-bn", "paper", "fast", "fast-without-bn", "fused"),
     "full": ("as-is", "without-bn", "paper", "fast", "fast-without-bn", "ghost", "renorm", "group-norm", "layer-norm",
              "fused"),

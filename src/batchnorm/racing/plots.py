@@ -94,7 +94,7 @@ def _curves(
         if row["steps_to_target"] is not None and target is not None:
             axes.plot(row["steps_to_target"] * unit, target, "o", color=color, markersize=6, zorder=3)
         ends.append(scores.mean(0)[-1])
-    axes.set_xscale("log")
+    _log(axes, "x")
     if target is not None:
         axes.axhline(target, color="black", linewidth=0.8, zorder=0)
         axes.annotate(
@@ -120,7 +120,7 @@ def _steps_to_each(
         known = [(score, count) for score, count in zip(each["scores"], steps, strict=True) if count]
         if known:
             axes.plot(*zip(*known, strict=True), dash, color=color, linewidth=1.8, label=name)
-    axes.set_yscale("log")
+    _log(axes, "y")
     if results["target"] is not None:
         axes.axvline(results["target"], color="black", linewidth=0.8, zorder=0)
         axes.annotate(
@@ -131,6 +131,17 @@ def _steps_to_each(
         axes.invert_xaxis()
     _as_percent(axes.xaxis, plan)
     axes.legend(loc="upper left", frameon=False, fontsize=9)
+
+
+def _log(axes: Axes, name: str) -> None:
+    """In numbers that people write: 1, 2, 5, 10, ..."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axes.set(**{f"{name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _as_percent(axis: Any, plan: Plan) -> None:

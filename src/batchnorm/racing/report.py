@@ -27,8 +27,10 @@ def sentence(results: Mapping[str, Any], plan: Plan) -> str:
     best = min((row for row in _others(results, plan) if row["steps_fraction"]), key=lambda row: row["steps_fraction"])
     goal = f"the {plan.metric} of {plan.baseline} ({plan.shown(results['target'])})"
     words = f"{best['name']}: {goal} in {share(best, 'steps')} of its steps, {share(best, 'seconds')} of its seconds"
-    control = next((c.control for c in plan.contenders if c.name == best["name"]), None)
-    row = next((row for row in results["contenders"] if row["name"] == control), None)
+    controls = (next((c.control for c in plan.contenders if c.name == best["name"]), None), "without-bn")
+    rows = {row["name"]: row for row in _others(results, plan)}
+    control = next((name for name in controls if name in rows and name != best["name"]), None)
+    row = rows.get(control)
     if row is not None:
         without = "not reached" if row["steps_fraction"] is None else f"{share(row, 'steps')} of the steps"
         words += f"; without batch normalization ({control}): {without}"
@@ -103,7 +105,7 @@ def table(results: Mapping[str, Any], plan: Plan) -> Table:
 def _end(row: Mapping[str, Any], plan: Plan) -> str:
     if row["end"] is None:
         return "-"
-    if row["end_interval"] is None:
+    if row["end_interval"] is None or plan.seeds < 3:  # of two, Student's interval is ten times what they differ by
         return plan.shown(row["end"])
     half = plan.shown((row["end_interval"][1] - row["end_interval"][0]) / 2).removesuffix("%")
     return f"{plan.shown(row['end'])} ± {half}"
