@@ -23,7 +23,7 @@ from batchnorm.racing.score import REACHED, Record
 def sentence(results: Mapping[str, Any], plan: Plan) -> str:
     """The answer: the contender with the fewest steps, and its control; or why there is none."""
     if results["target"] is None or not any(row["steps_fraction"] for row in _others(results, plan)):
-        return (results["warnings"] or ["No contender reached the target."])[0]
+        return (results["warnings"] or [_nobody(results, plan)])[0]
     best = min((row for row in _others(results, plan) if row["steps_fraction"]), key=lambda row: row["steps_fraction"])
     goal = f"the {plan.metric} of {plan.baseline} ({plan.shown(results['target'])})"
     words = f"{best['name']}: {goal} in {share(best, 'steps')} of its steps, {share(best, 'seconds')} of its seconds"
@@ -35,6 +35,21 @@ def sentence(results: Mapping[str, Any], plan: Plan) -> str:
         without = "not reached" if row["steps_fraction"] is None else f"{share(row, 'steps')} of the steps"
         words += f"; without batch normalization ({control}): {without}"
     return f"{words}."
+
+
+def _nobody(results: Mapping[str, Any], plan: Plan) -> str:
+    """How near they came, and what to try."""
+    words = f"No contender reached the target ({plan.metric} {plan.shown(results['target'])})"
+    sign = -1 if plan.score_falls else 1
+    rows = [row for row in _others(results, plan) if row["end"] is not None]
+    if not rows:
+        return f"{words}: all diverged."
+    best = max(rows, key=lambda row: sign * row["end"])
+    speed = max(1.0, plan.steps / best["budget"] / 2)
+    return (
+        f"{words}: {best['name']} came to {plan.shown(best['end'])} in {best['budget']:,} steps. Give it more: "
+        f"--contenders {plan.baseline},{best['name'].partition('@')[0]}@{speed:.2g}."
+    )
 
 
 def share(row: Mapping[str, Any], quantity: str) -> str:
