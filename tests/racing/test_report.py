@@ -83,8 +83,8 @@ def test_the_answer_comes_first_with_its_interval_and_its_control() -> None:
     )
     assert "without batch normalization (short): not reached" in report.sentence(*results(0.8, 0.9, 0.7))
     assert report.sentence(*results(0.8, 0.7, 0.6)) == (
-        "No contender reached the target (accuracy 80.00%): sgd came to 70.00% in 100 steps. Give it more: --contenders "
-        "baseline,sgd@1."
+        "No contender reached the target (accuracy 80.00%): sgd came to 70.00% in 100 steps. Give it more: "
+        "--contenders baseline,sgd@1."
     )
 
 

@@ -151,7 +151,7 @@ def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
 def show(results: Mapping[str, Any], plan: Plan, console: Console) -> None:
     """Print the answer, then table, notes and rules."""
     soft = not console.is_terminal
-    console.print(f"[bold]{sentence(results, plan)}", highlight=False, soft_wrap=soft)
+    console.print(sentence(results, plan), style="bold", highlight=False, markup=False, soft_wrap=soft)
     console.print(table(results, plan))
     for text in (*(f"- {note}" for note in notes(results, plan)), rules(plan)):
         console.print(text, highlight=False, markup=False, soft_wrap=soft)
