@@ -185,7 +185,12 @@ class Task:
         if self.lower_is_better is not None:
             return self.lower_is_better
         higher = getattr(self.scored_by, "higher_is_better", None)
-        return (isinstance(self.scored_by, str) and self.scored_by == "loss") if higher is None else not higher
+        return self.scores_loss if higher is None else not higher
+
+    @property
+    def scores_loss(self) -> bool:
+        """Whether the metric is the loss. (A torchmetrics object is equal to whatever it is compared with.)"""
+        return isinstance(self.scored_by, str) and self.scored_by == "loss"
 
     def example(self, model: nn.Module) -> Any:
         """What the network is called with on two training examples: as ``insert`` wants it."""

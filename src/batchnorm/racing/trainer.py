@@ -85,7 +85,8 @@ class Trainer:
         self.scaler.update()
         self.step_count += 1
         done, per_epoch = self.step_count * parts, self.batches_per_epoch
-        self.schedule.after_step(done // per_epoch > (done - parts) // per_epoch)
+        if self.step_count <= self.run.steps:  # timed beyond its end, where some schedulers refuse
+            self.schedule.after_step(done // per_epoch > (done - parts) // per_epoch)
         if self.ranks > 1:
             dist.all_reduce(total)
         return total.item() / self.ranks
@@ -111,8 +112,10 @@ class Trainer:
             for batch in self._test_batches(most):
                 batch = placed(batch, self.device)
                 output = task.output(model, batch)
-                whole = task.scored_by == "loss"  # which may be the output's own
-                metric.update(*(output, batch) if whole else (logits_of(output), target_of(batch)))
+                if task.scores_loss:  # which may be the output's own
+                    metric.update(output, batch)
+                else:
+                    metric.update(logits_of(output), target_of(batch))
         return float(metric.compute())
 
     def prepare(self) -> None:
