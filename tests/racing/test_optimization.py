@@ -148,7 +148,7 @@ def test_a_shorter_budget_has_the_whole_schedule(name: str) -> None:
     assert torch.equal(own, by_hand(of, toy.model(), 10))
 
 
-def test_a_recipe_changes_weight_decay_and_momentum_where_the_optimizer_has_it() -> None:
+def test_gamma_beta_and_biases_do_not_decay_and_momentum_is_nesterovs_where_the_optimizer_has_it() -> None:
     sgd = Trainer(task(), Run(CONTENDERS["sgd"], 0, 0.05, 20, 2)).optimizer
     assert all(group["nesterov"] for group in sgd.param_groups)
     adam = Trainer(
@@ -157,6 +157,15 @@ def test_a_recipe_changes_weight_decay_and_momentum_where_the_optimizer_has_it()
     assert {round(group["weight_decay"], 6) for group in adam.optimizer.param_groups} == {0.0, 0.1}
     for group in adam.optimizer.param_groups:
         assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_run_is_timed_beyond_its_end(name: str) -> None:
+    """Where OneCycleLR refuses to step."""
+    trainer = Trainer(task(scheduler=SCHEDULERS[name]), Run(BASELINE, 0, 0.01, 3, 2))
+    for _ in range(6):
+        trainer.step()
+    assert trainer.step_count == 6
 
 
 def test_parameter_groups_of_the_users_keep_their_proportions() -> None:

@@ -264,10 +264,11 @@ class Task:
         if self.lower_is_better is not None:
             return self.lower_is_better
         higher = getattr(self.scored_by, "higher_is_better", None)
-        return self._by_loss if higher is None else not higher
+        return self.scores_loss if higher is None else not higher
 
     @property
-    def _by_loss(self) -> bool:
+    def scores_loss(self) -> bool:
+        """Whether the metric is the loss. (A torchmetrics object is equal to whatever it is compared with.)"""
         return isinstance(self.scored_by, str) and self.scored_by == "loss"
 
     def example(self, model: nn.Module) -> Any:
@@ -329,7 +330,7 @@ class Task:
 
     def measured(self, model: nn.Module, batches: Iterable[Any]) -> Metric:
         """The metric, updated with the batches."""
-        metric, by_loss = metric_of(self.scored_by, self.loss_of), self._by_loss
+        metric, by_loss = metric_of(self.scored_by, self.loss_of), self.scores_loss
         device = next((p.device for p in model.parameters()), None)
         if isinstance(metric, nn.Module) and device is not None:  # a torchmetrics.Metric holds tensors
             metric.to(device)

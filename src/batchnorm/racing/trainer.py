@@ -90,7 +90,8 @@ class Trainer:
         self.scaler.update()
         self.step_count += 1
         done, per_epoch = self.step_count * parts, self.batches_per_epoch
-        self.schedule.after_step(done // per_epoch > (done - parts) // per_epoch)
+        if self.step_count <= self.run.steps:  # timed beyond its end, where some schedulers refuse
+            self.schedule.after_step(done // per_epoch > (done - parts) // per_epoch)
         self.loop.after_batch()
         if self.ranks > 1:
             dist.all_reduce(total)
