@@ -176,7 +176,7 @@ def conclude(records: list[Record]) -> Result:
 
     order = sorted({case for case, _ in cases}, key=lambda c: (c[3] != BATCH, c[2] != "relu", c[3], c[2], c[1], c[0]))
     plain, skips = ([over_optimizers(depth, skip) for depth in (depths[0], depths[-1])] for skip in (False, True))
-    title = f"Steps with BN, of those without, at {depths[-1]} layers: {plain[1]}; with skip connections {skips[1]}"
+    title = f"With BN, at {depths[-1]} layers: {plain[1]} of the steps without it; with skip connections {skips[1]}"
     return Result(
         all(len(some) == len(optimizers) for some in held.values()),
         f"Steps with BN, of those without to the same accuracy, over {', '.join(optimizers)}: at {depths[0]} layers "
@@ -272,11 +272,17 @@ def _draw(
         axes.set_title("with skip connections" if skips else "plain", fontsize=10)
         style.finish(axes)
     words = {never: "never without BN", never_with: "never with BN", 1: "as many steps"}
-    drawn = [height(end) for key, share in shares.items() for end in (share, *intervals.get(key, ()))]
-    ticks = [y for y in (never, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16, never_with) if y <= max(1.2, *drawn)]
+    drawn = [height(end) for key, share in shares.items() if key[0][2:] == ("relu", BATCH)
+             for end in (share, *intervals.get(key, ()))]  # fmt: skip
+    marks = [never * 2**i for i in range(round(math.log2(never_with / never)) + 1)]
+    low = max(mark for mark in marks if mark <= min(0.5, *drawn))
+    high = min(mark for mark in marks if mark >= max(2.0, *drawn))
+    ticks = [mark for mark in marks if low <= mark <= high]
     panels[0].yaxis.set_major_locator(FixedLocator(ticks))
     panels[0].yaxis.set_minor_locator(NullLocator())
-    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: words.get(y, f"{y:.0%}" if y < 1 else f"{y:g}x")))
-    panels[0].set_ylim(never * 0.8, max(1.2, *drawn) * 1.2)
+    panels[0].yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: words.get(y, f"{100 * y:.3g}%" if y < 1 else f"{y:g} times"))
+    )
+    panels[0].set_ylim(low * 0.85, high * 1.15)
     panels[0].set_ylabel("steps with BN, of the steps without")
     panels[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
