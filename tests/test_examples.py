@@ -58,3 +58,14 @@ def test_my_model_races_by_the_command_that_it_names(tmp_path: Path) -> None:
     assert not results["warnings"]
     assert results["target"] > 1 / 2  # far from chance, which is 1 / 8
     assert 0 < rows["fast"]["steps_fraction"] < 1 / 3  # in its budget
+
+
+def test_lightning_module_races(tmp_path: Path) -> None:
+    names = ("--contenders", "baseline,bn-x5", "--steps", "200", "--seeds", "1", "--quick")
+    done = invoke(
+        race, EXAMPLES, "--task", "lightning_module:task", *names, "--workers", "1", "--out", str(tmp_path / "o")
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert results["plan"]["metric"] == "val_acc"
+    assert results["target"] > 1 / 8  # better than chance

@@ -17,7 +17,6 @@ from racing import toy
 import batchnorm as bn
 from batchnorm import cli
 from batchnorm.cli.race import race
-from batchnorm.racing.contenders import PLAIN
 
 TESTS = Path(__file__).parent.parent
 NAMES = "baseline,bn-x5,fast"
@@ -167,7 +166,9 @@ def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
 
 
 def test_diverging_contender_is_reported_and_the_others_go_on(tmp_path: Path) -> None:
-    out, _ = run_here("--task", "racing.toy:explodes", "--seeds", "1", "--contenders", "baseline,bn-x5", "--out", str(tmp_path / "o"))
+    out, _ = run_here(
+        "--task", "racing.toy:explodes", "--seeds", "1", "--contenders", "baseline,bn-x5", "--out", str(tmp_path / "o")
+    )
     rows = {row["name"]: row for row in json.loads((tmp_path / "o" / "results.json").read_text())["contenders"]}
     assert rows["bn-x5"]["status"].startswith("diverged at step ")
     assert rows["bn-x5"]["steps_to_target"] is None

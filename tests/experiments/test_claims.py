@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from batchnorm.experiments import NAMES, load, runner
+from batchnorm.experiments.annealed import chosen
 from batchnorm.experiments.claim import Cell, Record, Result
 from batchnorm.experiments.cost import LAYERS as COST
 from batchnorm.experiments.gradient_quality import law
@@ -19,15 +21,19 @@ from batchnorm.experiments.numbers import with_interval
 from batchnorm.experiments.runner import run
 from batchnorm.experiments.shift import drift
 from batchnorm.experiments.throughput import NETWORKS as THROUGHPUT
+from batchnorm.experiments.worth import Share, share_of
 from batchnorm.racing import zoo
 from batchnorm.racing.data import Images, load_images
-from batchnorm.racing.score import interval
+from batchnorm.racing.score import Curves, interval
 
 # Exact claims. In a record: what, made so large, must turn the verdict.
 SPOILS = {"capacity": "with_eps", "scale": "output, eps=0", "convolution": "per_map"}
 # Claims about training and times. What each of its runs gives where the claim holds, and where it does not.
 LEARNS: dict[str, Callable[[Cell, bool], Record]] = {
-    "steps": lambda cell, holds: {"curve": reaching(0.9, 5 if cell["contender"] == "bn-x5" and holds else 100), "status": "finished"},
+    "steps": lambda cell, holds: {
+        "curve": reaching(0.9, 5 if cell["contender"] == "bn-x5" and holds else 100),
+        "status": "finished",
+    },
     "mnist": lambda cell, holds: {"curve": curve(0.9 if cell["batch_norm"] and holds else 0.8)},
     "shift": lambda cell, holds: {
         "drift": 0.3 if cell["batch_norm"] and holds else 1.0,
@@ -73,6 +79,13 @@ LEARNS: dict[str, Callable[[Cell, bool], Record]] = {
         "status": "finished",
         "seconds": {"without BN": 1.0, **dict.fromkeys(COST, 1.2)},
     },
+    "worth": lambda cell, holds: {
+        "ends": cell["seeds"] * [0.8 - 0.02 * math.log2(cell["divisor"] * (worth(cell) if holds else 0.9))]
+        if cell["batch_norm"]
+        else cell["seeds"] * [0.8 - 0.02 * math.log2(cell["divisor"])],
+        "rate": 0.01,
+        "at_edge": False,
+    },
 }
 # What makes a run of each short; the others of those that learn take "steps".
 SHORT: dict[str, Cell] = {
@@ -86,7 +99,14 @@ SHORT: dict[str, Cell] = {
     "ensemble": {"steps": 3},
     "regularization": {"steps": 20},
     "learning-rate": {"steps": 20},
+    "worth": {"steps": 16},
 }
+
+
+def worth(cell: Cell) -> float:
+    if cell["skips"]:
+        return 0.9
+    return {"relu": 3 / cell["depth"], "tanh": 0.2, "sigmoid": 0.1}[str(cell["activation"])]
 
 
 def curve(best: float) -> list[tuple[int, float]]:
@@ -107,7 +127,18 @@ def test_a_verdict_follows_from_what_was_measured(name: str) -> None:
         drawn(result)
 
 
-LONG = {"cost", "inference", "initialization", "steps", "ensemble", "mnist", "gradients", "throughput", "saturation"}
+LONG = {
+    "cost",
+    "inference",
+    "initialization",
+    "steps",
+    "ensemble",
+    "mnist",
+    "gradients",
+    "throughput",
+    "saturation",
+    "worth",
+}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in LEARNS])
@@ -172,6 +203,38 @@ def test_statistics_of_experiments_against_known_answers() -> None:
     # Two units, two times; percentiles (-1, 0, 1) move by 1 altogether for the first, not at all for the second.
     percentiles_TPU = torch.tensor([[[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0]], [[0.0, -1.0], [1.0, 0.0], [2.0, 1.0]]])
     assert drift(percentiles_TPU) == pytest.approx((1 / 2 + 0) / 2)
+
+
+def test_shares_of_the_steps_against_known_answers() -> None:
+    """Ends that rise by 0.1 with each doubling of the budget, from 0.4 at N / 16 to 0.8 at N; then moved by some."""
+    log_budgets = np.log([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1])
+
+    def share(without: float, with_bn: float) -> Share:
+        ends, ends_with = (Curves(log_budgets, np.linspace(top - 0.4, top, 5)[None]) for top in (without, with_bn))
+        return share_of(ends, ends_with, np.arange(1))
+
+    assert str(share(0.8, 0.8)) == "100%"
+    assert share(0.7, 0.8).value == pytest.approx(1 / 2)
+    assert share(0.7, 0.85).value == pytest.approx(2**-1.5)  # linear in the logarithm
+    assert share(0.8, 0.7).value == pytest.approx(2)  # to what BN ends at
+    assert str(share(0.6, 0.95)) == "9%"
+    assert str(share(0.5, 0.95)) == "≤6%"  # there already with the smallest budget
+    assert str(share(0.95, 0.5)) == "≥16.0x"
+    assert str(share(0.2, 0.5)) == "never without"
+    assert str(share(0.5, 0.2)) == "never with BN"
+    assert str(share(0.1, 0.1)) == "neither"
+
+
+def test_a_rate_at_the_edge_that_wins_gets_one_more_beyond_it() -> None:
+    def score(best: float) -> Callable[[float, int], float]:
+        return lambda rate, seed: -abs(math.log(rate / best))
+
+    inside = chosen(score(0.03), (0.01, 0.03, 0.1))
+    assert (inside["rate"], inside["at_edge"], len(inside["tried"])) == (0.03, False, 3)
+    beyond = chosen(score(0.3), (0.01, 0.03, 0.1))
+    assert beyond["rate"] == pytest.approx(0.33)
+    assert len(beyond["tried"]) == 5
+    assert chosen(score(1e-9), (0.01, 0.03, 0.1))["at_edge"]
 
 
 def test_cells_that_take_times_come_last_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ class Noisy(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         self.read += 1
         x = self.x[index] + 0.1 * torch.randn(8) + 0.1 * random.gauss(0, 1)
-        x = x.numpy() + 0.1 * np.random.randn(8).astype("float32")  # noqa: NPY002
+        x = x.numpy() + 0.1 * np.random.randn(8).astype("float32")
         y = int(self.y[index])
         if self.form == "dict":
             return {"x": x, "label": y}
@@ -77,7 +77,9 @@ def tensors(batch: Any) -> list[torch.Tensor]:
 
 LOADERS: dict[str, Any] = {
     "loader": lambda: DataLoader(Noisy(), batch_size=20, shuffle=True, drop_last=True),
-    "loader with a generator": lambda: DataLoader(Noisy(), 20, shuffle=True, generator=torch.Generator().manual_seed(7)),
+    "loader with a generator": lambda: DataLoader(
+        Noisy(), 20, shuffle=True, generator=torch.Generator().manual_seed(7)
+    ),
 }
 KINDS: dict[str, dict[str, Any]] = {
     "tensors": {"train": toy.examples(1000, 0)},
@@ -136,12 +138,12 @@ def test_an_example_is_augmented_anew_in_each_epoch_and_seed_and_alike_in_any_ba
 
 
 def test_reading_leaves_all_generators_as_they_were() -> None:
-    before = torch.rand(1, generator=None), random.random(), np.random.rand()  # noqa: NPY002
+    before = torch.rand(1, generator=None), random.random(), np.random.rand()
     del before
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr, index] # noqa: NPY002
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr, index]
     Items(Noisy()).batch(torch.arange(5), (0, 0))
     next(iter(Loader("t", LOADERS["loader"]).epoch(0, 0)))
-    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr, index] # noqa: NPY002
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr, index]
     assert torch.equal(states[0], after[0])
     assert states[1:] == after[1:]
 
@@ -173,8 +175,8 @@ def test_subsets_of_tensors_are_read_whole_and_their_parts_are_the_right_ones() 
 
 def test_batches_that_are_objects_with_a_collate_of_the_users() -> None:
     task = bn.Task(
-        "objects", toy.model, Noisy(form="object"), Noisy(100, form="object"), collate=collated, batch_size=20, steps=60,
-        forward=lambda model, batch: model(batch.x),
+        "objects", toy.model, Noisy(form="object"), Noisy(100, form="object"), collate=collated, batch_size=20,
+        forward=lambda model, batch: model(batch.x), steps=60,
     )  # fmt: skip
     assert scores(task)[-1][3] > 0.4
     assert scores(replace(task, model=toy.plain().model), "bn-x5")[-1][3] > 0.3

@@ -11,8 +11,8 @@ from torchmetrics import MeanMetric, MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MultilabelAUROC
 
 import batchnorm as bn
+from batchnorm.racing.calls import target_of
 from batchnorm.racing.metrics import Mean, count_of, metric_of
-from batchnorm.racing.task import target_of
 
 
 def outputs_and_targets(n: int = 103) -> tuple[Tensor, Tensor]:

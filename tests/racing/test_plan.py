@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset
 import batchnorm as bn
 from batchnorm.racing.contenders import CONTENDERS, NORMALIZED, PLAIN
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.plan import TUNED_FILE, as_planned, check_same, make_plan, read_plan, read_tuned
 from batchnorm.racing.loading import load_task
+from batchnorm.racing.plan import TUNED_FILE, as_planned, check_same, make_plan, read_plan, read_tuned
 from batchnorm.racing.trainer import device_of
 
 MODES: tuple[Any, ...] = ("quick", "default", "full")
@@ -93,7 +93,10 @@ def test_full_leaves_out_what_the_model_cannot_be_asked_for_but_a_named_one_is_r
         ({"contenders": ["baseline", "baseline"]}, "named twice"),
         ({"contenders": []}, "no contenders"),
         ({"contenders": "baseline"}, r"must be a list of names or Contenders \(got 'baseline'\)"),
-        ({"contenders": ["baseline", 3]}, r"a contender is a name, a batchnorm.Recipe or a batchnorm.Contender \(got 3\)"),
+        (
+            {"contenders": ["baseline", 3]},
+            r"a contender is a name, a batchnorm.Recipe or a batchnorm.Contender \(got 3\)",
+        ),
         ({"contenders": ["bn-x5"], "tune": True}, "'bn-x5' has no rate of its own"),
         ({"mode": "fast"}, "unknown mode 'fast'. Known: quick, default, full"),
         ({"seeds": "3"}, "--seeds must be a whole number"),
@@ -119,7 +122,11 @@ def test_tuned_rate_is_the_one_with_the_best_mean_score(tmp_path: Path) -> None:
     file.write_text(json.dumps({"toy": {"default": {"scores": scores}, "full": tied}}))
     assert read_tuned("toy", "full", file, 20) == {"baseline": 0.2, "sgd": 0.5}  # of equals, not the edge
     file.write_text(json.dumps({"toy": {"default": {"scores": scores}}}))
-    assert plan(rates=file, contenders=["baseline", "bn-x5", "sgd"]).learning_rates == {"baseline": 0.1, "bn-x5": 0.5, "sgd": 0.5}
+    assert plan(rates=file, contenders=["baseline", "bn-x5", "sgd"]).learning_rates == {
+        "baseline": 0.1,
+        "bn-x5": 0.5,
+        "sgd": 0.5,
+    }
     with pytest.raises(RaceError, match=r"holds no learning rates for task 'plain'"):
         plan(toy.plain(), rates=file)
     own = {"default": {"scores": scores, "batch_size": 40}}  # swept in other batches: of no use here
@@ -166,7 +173,9 @@ def test_stored_plan_is_read_back_and_a_strange_one_refused(tmp_path: Path) -> N
     config = tmp_path / "out" / "config.json"
     stored = json.loads(config.read_text())
     config.write_text(json.dumps({k: v for k, v in stored.items() if k != "format"}))
-    with pytest.raises(RaceError, match=r"of another version of batchnorm \(format 1, this is 2\), whose rules were others"):
+    with pytest.raises(
+        RaceError, match=r"of another version of batchnorm \(format 1, this is 2\), whose rules were others"
+    ):
         read_plan(tmp_path / "out")
     stored["contenders"][1]["recipe"]["learning_rate"] = 7.0
     config.write_text(json.dumps(stored))

@@ -88,7 +88,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch: pytest.Monke
 
     def runs(speed: float, most: float) -> list[dict[str, Any]]:
         curve = np.minimum(0.9 * steps * speed / 80, most)
-        noisy = curve + generator.normal(0, 0.01, (8, 1)) * (steps > 0) + generator.normal(0, 0.005, (8, 26)) * (steps > 0)
+        noisy = (
+            curve + generator.normal(0, 0.01, (8, 1)) * (steps > 0) + generator.normal(0, 0.005, (8, 26)) * (steps > 0)
+        )
         return [record(seed, *row[1:].tolist()) for seed, row in enumerate(noisy)]
 
     for _ in range(races):
@@ -101,8 +103,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch: pytest.Monke
 
 
 def test_not_reached_comes_with_how_sure_that_is() -> None:
-    results, _, bn = scored(
-        [record(seed, 0.5, 0.8, 0.9 + 0.001 * seed) for seed in range(4)], [record(seed, 0.5, 0.5, 0.6) for seed in range(4)]
+    _, _, bn = scored(
+        [record(seed, 0.5, 0.8, 0.9 + 0.001 * seed) for seed in range(4)],
+        [record(seed, 0.5, 0.5, 0.6) for seed in range(4)],
     )
     assert bn["steps_to_target"] is bn["seconds_to_target"] is bn["steps_fraction"] is bn["seconds_fraction"] is None
     assert bn["probability_reached"] == 0
@@ -166,7 +169,10 @@ def test_a_constant_learning_rate_is_fine_at_a_plateau_and_a_loss_that_does_not_
     rising = record(0, *flat)
     for i, point in enumerate(rising["curve"][1:]):
         point["loss"] = 1.0 + i
-    assert "training loss does not fall (1 at first, 11 at its end)" in scored([rising], [record(0, *GOOD)])[0]["warnings"][0]
+    assert (
+        "training loss does not fall (1 at first, 11 at its end)"
+        in scored([rising], [record(0, *GOOD)])[0]["warnings"][0]
+    )
 
 
 def test_interval_is_students() -> None:

@@ -10,8 +10,8 @@ from torch import nn
 import batchnorm as bn
 from batchnorm.racing import zoo_imagenet
 from batchnorm.racing.folders import read_folders
-from batchnorm.racing.plan import make_plan
 from batchnorm.racing.loading import load_task
+from batchnorm.racing.plan import make_plan
 from batchnorm.racing.zoo_imagenet import MODULES, inception, resnet50
 
 SMALL = torch.randn(2, 3, 64, 64)

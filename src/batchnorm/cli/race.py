@@ -19,10 +19,10 @@ from rich.console import Console
 
 from batchnorm.racing.contenders import CONTENDERS
 from batchnorm.racing.errors import RaceError, UnreadableFile, WorkerError
+from batchnorm.racing.loading import load_task
 from batchnorm.racing.plan import CONFIG, Plan, as_planned, make_plan, read_plan
 from batchnorm.racing.reading import cores
 from batchnorm.racing.runner import default_directory, run_race
-from batchnorm.racing.loading import load_task
 from batchnorm.racing.task import Task
 from batchnorm.racing.tasks import TASKS
 
@@ -37,7 +37,8 @@ def race(
     contenders: Annotated[
         str | None,
         typer.Option(
-            help=f"Separated by commas: {', '.join(CONTENDERS)}; or yours: module:name.", show_default="by network and mode"
+            help=f"Separated by commas: {', '.join(CONTENDERS)}; or yours: module:name.",
+            show_default="by network and mode",
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs per contender.", show_default="8; with --quick 2")] = None,

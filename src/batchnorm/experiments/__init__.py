@@ -13,6 +13,7 @@ from batchnorm.experiments.claim import Experiment
 NAMES = (
     "steps", "mnist", "shift", "capacity", "scale", "saturation", "initialization", "learning-rate", "gradients",
     "regularization", "gradient-quality", "throughput", "inference", "convolution", "ensemble", "cost",
+    "worth",
 )  # fmt: skip
 
 

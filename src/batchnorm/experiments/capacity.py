@@ -18,8 +18,8 @@ from batchnorm.experiments import style
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.racing.contenders import CONTENDERS
-from batchnorm.racing.loading import load_task
 from batchnorm.racing.events import Run
+from batchnorm.racing.loading import load_task
 from batchnorm.racing.trainer import Trainer
 from batchnorm.surgery import insert
 

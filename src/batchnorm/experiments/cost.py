@@ -22,10 +22,10 @@ from batchnorm.experiments import style
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
 from batchnorm.experiments.numbers import with_interval
 from batchnorm.experiments.steps import record_of
+from batchnorm.racing.events import Run
+from batchnorm.racing.loading import load_task
 from batchnorm.racing.plan import make_plan
 from batchnorm.racing.score import curves_of
-from batchnorm.racing.loading import load_task
-from batchnorm.racing.events import Run
 from batchnorm.racing.trainer import Trainer, train
 from batchnorm.surgery import from_torch, to_torch
 
@@ -42,8 +42,8 @@ CLAIM = Claim(
     "cost",
     "Speed has two measures, steps and time, and what saves steps saves time, though each step costs more.",
     "Section 4; the paper counts steps alone",
-    f"what the baseline ends at (the race's target) takes at most {SHARE:.0%} of its seconds, with torch's layers, with "
-    "ours and with ours fused",
+    f"what the baseline ends at (the race's target) takes at most {SHARE:.0%} of its seconds, with torch's layers, "
+    "with ours and with ours fused",
 )
 TURNS = {"quick": (5, 8), "default": (10, 10)}
 

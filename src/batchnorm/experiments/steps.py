@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from batchnorm.experiments import style
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
 from batchnorm.experiments.numbers import with_interval
+from batchnorm.racing.events import Diverged, Evaluation, Event
+from batchnorm.racing.loading import load_task
 from batchnorm.racing.plan import make_plan
 from batchnorm.racing.plots import STYLES
 from batchnorm.racing.score import curves_of
-from batchnorm.racing.loading import load_task
-from batchnorm.racing.events import Diverged, Evaluation, Event
 from batchnorm.racing.trainer import train
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ CLAIM = Claim(
     "steps",
     f"With batch normalization and what it allows (bn-x5), the same accuracy takes {SHARE:.0%} of the training steps.",
     "Section 4.2.2, Figures 2 and 3",
-    f"X",
+    "X",
 )
 
 

@@ -35,7 +35,9 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
     if all(some and not some[-1] < some[0] for some in losses):
         first, last = (float(np.mean([some[i] for some in losses])) for i in (0, -1))
         found.append(f"{name}: its training loss does not fall ({first:.4g} at first, {last:.4g} at its end).")
-    noise = float(np.diff(scores[:, curves.steps >= 0.5 * curves.steps[-1]], axis=1).std()) if scores.shape[1] > 4 else 0
+    noise = (
+        float(np.diff(scores[:, curves.steps >= 0.5 * curves.steps[-1]], axis=1).std()) if scores.shape[1] > 4 else 0
+    )
     gain = float(curves.end() - scores[:, 0].mean())
     if gain <= max(2 * noise / math.sqrt(len(scores)), 1e-12):
         found.append(
@@ -61,9 +63,9 @@ def _unfinished(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
     if rise.mean() <= max(2 * error, 0.002 * abs(curves.end() - curves.scores[:, 0].mean())):
         return []
     return [
-        f"{plan.baseline} ends before its learning rate has come down (it is at {records[0]['curve'][-1]['rate']:.0%} of "
-        f"its highest) and while its {plan.metric} still gets better: give it a scheduler that ends with the steps, or "
-        "more steps."
+        f"{plan.baseline} ends before its learning rate has come down (it is at {records[0]['curve'][-1]['rate']:.0%} "
+        f"of its highest) and while its {plan.metric} still gets better: give it a scheduler that ends with the "
+        "steps, or more steps."
     ]
 
 
@@ -75,8 +77,9 @@ def of_contender(plan: Plan, name: str, curves: Curves | None, steps: float) -> 
     gap = float(curves.steps[min(at, len(curves.steps) - 1)] - curves.steps[max(0, at - 1)])
     if at == 0 or gap > COARSE * steps:
         return [
-            f"{name} is at the target within {steps:,.0f} steps, where it was evaluated too seldom to tell (the nearest "
-            f"evaluations are {gap:,.0f} steps apart): race it with a smaller budget, or the baseline with more steps."
+            f"{name} is at the target within {steps:,.0f} steps, where it was evaluated too seldom to tell (the "
+            f"nearest evaluations are {gap:,.0f} steps apart): race it with a smaller budget, or the "
+            "baseline with more steps."
         ]
     return []
 

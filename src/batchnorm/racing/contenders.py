@@ -28,7 +28,7 @@ class Contender:
         recipe: what else changes, as ``batchnorm.accelerate`` has it; ``learning_rate`` is times the task's.
         network: keywords for the task's model function, on top of its defaults.
         tuned: its learning rate is its own, chosen by ``--tune``; the recipe's holds until then.
-        speeds: the recipe's ``decay_speed`` in a mode where it is another. Of built-in tasks ``tuned.json`` has some, too.
+        speeds: the recipe's ``decay_speed`` in a mode where it is another; of built-in tasks ``tuned.json`` has some.
         recalibrate: training examples for the population statistics, re-estimated before each evaluation; 0: none.
         control: name of the contender that is the same without batch normalization.
 
@@ -111,7 +111,7 @@ CONTENDERS = {
     )
 }
 PLAIN = {
-    "quick": ("baseline", "fast"),
+    "quick": ("baseline", "fast", "fast-without-bn"),
     "default": ("baseline", "short", "bn-x5", "sgd", "fast", "fast-without-bn"),
     "full": (
         "baseline", "short", "bn", "bn-x5", "bn-x30", "sigmoid", "bn-x5-sigmoid", "sgd", "fast", "fast-without-bn",
@@ -119,7 +119,7 @@ PLAIN = {
     ),
 }  # fmt: skip
 NORMALIZED = {
-    "quick": ("as-is", "without-bn", "fused"),
+    "quick": ("as-is", "without-bn", "fast"),
     "default": ("as-is", "without-bn", "paper", "fast", "fast-without-bn", "fused"),
     "full": ("as-is", "without-bn", "paper", "fast", "fast-without-bn", "ghost", "renorm", "group-norm", "layer-norm",
              "fused"),

@@ -12,13 +12,17 @@ from batchnorm.racing.contenders import Contender
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: who, from which seed, at which rate and for how long (in steps)."""
+    """One training run: who, from which seed, at which rate and for how long (in steps), and how it is scored.
+
+    ``scored``: the first so many test examples; None: all of them.
+    """
 
     contender: Contender
     seed: int
     learning_rate: float
     steps: int
     evaluations: int
+    scored: int | None = None
 
     @property
     def name(self) -> str:

@@ -71,7 +71,7 @@ def examples_of(what: str, given: Any, collate: Callable[[list[Any]], Any] | Non
 
 
 def _gives_batches(given: Any) -> bool:
-    """Whether ``given[tensor of indices]`` is a batch: of tensors in memory, and of what has ``part``, as folders do."""
+    """Whether ``given[tensor of indices]`` is a batch: tensors in memory, and what has ``part``, as folders do."""
     if isinstance(given, Subset):
         return type(given) is Subset and _gives_batches(given.dataset)
     return type(given) is TensorDataset or hasattr(given, "part")
@@ -135,8 +135,8 @@ class Loader:
     """A DataLoader of the user's, or a function that makes one: its batches are a step's, in its own order.
 
     At the beginning of each epoch its generators are seeded, and before each batch all others, so that order and
-    augmentation are the same for every contender, and for a run that goes on in the middle of an epoch: what came before
-    is read again, and dropped.
+    augmentation are the same for every contender, and for a run that goes on in the middle of an epoch: what came
+    before is read again, and dropped.
     """
 
     def __init__(self, what: str, make: Callable[[], Any]) -> None:
@@ -148,7 +148,7 @@ class Loader:
             raise RaceError(f"{what}: its DataLoader has no length, which tells how long an epoch is.") from None
         if self.batches == 0:
             raise RaceError(f"{what} is empty.")
-        dataset = getattr(loader, "dataset", None)
+        dataset: Any = getattr(loader, "dataset", None)
         size = getattr(loader, "batch_size", None) or 1
         self.examples = len(dataset) if hasattr(dataset, "__len__") else self.batches * size
         self.batch_size = max(1, self.examples // self.batches) if size == 1 else size
@@ -221,7 +221,7 @@ def _of_dataset(dataset: Any) -> str:
     """By its class, length and what it holds in tensors and arrays; no example is read, which may be augmented."""
     if hasattr(dataset, "fingerprint"):
         return str(dataset.fingerprint())
-    held = [type(dataset).__qualname__, len(dataset) if hasattr(dataset, "__len__") else None]
+    held: list[Any] = [type(dataset).__qualname__, len(dataset) if hasattr(dataset, "__len__") else None]
     for name, value in sorted(getattr(dataset, "__dict__", {}).items()):
         if name == "_fingerprint":  # of Hugging Face's datasets
             held.append(value)

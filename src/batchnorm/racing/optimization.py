@@ -57,6 +57,17 @@ class Schedule:
     scheduler: Any
     interval: str = "step"
 
+    @classmethod
+    def of(cls, made: Any) -> Schedule:
+        """Of what ``Task.scheduler`` returned."""
+        row = made if isinstance(made, dict) else {"scheduler": made}
+        return cls(row.get("scheduler"), row.get("interval", "step"))
+
+    @property
+    def schedulers(self) -> list[Any]:
+        """Torch's, none or several."""
+        return [] if self.scheduler is None else [self.scheduler]
+
     def after_step(self, epoch_ended: bool) -> None:
         if self.scheduler is None or isinstance(self.scheduler, ReduceLROnPlateau):
             return
@@ -87,23 +98,26 @@ def prepared(
     if recipe.muon_lr:
         optimizer = _muon(task, contender, model, learning_rate)
         return optimizer, Schedule(recipe.scheduler(optimizer, steps))
-    optimizer = task.make_optimizer(model)
-    scale = learning_rate / recipe.learning_rate / optimizer.param_groups[0]["lr"]
+    optimizer, schedule = task.make_both(model, steps)
+    scale = learning_rate / recipe.learning_rate / task.base_rate
     able = all("nesterov" in g and g["momentum"] and not g["dampening"] for g in optimizer.param_groups)
     # The schedule is made over the contender's own budget; Nesterov's momentum is what only SGD has.
     changes = replace(recipe, decay_speed=1.0, nesterov=recipe.nesterov and able)
     told = model if contender.normalizes and recipe.learning_rate != 1 else None
-    schedule = _schedule(task.make_scheduler(optimizer, steps))
-    parts = [] if schedule.scheduler is None else family(schedule.scheduler)
+    if scale == 1 and not changes.changes():
+        return optimizer, schedule
+    parts = [member for each in schedule.schedulers for member in family(each)]
     if not all(type(each) in TIMES for each in parts):  # of a class of the user's: it takes the rates that it finds
-        optimizer = task.make_optimizer(model)
-        _scale(optimizer, [], scale)
-        if changes.changes():
-            changes.apply(optimizer, model=told)
-        return optimizer, _schedule(task.make_scheduler(optimizer, steps))
+
+        def change(optimizer: Optimizer) -> None:
+            _scale(optimizer, [], scale)
+            if changes.changes():
+                changes.apply(optimizer, model=told)
+
+        return task.make_both(model, steps, change)
     _scale(optimizer, parts, scale)
     if changes.changes():
-        changes.apply(optimizer, schedule.scheduler, told)
+        changes.apply(optimizer, schedule.schedulers, told)
     return optimizer, schedule
 
 
@@ -118,11 +132,6 @@ def _muon(task: Task, contender: Contender, model: nn.Module, learning_rate: flo
         rows = insert(model, example).batchnorm_report.of("normalized")  # type: ignore[union-attr, operator]
         layers = [model.get_submodule(name) for name in rows]
     return Muon(parameter_groups(model, layers), lr=learning_rate, sgd_lr=recipe.sgd_lr * recipe.learning_rate)
-
-
-def _schedule(made: Any) -> Schedule:
-    row = made if isinstance(made, dict) else {"scheduler": made}
-    return Schedule(row.get("scheduler"), row.get("interval", "step"))
 
 
 def _scale(optimizer: Optimizer, schedulers: list[Any], factor: float) -> None:

@@ -18,22 +18,24 @@ from typing import Any, Literal
 import torch
 
 from batchnorm.racing import tabular, zoo
+from batchnorm.racing.calls import keywords_of
 from batchnorm.racing.changes import has_batch_norm
 from batchnorm.racing.contenders import BASELINES, CONTENDERS, NORMALIZED, PLAIN, Contender
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Run
 from batchnorm.racing.loading import load_contender, load_task
-from batchnorm.racing.task import Task, keywords_of
+from batchnorm.racing.task import Task
 from batchnorm.recipe.recipe import Recipe
 
 Mode = Literal["quick", "default", "full"]
 Asked = str | Recipe | Contender
 SEEDS: dict[str, int] = {"quick": 2, "default": 8, "full": 8}
-EVALUATIONS: dict[str, int] = {"quick": 12, "default": 24, "full": 40}  # of each run, ever more often towards its end
+EVALUATIONS: dict[str, int] = {"quick": 10, "default": 24, "full": 40}  # of each run, ever more often towards its end
 RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the task's rate: what --tune tries
 TUNED_GRID = (1 / 2, 1, 2)  # times a rate that a sweep at another budget has found
 
 CONFIG = "config.json"
+SCORED: dict[str, int | None] = {"quick": 2_500, "default": None, "full": None}  # test examples, the first ones
 FORMAT = 2  # of what a race leaves in its directory
 TUNED_FILE = Path(__file__).with_name("tuned.json")
 BUILT_IN = (zoo.inception, zoo.mlp, tabular.deep_mlp)
@@ -52,6 +54,7 @@ class Plan:
     seeds: int
     steps: int
     evaluations: int
+    scored: int | None
     batch_size: int
     examples: int
     fingerprint: str
@@ -76,7 +79,7 @@ class Plan:
     def runs(self) -> list[Run]:
         """Every run, longest first, which packs best on several cores."""
         runs = [
-            Run(contender, seed, rate, max(1, round(contender.budget * self.steps)), self.evaluations)
+            Run(contender, seed, rate, max(1, round(contender.budget * self.steps)), self.evaluations, self.scored)
             for contender in self.contenders
             for seed in range(self.seeds)
             for rate in self.rates_of(contender)
@@ -95,8 +98,10 @@ class Plan:
 
     def values(self) -> dict[str, Any]:
         """Itself as JSON has it."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)} | {"contenders": [c.values() for c in self.contenders]}
-        return json.loads(json.dumps(found))  # type: ignore[no-any-return]
+        found = {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "contenders": [c.values() for c in self.contenders]
+        }
+        return dict(json.loads(json.dumps(found)))
 
     def shown(self, score: float) -> str:
         """A score as people write it."""
@@ -147,8 +152,7 @@ def make_plan(
     speeds = stored_speeds(task.name, mode) if built_in else {}
     chosen = [c if "@" in c.name else c.at_speed(speeds.get(c.name, c.speeds.get(mode))) for c in chosen]
     learning_rates = {
-        c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{_untuned(c, baseline):.3g}")
-        for c in chosen
+        c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{_untuned(c, baseline):.6g}") for c in chosen
     }
     return Plan(
         format=FORMAT,
@@ -160,6 +164,7 @@ def make_plan(
         seeds=seeds or (1 if tune else SEEDS[mode]),
         steps=budget,
         evaluations=EVALUATIONS[mode],
+        scored=SCORED[mode],
         batch_size=task.examples_per_step,
         examples=len(task.training),
         learning_rates=learning_rates,
@@ -190,9 +195,9 @@ def task_of(plan: Plan) -> Task:
 
 
 def as_planned(task: Task, batch_size: int | None, tune: bool) -> Task:
-    """A loaded task in batches of that size, where one is given; for a sweep without its test examples."""
-    if batch_size is not None and batch_size != task.batch_size:
-        task = task.with_batch_size(batch_size)
+    """A loaded task in steps of so many examples, where a number is given; for a sweep without its test examples."""
+    if batch_size is not None and batch_size != task.examples_per_step:
+        task = task.with_batch_size(batch_size // task.accumulate)
     return task.for_tuning() if tune else task
 
 
@@ -207,7 +212,9 @@ def read_plan(directory: Path) -> Plan:
         plan = Plan(**{**stored, **lists, "contenders": now})
     except (KeyError, TypeError):
         raise RaceError(f"{directory} holds no race of this version to resume (no readable {CONFIG}).") from None
-    changed = [row["name"] for row, now in zip(stored["contenders"], plan.values()["contenders"], strict=True) if row != now]
+    changed = [
+        row["name"] for row, now in zip(stored["contenders"], plan.values()["contenders"], strict=True) if row != now
+    ]
     if changed:
         raise RaceError(f"{directory} holds a race of another version: {', '.join(changed)} meant something else.")
     return plan
@@ -222,8 +229,8 @@ def stored_in(directory: Path) -> dict[str, Any]:
         raise RaceError(f"{directory} holds no race of this version to resume (no readable {CONFIG}).") from None
     if own != FORMAT:
         raise RaceError(
-            f"{directory} holds a race of another version of batchnorm (format {own}, this is {FORMAT}), whose rules were "
-            "others: race again."
+            f"{directory} holds a race of another version of batchnorm (format {own}, this is {FORMAT}), whose rules "
+            "were others: race again."
         )
     return stored
 
@@ -244,17 +251,17 @@ def check_same(plan: Plan, task: Task, processes: int) -> None:
 def _choose(
     task: Task, asked: Sequence[Asked] | None, mode: Mode, tune: bool
 ) -> tuple[list[str], list[Contender], list[str]]:
-    """How the contenders were named, the contenders, and the names of those left out that cannot run with this model."""
+    """How the contenders were named, the contenders, and the names of those left out, which this model cannot run."""
     taken = keywords_of(task.model)
     left_out: list[str] = []
     if asked is None:
         table = NORMALIZED if _has_batch_norm(task) else PLAIN
-        asked = table["full" if tune else mode]
+        known = [*table["full" if tune else mode]]
         if tune:
-            asked = [name for name in table["full"] if CONTENDERS[name].tuned]
+            known = [name for name in known if CONTENDERS[name].tuned]
         if taken is not None:  # a model function without an activation= has no sigmoid variants
-            left_out = [name for name in asked if not taken.issuperset(CONTENDERS[name].network)]
-            asked = [name for name in asked if name not in left_out]
+            left_out = [name for name in known if not taken.issuperset(CONTENDERS[name].network)]
+        asked = [name for name in known if name not in left_out]
     if isinstance(asked, str | Recipe | Contender):
         raise RaceError(f"contenders must be a list of names or Contenders (got {asked!r}).")
     chosen = [load_contender(each) for each in asked]
@@ -267,7 +274,9 @@ def _choose(
                 f"{task.name!r} does not take (it takes {', '.join(sorted(taken or ())) or 'nothing'})."
             )
         if tune and not contender.tuned:
-            raise RaceError(f"contender {contender.name!r} has no rate of its own: it takes a multiple of the baseline's.")
+            raise RaceError(
+                f"contender {contender.name!r} has no rate of its own: it takes a multiple of the baseline's."
+            )
     if len(set(names)) < len(names):
         raise RaceError(f"a contender is named twice: {', '.join(names)}.")
     if not names:
@@ -305,7 +314,11 @@ def read_tuned(task: str, mode: Mode, file: Path, batch_size: int) -> dict[str, 
     """
     try:
         stored = json.loads(file.read_text()).get(task, {})
-        sweeps = {m: sweep for m, sweep in stored.items() if "scores" in sweep and sweep.get("batch_size", batch_size) == batch_size}
+        sweeps = {
+            m: sweep
+            for m, sweep in stored.items()
+            if "scores" in sweep and sweep.get("batch_size", batch_size) == batch_size
+        }
         scores = {name: rates for m in ("default", mode) if m in sweeps for name, rates in sweeps[m]["scores"].items()}
         return {name: float(best_rate(rates)) for name, rates in scores.items()}
     except OSError as error:

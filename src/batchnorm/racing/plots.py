@@ -77,7 +77,9 @@ def _curves(
 ) -> None:
     """The mean over seeds, lowest to highest as a band; a dot where the target is reached."""
     label = "training steps" if quantity == "steps" else "seconds of training (steps x median step time)"
-    axes = _axes(figure, _message(results, plan, quantity), f"{label}, log scale", f"{plan.metric} on the test examples")
+    axes = _axes(
+        figure, _message(results, plan, quantity), f"{label}, log scale", f"{plan.metric} on the test examples"
+    )
     target, sign = results["target"], -1 if plan.score_falls else 1
     ends = []
     for row in results["contenders"]:
@@ -92,7 +94,7 @@ def _curves(
         if row["steps_to_target"] is not None and target is not None:
             axes.plot(row["steps_to_target"] * unit, target, "o", color=color, markersize=6, zorder=3)
         ends.append(scores.mean(0)[-1])
-    axes.set_xscale("log")
+    _log(axes, "x")
     if target is not None:
         axes.axhline(target, color="black", linewidth=0.8, zorder=0)
         axes.annotate(
@@ -110,7 +112,7 @@ def _steps_to_each(
 ) -> None:
     """How the advantage grows, or shrinks, with what is to be reached."""
     axes = _axes(
-        figure, f"Steps to each {plan.metric}", f"{plan.metric} to reach", "training steps to it (mean curve), log scale"
+        figure, f"Steps to each {plan.metric}", f"{plan.metric} to reach", "training steps to it, log scale"
     )  # fmt: skip
     each = results["steps_to_each"]
     for name, steps in each.get("steps", {}).items():
@@ -118,7 +120,7 @@ def _steps_to_each(
         known = [(score, count) for score, count in zip(each["scores"], steps, strict=True) if count]
         if known:
             axes.plot(*zip(*known, strict=True), dash, color=color, linewidth=1.8, label=name)
-    axes.set_yscale("log")
+    _log(axes, "y")
     if results["target"] is not None:
         axes.axvline(results["target"], color="black", linewidth=0.8, zorder=0)
         axes.annotate(
@@ -129,6 +131,17 @@ def _steps_to_each(
         axes.invert_xaxis()
     _as_percent(axes.xaxis, plan)
     axes.legend(loc="upper left", frameon=False, fontsize=9)
+
+
+def _log(axes: Axes, name: str) -> None:
+    """In numbers that people write: 1, 2, 5, 10, ..."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axes.set(**{f"{name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _as_percent(axis: Any, plan: Plan) -> None:

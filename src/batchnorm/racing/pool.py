@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from batchnorm.racing.errors import RaceError, WorkerError
+from batchnorm.racing.events import Diverged, Evaluation, Event, Resumed, Run, Stopped
 from batchnorm.racing.plan import Plan, check_same, task_of
 from batchnorm.racing.task import Task
-from batchnorm.racing.events import Diverged, Evaluation, Event, Resumed, Run, Stopped
 from batchnorm.racing.trainer import train
 
 Tagged = tuple[Run, Event]

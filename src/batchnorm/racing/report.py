@@ -23,16 +23,33 @@ from batchnorm.racing.score import REACHED, Record
 def sentence(results: Mapping[str, Any], plan: Plan) -> str:
     """The answer: the contender with the fewest steps, and its control; or why there is none."""
     if results["target"] is None or not any(row["steps_fraction"] for row in _others(results, plan)):
-        return (results["warnings"] or ["No contender reached the target."])[0]
+        return (results["warnings"] or [_nobody(results, plan)])[0]
     best = min((row for row in _others(results, plan) if row["steps_fraction"]), key=lambda row: row["steps_fraction"])
     goal = f"the {plan.metric} of {plan.baseline} ({plan.shown(results['target'])})"
     words = f"{best['name']}: {goal} in {share(best, 'steps')} of its steps, {share(best, 'seconds')} of its seconds"
-    control = next((c.control for c in plan.contenders if c.name == best["name"]), None)
-    row = next((row for row in results["contenders"] if row["name"] == control), None)
+    controls = (next((c.control for c in plan.contenders if c.name == best["name"]), None), "without-bn")
+    rows = {row["name"]: row for row in _others(results, plan)}
+    control = next((name for name in controls if name in rows and name != best["name"]), None)
+    row = rows.get(control)
     if row is not None:
         without = "not reached" if row["steps_fraction"] is None else f"{share(row, 'steps')} of the steps"
         words += f"; without batch normalization ({control}): {without}"
     return f"{words}."
+
+
+def _nobody(results: Mapping[str, Any], plan: Plan) -> str:
+    """How near they came, and what to try."""
+    words = f"No contender reached the target ({plan.metric} {plan.shown(results['target'])})"
+    sign = -1 if plan.score_falls else 1
+    rows = [row for row in _others(results, plan) if row["end"] is not None]
+    if not rows:
+        return f"{words}: all diverged."
+    best = max(rows, key=lambda row: sign * row["end"])
+    speed = max(1.0, plan.steps / best["budget"] / 2)
+    return (
+        f"{words}: {best['name']} came to {plan.shown(best['end'])} in {best['budget']:,} steps. Give it more: "
+        f"--contenders {plan.baseline},{best['name'].partition('@')[0]}@{speed:.2g}."
+    )
 
 
 def share(row: Mapping[str, Any], quantity: str) -> str:
@@ -55,12 +72,13 @@ def rules(plan: Plan) -> str:
     seeds = "ONE seed: no intervals" if plan.seeds == 1 else f"{plan.seeds} seeds; intervals by resampling them"
     untuned = [c.name for c in plan.contenders if c.tuned and c.name not in plan.tuned]
     precision = "" if plan.mixed_precision == "False" else "forward and loss in 16 bits, "
+    some = "" if plan.scored is None else f"first {plan.scored:,} "
     return (
         f"Rules: same network, initialization seed, data order and batch size ({plan.batch_size}) for all; {precision}"
-        f"scored on the test examples. Target: the mean over seeds of the {plan.metric} in the last tenth of "
-        f"{plan.baseline}'s steps, less its standard error; steps: where the mean curve over seeds, made monotone, first is "
-        "there, of all contenders alike. Seconds are training alone: steps x median step time, taken alone and "
-        f"interleaved, plus one re-estimation of statistics where a contender has one. {seeds}."
+        f"scored on the {some}test examples. Target: the mean over seeds of the {plan.metric} in the last tenth of "
+        f"{plan.baseline}'s steps, less its standard error; steps: where the mean curve over seeds, made monotone, "
+        "first is there, of all contenders alike. Seconds are training alone: steps x median step time, taken alone "
+        f"and interleaved, plus one re-estimation of statistics where a contender has one. {seeds}."
         + (f" NOT TUNED for this task: the learning rate of {', '.join(untuned)}; see --tune." if untuned else "")
     )
 
@@ -102,7 +120,7 @@ def table(results: Mapping[str, Any], plan: Plan) -> Table:
 def _end(row: Mapping[str, Any], plan: Plan) -> str:
     if row["end"] is None:
         return "-"
-    if row["end_interval"] is None:
+    if row["end_interval"] is None or plan.seeds < 3:  # of two, Student's interval is ten times what they differ by
         return plan.shown(row["end"])
     half = plan.shown((row["end_interval"][1] - row["end_interval"][0]) / 2).removesuffix("%")
     return f"{plan.shown(row['end'])} ± {half}"
@@ -122,7 +140,9 @@ def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
         ended = "" if row["status"] == REACHED else f". Outcome: {row['status']}"
         rate = f" (rate {row['learning_rate']:g})"
         what = changes(contender, contender.name in plan.tuned)
-        lines.append(f"{contender.name}{rate}: {what}{ended}" if what != "nothing" else f"{contender.name}{rate}{ended}")
+        lines.append(
+            f"{contender.name}{rate}: {what}{ended}" if what != "nothing" else f"{contender.name}{rate}{ended}"
+        )
     if plan.left_out:
         lines.append(f"left out, since the model function lacks the keywords: {', '.join(plan.left_out)}")
     return lines
@@ -131,7 +151,7 @@ def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
 def show(results: Mapping[str, Any], plan: Plan, console: Console) -> None:
     """Print the answer, then table, notes and rules."""
     soft = not console.is_terminal
-    console.print(f"[bold]{sentence(results, plan)}", highlight=False, soft_wrap=soft)
+    console.print(sentence(results, plan), style="bold", highlight=False, markup=False, soft_wrap=soft)
     console.print(table(results, plan))
     for text in (*(f"- {note}" for note in notes(results, plan)), rules(plan)):
         console.print(text, highlight=False, markup=False, soft_wrap=soft)

@@ -5,9 +5,10 @@
     steps(a) = first crossing of a by the mean curve over seeds, made monotone (isotonic regression), linear in between
 
 The standard error: within it of its end, a curve that flattens out is at its plateau (the one-standard-error rule,
-Breiman et al. 1984); without it noise decides when the baseline has reached what it ends at. Intervals: 95%, by resampling seeds with replacement (Efron 1979), the target computed anew each time, so that its own
-uncertainty is in them. Comes from: the records of ``pool.py`` and the times of ``timing.py``. Goes to:
-``report.py`` and ``results.json``. The rules are in docs/race.md; this is the only place that applies them.
+Breiman et al. 1984); without it noise decides when the baseline has reached what it ends at. Intervals: 95%, by
+resampling seeds with replacement (Efron 1979), the target computed anew each time, so that its own uncertainty is in
+them. Comes from: the records of ``pool.py`` and the times of ``timing.py``. Goes to: ``report.py`` and
+``results.json``. The rules are in docs/race.md; this is the only place that applies them.
 """
 
 from __future__ import annotations
@@ -95,12 +96,16 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 def score(plan: Plan, records: Mapping[str, Sequence[Record]], times: Mapping[str, StepTime]) -> dict[str, Any]:
     """Every contender's row; fractions are None where they mean nothing, ``warnings`` say why."""
-    curves = {name: curves_of(some, plan.score_falls) for name, some in records.items() if any(r["curve"] for r in some)}
+    curves = {
+        name: curves_of(some, plan.score_falls) for name, some in records.items() if any(r["curve"] for r in some)
+    }
     base = curves.get(plan.baseline)
     faults = checks.of_baseline(plan, records[plan.baseline], base)
     target = base.target() if base is not None else None
     rows = [
-        _row(plan, contender.name, records[contender.name], curves.get(contender.name), base, target, times, bool(faults))
+        _row(
+            plan, contender.name, records[contender.name], curves.get(contender.name), base, target, times, bool(faults)
+        )
         for contender in plan.contenders
     ]
     sign = -1 if plan.score_falls else 1

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from batchnorm.population.batches import call_with_inputs
+from batchnorm.racing.calls import arguments_of, target_of
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.examples import Examples, Loader, examples_of
-from batchnorm.racing.metrics import is_object, logits_of, name_of
-from batchnorm.racing.optimization import decay_of_weights, linear
-
-TARGETS = ("labels", "label", "targets", "target", "y")  # a dict's keys, or an object's attributes: the first there is
+from batchnorm.racing.loop import Loop
+from batchnorm.racing.metrics import Metric, is_object, logits_of, metric_of, name_of
+from batchnorm.racing.optimization import Schedule, decay_of_weights, linear
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Task:
         readers: processes per training process that read examples ahead of it. Default: none, examples in memory need
             none; nor are there any where the race itself trains several runs at a time.
 
-    Outputs with ``.logits`` (or ``["logits"]``) are scored by them; targets are a batch's second part, or the first of its
-    ``labels``, ``label``, ``targets``, ``target``, ``y``. Examples that are files may have ``part(indices, test=)``, which
-    gives some of them without reading them (``test``: to score on, not to train on), indices as tensors, and
-    ``fingerprint()``, a string that tells them from others.
+    Outputs with ``.logits`` (or ``["logits"]``) are scored by them; targets are a batch's second part, or the first of
+    its ``labels``, ``label``, ``targets``, ``target``, ``y``. Examples that are files may have
+    ``part(indices, test=)``, which gives some of them without reading them (``test``: to score on, not to train on),
+    indices as tensors, and ``fingerprint()``, a string that tells them from others.
 
     Raises:
         RaceError: (a ValueError) a field that is not what it must be, by name.
@@ -139,7 +139,9 @@ class Task:
                 raise RaceError(f"{who}: {name} must be a function (got {value!r}).")
         self._check_metric(who)
         if self.mixed_precision not in (False, True, torch.bfloat16, torch.float16):
-            raise RaceError(f"{who}: mixed_precision is True, torch.bfloat16 or torch.float16 (got {self.mixed_precision!r}).")
+            raise RaceError(
+                f"{who}: mixed_precision is True, torch.bfloat16 or torch.float16 (got {self.mixed_precision!r})."
+            )
         if not isinstance(self.training, Loader) and len(self.training) < self.batch_size:
             raise RaceError(
                 f"{who}: {len(self.training)} training examples are less than one batch ({self.batch_size})."
@@ -149,9 +151,86 @@ class Task:
     def _check_metric(self, who: str) -> None:
         given = self.metric
         if isinstance(given, str) and given not in ("accuracy", "loss"):
-            raise RaceError(f'{who}: metric is "accuracy", "loss", a function or a torchmetrics.Metric (got {given!r}).')
+            raise RaceError(
+                f'{who}: metric is "accuracy", "loss", a function or a torchmetrics.Metric (got {given!r}).'
+            )
         if given is not None and not (isinstance(given, str) or callable(given) or is_object(given)):
             raise RaceError(f"{who}: metric must be a function of all outputs and targets (got {given!r}).")
+
+    @staticmethod
+    def from_lightning(
+        module_factory: Callable[..., Any],
+        data: Any = None,
+        *,
+        name: str | None = None,
+        steps: int | None = None,
+        max_epochs: int | None = None,
+        metric: str | None = None,
+        lower_is_better: bool | None = None,
+        clip_grad_norm: float | None = None,
+        accumulate: int = 1,
+        mixed_precision: bool | torch.dtype = False,
+        device: Literal["cpu", "cuda"] = "cpu",
+        full_steps: int | None = None,
+        quick_steps: int | None = None,
+        patience: int | None = None,
+    ) -> Task:
+        """A LightningModule's training: its steps, its loaders, what ``configure_optimizers`` returns, what it logs.
+
+        A contender with fewer steps runs through the module's schedules as many times faster, so that they end with it.
+        Callbacks are left out. docs/race.md, "A Lightning module", tells what else is, and what is called when.
+
+        Args:
+            module_factory: returns a new LightningModule, with one optimizer and automatic optimization.
+            data: a LightningDataModule, or a pair of loaders (or functions that make them) for training and
+                validation. Default: the module's own loaders.
+            name: for tables and plots. Default: the module's class.
+            steps: of the optimizer, in the training as it is; the module is told them as ``self.trainer.max_steps``.
+            max_epochs: instead of ``steps``.
+            metric: the name under which validation logs what is scored. Default: what the module's checkpoints, early
+                stopping or scheduler monitor, else the only one there is.
+            lower_is_better: of the metric. Default: as a logged torchmetrics.Metric says, else by its name ("loss",
+                "error", "mae", ...).
+            clip_grad_norm, accumulate, mixed_precision: what the Lightning trainer would be given:
+                ``gradient_clip_val``, ``accumulate_grad_batches``, ``precision``.
+            device, full_steps, quick_steps, patience: as of a Task.
+
+        Returns:
+            A Task for ``race``.
+
+        Raises:
+            RaceError: (a ValueError) several optimizers, manual optimization, a metric that is not logged, ...
+            ModuleNotFoundError: Lightning is missing.
+
+        Example:
+            >>> import lightning.pytorch as pl, torch, batchnorm as bn
+            >>> from torch.utils.data import DataLoader, TensorDataset
+            >>> class Regression(pl.LightningModule):
+            ...     def __init__(self):
+            ...         super().__init__()
+            ...         self.net = torch.nn.Linear(4, 1)
+            ...     def forward(self, x):
+            ...         return self.net(x)
+            ...     def training_step(self, batch, batch_idx):
+            ...         return (self(batch[0]) - batch[1]).square().mean()
+            ...     def validation_step(self, batch, batch_idx):
+            ...         self.log("val_loss", self.training_step(batch, batch_idx))
+            ...     def configure_optimizers(self):
+            ...         return torch.optim.SGD(self.parameters(), lr=0.01)
+            >>> data = TensorDataset(torch.randn(60, 4), torch.randn(60, 1))
+            >>> loaders = DataLoader(data, 20, shuffle=True), DataLoader(data, 60)
+            >>> task = bn.Task.from_lightning(Regression, loaders, max_epochs=10)
+            >>> task.name, task.steps, task.metric, task.lower_is_better, task.base_rate
+            ('Regression', 30, 'val_loss', True, 0.01)
+        """
+        from batchnorm.racing.lightning_task import from_lightning
+
+        return from_lightning(
+            module_factory, data, name=name, steps=steps, max_epochs=max_epochs, metric=metric,
+            lower_is_better=lower_is_better, clip_grad_norm=clip_grad_norm, accumulate=accumulate,
+            mixed_precision=mixed_precision, device=device, full_steps=full_steps, quick_steps=quick_steps,
+            patience=patience,
+        )  # fmt: skip
 
     @functools.cached_property
     def training(self) -> Examples | Loader:
@@ -227,13 +306,38 @@ class Task:
         made: Any = self.optimizer(model if first == "model" else model.parameters())
         if not isinstance(made, Optimizer):
             raise RaceError(f"Task {self.name!r}: optimizer returned a {type(made).__name__}, not an optimizer.")
-        for group in made.param_groups if self.learning_rate is not None else ():
-            group["lr"] *= self.learning_rate / made.defaults.get("lr", self.learning_rate)
+        factor = 1.0 if self.learning_rate is None else self.learning_rate / made.param_groups[0]["lr"]
+        for group in made.param_groups if factor != 1 else ():
+            group["lr"] *= factor
         return made
 
     def make_scheduler(self, optimizer: Optimizer, steps: int) -> Any:
         """The training's own, over a budget."""
         return self.scheduler(optimizer, steps) if self.scheduler is not None else linear(optimizer, steps)
+
+    def make_both(
+        self, model: nn.Module, steps: int, change: Callable[[Optimizer], None] | None = None
+    ) -> tuple[Optimizer, Schedule]:
+        """Optimizer and schedule over a budget; ``change(optimizer)`` is called before the scheduler is made."""
+        optimizer = self.make_optimizer(model)
+        if change is not None:
+            change(optimizer)
+        return optimizer, Schedule.of(self.make_scheduler(optimizer, steps))
+
+    def loop(self, model: nn.Module, optimizer: Optimizer, schedule: Schedule, steps: int) -> Loop:
+        """What is to be done around a run's batches."""
+        return Loop(model)
+
+    def measured(self, model: nn.Module, batches: Iterable[Any]) -> Metric:
+        """The metric, updated with the batches."""
+        metric, by_loss = metric_of(self.scored_by, self.loss_of), self.scores_loss
+        device = next((p.device for p in model.parameters()), None)
+        if isinstance(metric, nn.Module) and device is not None:  # a torchmetrics.Metric holds tensors
+            metric.to(device)
+        for batch in batches:
+            output = self.output(model, batch)  # the loss may be its own
+            metric.update(*(output, batch) if by_loss else (logits_of(output), target_of(batch)))
+        return metric
 
     @functools.cached_property
     def base_rate(self) -> float:
@@ -246,7 +350,9 @@ class Task:
     def for_tuning(self) -> Task:
         """The same task scored on training examples that are held out; the test examples are not looked at."""
         if isinstance(self.training, Loader):
-            raise RaceError(f"Task {self.name!r}: --tune holds examples out, so train must be a dataset, not a DataLoader.")
+            raise RaceError(
+                f"Task {self.name!r}: --tune holds examples out, so train must be a dataset, not a DataLoader."
+            )
         count = len(self.training)
         held_out = self.held_out or max(1, count // 12)
         if count - held_out < self.batch_size:
@@ -282,48 +388,6 @@ class Task:
         return digest.hexdigest()[:16]
 
 
-class _Called(Exception):
-    """Stops a forward pass at the network's door."""
-
-
-def arguments_of(model: nn.Module, call: Callable[[], Any]) -> Any:
-    """What a model is called with in there: a tensor, a tuple of arguments, a dict of keyword arguments; it is not run.
-
-    Raises:
-        RaceError: it is not called.
-    """
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-        raise _Called
-
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        call()
-    except _Called:
-        pass
-    finally:
-        hook.remove()
-    if not seen:
-        raise RaceError("forward= must call the model itself, not parts of it: what it is called with is its example.")
-    args, kwargs = seen[0]
-    if args and kwargs:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    return kwargs or (args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args)
-
-
-def target_of(batch: Any) -> Any:
-    """Of a pair its second part, of a longer tuple all but the first; of dicts and objects their labels; else all."""
-    if isinstance(batch, tuple | list) and len(batch) > 1:
-        return batch[1] if len(batch) == 2 else tuple(batch[1:])
-    for name in TARGETS:
-        found = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
-        if found is not None:
-            return found
-    return batch
-
-
 def _check_device(what: str, device: str) -> None:
     if device not in ("cpu", "cuda"):
         raise RaceError(f'{what}: device must be "cpu" or "cuda" (got {device!r}): torchrun tells which GPU.')
@@ -331,14 +395,3 @@ def _check_device(what: str, device: str) -> None:
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if processes > gpus:
             raise RaceError(f"{what}: each process on this machine needs a GPU: {processes} do, and torch sees {gpus}.")
-
-
-def keywords_of(model: Callable[..., nn.Module]) -> set[str] | None:
-    """The keywords that a model function takes; None if it takes any."""
-    try:
-        parameters = inspect.signature(model).parameters.values()
-    except ValueError:  # of a class in C
-        return set()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}

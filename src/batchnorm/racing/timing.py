@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 
 from batchnorm.population.estimate import NoStatistics
-from batchnorm.racing.task import Task
 from batchnorm.racing.events import Run
+from batchnorm.racing.task import Task
 from batchnorm.racing.trainer import Trainer
 
 WARM_UP = 10

@@ -28,10 +28,10 @@ from batchnorm.racing.contenders import BASELINES, Contender
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Diverged, Evaluation, Event, Progress, Resumed, Run, Stopped
 from batchnorm.racing.examples import Examples, Loader, seed_of
-from batchnorm.racing.metrics import count_of, logits_of, metric_of
+from batchnorm.racing.metrics import count_of
 from batchnorm.racing.optimization import prepared
 from batchnorm.racing.reading import Order, Wanted, read, stream
-from batchnorm.racing.task import Task, target_of
+from batchnorm.racing.task import Task
 from batchnorm.recipe.accelerate import reduce_dropout
 
 EVALUATION_BATCH = 250  # examples; small enough for a core's cache, so faster than large ones on a CPU
@@ -50,6 +50,7 @@ class Trainer:
         step = _Step(self.model, task)
         self.network: nn.Module = DistributedDataParallel(step, broadcast_buffers=False) if self.ranks > 1 else step
         self.optimizer, self.schedule = prepared(task, run.contender, self.model, run.steps, run.learning_rate)
+        self.loop = task.loop(self.model, self.optimizer, self.schedule, run.steps)
         half = task.mixed_precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.examples = task.training
@@ -69,15 +70,19 @@ class Trainer:
         task, parts = self.task, self.task.accumulate
         self.last_rate = max(group["lr"] for group in self.optimizer.param_groups)
         self.highest_rate = max(self.highest_rate, self.last_rate)
-        self.network.train()
+        self.loop.to_train()
+        self.loop.before_zero_grad(self.optimizer)
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
-        for _ in range(parts):
-            batch = placed(next(self.stream), self.device)
+        for part in range(parts):
+            if part:
+                self.loop.after_batch()
+            batch = self.loop.before_batch(placed(next(self.stream), self.device), self.step_count * parts + part)
             with self._precision():
                 loss = self.network(batch)
             self.scaler.scale(loss / parts if parts > 1 else loss).backward()
             total += loss.detach() / parts
+        self.loop.before_step(self.optimizer)
         if task.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), task.clip_grad_norm)
@@ -87,6 +92,7 @@ class Trainer:
         done, per_epoch = self.step_count * parts, self.batches_per_epoch
         if self.step_count <= self.run.steps:  # timed beyond its end, where some schedulers refuse
             self.schedule.after_step(done // per_epoch > (done - parts) // per_epoch)
+        self.loop.after_batch()
         if self.ranks > 1:
             dist.all_reduce(total)
         return total.item() / self.ranks
@@ -104,18 +110,10 @@ class Trainer:
 
     def score(self, most: int | None = None) -> float:
         """The metric with the statistics that there are."""
-        task, model = self.task, self.model.eval()
-        metric = metric_of(task.scored_by, task.loss_of)
-        if isinstance(metric, nn.Module):  # a torchmetrics.Metric holds tensors
-            metric.to(self.device)
+        self.loop.to_eval()
         with torch.no_grad(), self._precision():
-            for batch in self._test_batches(most):
-                batch = placed(batch, self.device)
-                output = task.output(model, batch)
-                if task.scores_loss:  # which may be the output's own
-                    metric.update(output, batch)
-                else:
-                    metric.update(logits_of(output), target_of(batch))
+            batches = (placed(batch, self.device) for batch in self._test_batches(most))
+            metric = self.task.measured(self.model, batches)
         return float(metric.compute())
 
     def prepare(self) -> None:
@@ -253,7 +251,7 @@ def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
                 yield Progress(trainer.step_count, sum(recent) / len(recent))
         trained = time.perf_counter()
         try:
-            score = trainer.evaluate()
+            score = trainer.evaluate(run.scored)
         except NoStatistics:  # of the layers' inputs, before the loss shows it; all ranks find the same
             yield Diverged(trainer.step_count)
             return

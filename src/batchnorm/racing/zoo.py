@@ -116,7 +116,7 @@ def inception_task(data: str | None = None) -> Task:
         learning_rate=0.1,
         steps=7_500,
         full_steps=20_000,
-        quick_steps=1_200,
+        quick_steps=700,
         held_out=5_000,
     )
 

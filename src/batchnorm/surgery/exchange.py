@@ -117,7 +117,7 @@ def group_norm(layer: Any) -> nn.GroupNorm:
 
         y = weight * (x - mean of its group) / sqrt(variance of its group + eps) + bias
 
-    A group has two channels or more, behind ``BatchNorm1d`` eight, as (N, C) has one value in each; fewer are one group.
+    A group has two channels or more, behind ``BatchNorm1d`` eight, as (N, C) has one value in each; fewer are one.
 
     Source: Wu & He, "Group Normalization", https://arxiv.org/abs/1803.08494.
     """
