@@ -1,4 +1,4 @@
-"""examples/: each trains as it is written, every contender gets better than it was untrained, and the command races one."""
+"""examples/: every contender of each gets better than it was untrained; the command that one names races it."""
 
 import csv
 import importlib

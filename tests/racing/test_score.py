@@ -119,6 +119,13 @@ def test_not_reached_comes_with_how_sure_that_is() -> None:
     assert bn["status"].startswith("reached the target (")
 
 
+def test_a_baseline_that_is_at_chance_from_several_seeds_is_said_and_nothing_is_divided_by_its_steps() -> None:
+    chance = [record(seed, *(FRESH - 0.01 - 0.001 * seed for _ in range(5))) for seed in range(3)]
+    results, baseline, bn = scored(chance, [record(seed, *GOOD[:5]) for seed in range(3)])
+    assert "baseline is at chance" in results["warnings"][0]
+    assert baseline["steps_fraction"] is bn["steps_fraction"] is None
+
+
 def test_a_run_that_diverged_counts_with_its_untrained_score_from_there_on() -> None:
     curves = curves_of([record(0, 0.5, 0.8, 0.9), record(1, 0.6, status="diverged at step 13")])
     assert curves.scores.tolist() == [[FRESH, 0.5, 0.8, 0.9], [FRESH, 0.6, FRESH, FRESH]]
