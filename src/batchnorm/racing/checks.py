@@ -26,8 +26,8 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
     unscored = [r["status"] for r in records if r["status"].endswith(f"({plan.metric})")]
     if unscored:
         return [
-            f"{name}: {plan.metric} is not finite, from seed {', '.join(diverged)} ({unscored[0]}): it must be finite of "
-            "the untrained network too; where the training diverges, lower its learning rate."
+            f"{name}: {plan.metric} is not finite, from seed {', '.join(diverged)} ({unscored[0]}): it must be finite "
+            "of the untrained network too; where the training diverges, lower its learning rate."
         ]
     if curves is None or diverged:
         return [f"{name} diverged from seed {', '.join(diverged)}: lower its learning rate."]
