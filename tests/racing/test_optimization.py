@@ -13,7 +13,7 @@ import pytest
 import torch
 from racing import toy
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, Rprop
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     LambdaLR,
@@ -27,7 +27,8 @@ from torch.optim.lr_scheduler import (
 
 import batchnorm as bn
 from batchnorm.racing.contenders import CONTENDERS, Contender
-from batchnorm.racing.events import Evaluation, Resumed, Run
+from batchnorm.racing.errors import RaceError
+from batchnorm.racing.events import Evaluation, Resumed, Run, Stopped
 from batchnorm.racing.optimization import prepared
 from batchnorm.racing.trainer import Trainer, train
 
@@ -332,3 +333,51 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_numbers(name: str, tmp_path:
         if event.step > 40:
             break
     assert curve(list(train(of, run, tmp_path / "state.pt"))) == whole
+
+
+def test_a_rate_that_is_a_tensor_is_told_as_a_number_and_resumed(tmp_path: Path) -> None:
+    """Schedulers change such a rate in place."""
+    of = task(optimizer=lambda p: AdamW(p, lr=torch.tensor(0.01)), scheduler=SCHEDULERS["lambda"])
+    run = Run(BASELINE, 0, 0.01, 20, 4)
+    rates = [e.rate for e in train(of, run) if isinstance(e, Evaluation)]
+    assert all(type(rate) is float for rate in rates)
+    assert rates[-1] == pytest.approx(1 / 20)
+    next(e for e in train(of, run, tmp_path / "state.pt") if e.step > 12)
+    resumed = [e for e in train(of, run, tmp_path / "state.pt") if isinstance(e, Evaluation)]
+    assert [e.rate for e in resumed] == rates[-len(resumed) :]
+
+
+def test_a_baseline_out_of_patience_stays_so_when_it_was_stopped_before_it_was_said(tmp_path: Path) -> None:
+    of = task(patience=1, metric=lambda outputs, targets: 0.5)
+    run = Run(BASELINE, 0, 0.01, 20, 4)
+    whole = list(train(of, run))
+    stopped = next(e for e in whole if isinstance(e, Stopped))
+    for event in train(of, run, tmp_path / "state.pt"):
+        if isinstance(event, Evaluation) and event.step == stopped.step:
+            break
+    assert [type(e) for e in train(of, run, tmp_path / "state.pt")] == [Resumed, Stopped]
+
+
+def test_a_class_gets_the_keywords_that_it_takes() -> None:
+    assert task(optimizer=Rprop, learning_rate=0.02).make_optimizer(toy.model()).param_groups[0]["lr"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": lambda p: LBFGS(p)}, "optimizer returned LBFGS, whose step calls the network itself"),
+        ({"optimizer": lambda p: [SGD(p, lr=1.0)]}, "optimizer returned a list, not an optimizer"),
+        (
+            {"optimizer": lambda p: SGD(p, lr=0.0)},
+            r"returned SGD with lr=0\.0: its first group must have a positive one",
+        ),
+        ({"optimizer": lambda net: SGD(net.parameters(), lr=1.0)}, "its model and optimizer cannot be made: Attribute"),
+        ({"scheduler": lambda o, n: [StepLR(o, 1)]}, r"must give one scheduler or None \(got a list\)"),
+        ({"scheduler": lambda o, n: {"scheduler": StepLR(o, 1), "interval": "epochs"}}, '"interval": "epoch"'),
+        ({"scheduler": lambda o, n: {"scheduler": StepLR(o, 1), "frequency": 2}}, '"interval": "epoch"'),
+    ],
+)
+def test_what_a_race_cannot_do_is_refused_in_one_line(changes: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RaceError, match=message) as error:
+        bn.race(task(**changes), ["baseline"], seeds=1, steps=3, out=tmp_path / "o")
+    assert "\n" not in str(error.value)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from batchnorm.racing.loading import one_line
+from batchnorm.racing.errors import one_line
 
 _VERBS = ("batchnorm.population.", "batchnorm.surgery.")  # what raises in there knows what the user gave
 

@@ -11,3 +11,8 @@ class WorkerError(RuntimeError):
 
 class UnreadableFile(RaceError):
     """A file is damaged: only the process that reads it knows, so that one tells of it, whichever it is."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

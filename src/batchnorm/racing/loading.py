@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from batchnorm.racing.contenders import CONTENDERS, Contender
-from batchnorm.racing.errors import RaceError
+from batchnorm.racing.errors import RaceError, one_line
 from batchnorm.racing.task import Task
 from batchnorm.recipe.recipe import Recipe
 
@@ -107,8 +107,3 @@ def _called(what: str, function: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         raise RaceError(f"{what}: the function raised {one_line(error)}") from error
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's type and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

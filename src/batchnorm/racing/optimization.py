@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from batchnorm.racing.changes import has_batch_norm
+from batchnorm.racing.errors import RaceError
 from batchnorm.recipe.apply import RATES
 from batchnorm.recipe.muon import Muon
 from batchnorm.recipe.normalized import normalized, parameter_groups
@@ -59,9 +60,22 @@ class Schedule:
 
     @classmethod
     def of(cls, made: Any) -> Schedule:
-        """Of what ``Task.scheduler`` returned."""
+        """Of what ``Task.scheduler`` returned.
+
+        Raises:
+            RaceError: it is no scheduler, nor a dict of one and its interval.
+        """
         row = made if isinstance(made, dict) else {"scheduler": made}
-        return cls(row.get("scheduler"), row.get("interval", "step"))
+        own = cls(row.get("scheduler"), row.get("interval", "step"))
+        if (
+            "scheduler" not in row
+            or not row.keys() <= {"scheduler", "interval"}
+            or own.interval not in ("step", "epoch")
+        ):
+            raise RaceError(f'scheduler= gives a scheduler, or {{"scheduler": ..., "interval": "epoch"}} (got {made}).')
+        if own.scheduler is not None and not callable(getattr(own.scheduler, "step", None)):
+            raise RaceError(f"scheduler= must give one scheduler or None (got a {type(own.scheduler).__name__}).")
+        return own
 
     @property
     def schedulers(self) -> list[Any]:

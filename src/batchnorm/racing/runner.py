@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 
 from batchnorm.racing import pool
-from batchnorm.racing.errors import RaceError, UnreadableFile
+from batchnorm.racing.errors import RaceError, UnreadableFile, one_line
 from batchnorm.racing.events import Run
-from batchnorm.racing.loading import one_line
 from batchnorm.racing.plan import CONFIG, Asked, Mode, Plan, check_same, make_plan, stored_in
 from batchnorm.racing.task import Task
 from batchnorm.racing.trainer import Trainer

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from batchnorm.population.batches import call_with_inputs
-from batchnorm.racing.calls import arguments_of, target_of
-from batchnorm.racing.errors import RaceError
+from batchnorm.racing.calls import arguments_of, keywords_of, target_of
+from batchnorm.racing.errors import RaceError, one_line
 from batchnorm.racing.examples import Examples, Loader, examples_of
 from batchnorm.racing.loop import Loop
 from batchnorm.racing.metrics import Metric, is_object, logits_of, metric_of, name_of
@@ -136,7 +136,7 @@ class Task:
         for name in ("loss", "optimizer", "scheduler", "collate", "forward"):
             value = getattr(self, name)
             if value is not None and not callable(value):
-                raise RaceError(f"{who}: {name} must be a function (got {value!r}).")
+                raise RaceError(f"{who}: {name} must be a function (got {_shown(value)}).")
         self._check_metric(who)
         if self.mixed_precision not in (False, True, torch.bfloat16, torch.float16):
             raise RaceError(
@@ -302,16 +302,32 @@ class Task:
         """The training's own, over a network's parameters."""
         if self.optimizer is None:
             return decay_of_weights(model, self.learning_rate or 0.01, self.weight_decay)
+        given: dict[str, Any] = {}
         if isinstance(self.optimizer, type):
-            return self.optimizer(model.parameters(), lr=self.learning_rate or 0.01, weight_decay=self.weight_decay)
+            taken = keywords_of(self.optimizer)
+            given = {"lr": self.learning_rate or 0.01, "weight_decay": self.weight_decay}
+            given = {name: value for name, value in given.items() if taken is None or name in taken}
         first = next(iter(inspect.signature(self.optimizer).parameters), None)
-        made: Any = self.optimizer(model if first == "model" else model.parameters())
-        if not isinstance(made, Optimizer):
-            raise RaceError(f"Task {self.name!r}: optimizer returned a {type(made).__name__}, not an optimizer.")
-        factor = 1.0 if self.learning_rate is None else self.learning_rate / made.param_groups[0]["lr"]
+        made: Any = self.optimizer(model if first == "model" else model.parameters(), **given)
+        self._check_optimizer(made)
+        factor = 1.0 if self.learning_rate is None or given else self.learning_rate / made.param_groups[0]["lr"]
         for group in made.param_groups if factor != 1 else ():
             group["lr"] *= factor
         return made
+
+    def _check_optimizer(self, made: Any) -> None:
+        """One optimizer, that steps when it is told and has a learning rate, which contenders multiply."""
+        who = f"Task {self.name!r}: optimizer returned"
+        if not isinstance(made, Optimizer):
+            raise RaceError(f"{who} a {type(made).__name__}, not an optimizer: a race has one of each training.")
+        closure = inspect.signature(made.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise RaceError(
+                f"{who} {type(made).__name__}, whose step calls the network itself: give one that does not."
+            )
+        rate = made.param_groups[0].get("lr")
+        if rate is None or not 0 < float(rate) < math.inf:
+            raise RaceError(f"{who} {type(made).__name__} with lr={rate}: its first group must have a positive one.")
 
     def make_scheduler(self, optimizer: Optimizer, steps: int) -> Any:
         """The training's own, over a budget."""
@@ -347,7 +363,14 @@ class Task:
         if self.learning_rate is not None or self.optimizer is None or isinstance(self.optimizer, type):
             return self.learning_rate or 0.01
         with torch.random.fork_rng(devices=[]):
-            return float(self.make_optimizer(self.model()).param_groups[0]["lr"])
+            try:
+                return float(self.make_optimizer(self.model()).param_groups[0]["lr"])
+            except RaceError:
+                raise
+            except Exception as error:
+                raise RaceError(
+                    f"Task {self.name!r}: its model and optimizer cannot be made: {one_line(error)}"
+                ) from error
 
     def for_tuning(self) -> Task:
         """The same task scored on training examples that are held out; the test examples are not looked at."""
@@ -388,6 +411,12 @@ class Task:
         for examples in (self.training, self.testing):
             digest.update(examples.fingerprint().encode())
         return digest.hexdigest()[:16]
+
+
+def _shown(value: Any) -> str:
+    """A value in one line."""
+    words = repr(value)
+    return type(value).__name__ if "\n" in words else words
 
 
 def _check_device(what: str, device: str) -> None:

@@ -68,7 +68,7 @@ class Trainer:
     def step(self) -> float:
         """One step of the optimizer on this rank's share of the next batch (or batches); the loss over all of it."""
         task, parts = self.task, self.task.accumulate
-        self.last_rate = max(group["lr"] for group in self.optimizer.param_groups)
+        self.last_rate = max(float(group["lr"]) for group in self.optimizer.param_groups)  # of tensors too
         self.highest_rate = max(self.highest_rate, self.last_rate)
         self.loop.to_train()
         self.loop.before_zero_grad(self.optimizer)
@@ -245,6 +245,9 @@ def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
         trainer.load_state_dict(state["trainer"])
         curve = [Evaluation(**row) for row in state["curve"]]
         yield Resumed(trainer.step_count, tuple(curve))
+        if _out_of_patience(run, task, curve):  # ended before it could be said
+            yield Stopped(trainer.step_count)
+            return
     report_every = max(1, run.steps // run.evaluations // REPORTS)
     for start, end in pairwise((0, *run.points)):
         if curve and end <= trainer.step_count:
@@ -285,13 +288,14 @@ def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
         if checkpoint is not None and trainer.rank == 0:
             save(checkpoint, {"trainer": trainer.state_dict(), "curve": [asdict(row) for row in curve]})
         yield curve[-1]
-        if run.contender.name in BASELINES and _out_of_patience(task, curve):
+        if _out_of_patience(run, task, curve):
             yield Stopped(trainer.step_count)
             return
 
 
-def _out_of_patience(task: Task, curve: list[Evaluation]) -> bool:
-    if task.patience is None or len(curve) <= task.patience:
+def _out_of_patience(run: Run, task: Task, curve: list[Evaluation]) -> bool:
+    """Whether the baseline has not become better for as many evaluations as its task waits."""
+    if run.contender.name not in BASELINES or task.patience is None or len(curve) <= task.patience:
         return False
     scores = [-point.score if task.score_falls else point.score for point in curve]
     return max(scores[-task.patience :]) <= max(scores[: -task.patience])
