@@ -213,6 +213,15 @@ def test_killed_or_failing_training_process_ends_the_race_with_its_reason(tmp_pa
     assert "ArithmeticError: a mistake of the user's" in err
 
 
+def test_loaders_with_workers_and_contenders_that_are_lambdas_race_in_processes(tmp_path: Path) -> None:
+    """Processes of a race may have no children, and functions cannot be sent to them."""
+    options = ("--contenders", "baseline,bn-x5,racing.toy:later", "--seeds", "1", "--out", str(tmp_path / "o"))
+    run_here("--task", "racing.toy:loaders", *options)
+    rows = json.loads((tmp_path / "o" / "results.json").read_text())["contenders"]
+    assert [row["name"] for row in rows] == ["baseline", "bn-x5", "not/after: the first"]
+    assert (tmp_path / "o" / "runs" / "not%2Fafter%3A the first-lr0.01-seed0.json").exists()
+
+
 def test_other_batches_reach_the_training_processes(tmp_path: Path) -> None:
     options = ("--contenders", "baseline", "--seeds", "1", "--batch-size", "10")
     run_here("--task", "racing.toy:task", *options, "--out", str(tmp_path / "o"))

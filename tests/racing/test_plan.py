@@ -309,6 +309,21 @@ def test_a_metric_that_two_examples_are_too_few_for_is_tried_on_all(tmp_path: Pa
     assert bn.race(task, ["baseline"], seeds=1, steps=8, out=tmp_path / "o")["metric"] == "picky"
 
 
+def test_a_race_in_this_process_goes_on_or_says_what_is_different(tmp_path: Path) -> None:
+    mine = bn.Contender("mine", network={"activation": str})  # what JSON has no word for
+    task = replace(toy.task(), model=lambda activation=None: toy.model(), steps=8)
+    first = bn.race(task, ["baseline", mine], seeds=1, out=tmp_path)
+    own = tmp_path / "film.part1.rar"
+    own.touch()
+    again = bn.race(task, ["baseline", mine], seeds=1, out=tmp_path, resume=True)
+    assert json.dumps(again["contenders"]) == json.dumps(first["contenders"])
+    assert own.exists()
+    with pytest.raises(RaceError, match=r"another configuration: seeds was 1, is 2\.$"):
+        bn.race(task, ["baseline", mine], seeds=2, out=tmp_path, resume=True)
+    with pytest.raises(RaceError, match="resume=True goes on in the directory that out= names"):
+        bn.race(task, ["baseline", mine], seeds=1, resume=True)
+
+
 def test_other_batches_take_as_many_examples_and_rates_in_proportion() -> None:
     task = replace(toy.task(), full_steps=801, learning_rate=0.01)
     smaller = task.with_batch_size(5)

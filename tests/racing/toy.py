@@ -6,7 +6,7 @@ import signal
 
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm as bn
 
@@ -120,6 +120,19 @@ def normalized() -> bn.Task:
         return nn.Sequential(nn.Linear(8, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
 
     return bn.Task("normalized", network, examples(1000, 0), examples(500, 1), batch_size=20, steps=200)
+
+
+def loaders() -> bn.Task:
+    """Loaders with reading processes of their own."""
+
+    def loader(data: TensorDataset, **more: bool) -> DataLoader[tuple[torch.Tensor, ...]]:
+        return DataLoader(data, 20, num_workers=1, timeout=60, **more)
+
+    train = loader(examples(200, 0), shuffle=True, persistent_workers=True)
+    return bn.Task("loaders", lambda: model(), train, loader(examples(100, 1)), steps=20)
+
+
+later = bn.Contender("not/after: the first", lambda model, example: bn.insert(model, example, skip=["0"]))
 
 
 def contender() -> bn.Contender:

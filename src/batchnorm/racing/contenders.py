@@ -76,8 +76,13 @@ class Contender:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         found["recipe"] = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe)}
         if callable(self.change):
-            found["change"] = getattr(self.change, "__qualname__", type(self.change).__name__)
+            found["change"] = name_of_function(self.change)
         return found
+
+
+def name_of_function(value: Any) -> str:
+    """Of a function or class, or what else JSON cannot tell, its name."""
+    return str(getattr(value, "__qualname__", type(value).__name__))
 
 
 SIGMOID: dict[str, Any] = {"network": {"activation": "sigmoid"}}

@@ -6,6 +6,7 @@ Comes from: ``plan.py``, which decides runs; ``trainer.py``, which tells events.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from batchnorm.racing.contenders import Contender
 
@@ -26,7 +27,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.contender.name.replace(':', '.').replace('/', '.')}-lr{self.learning_rate:g}-seed{self.seed}"
+        """Of its files: what a file's name cannot have is written as in a URL."""
+        return f"{quote(self.contender.name, safe='@ ')}-lr{self.learning_rate:g}-seed{self.seed}"
 
     @property
     def points(self) -> list[int]:

@@ -20,7 +20,7 @@ import torch
 from batchnorm.racing import tabular, zoo
 from batchnorm.racing.calls import keywords_of
 from batchnorm.racing.changes import has_batch_norm
-from batchnorm.racing.contenders import BASELINES, CONTENDERS, NORMALIZED, PLAIN, Contender
+from batchnorm.racing.contenders import BASELINES, CONTENDERS, NORMALIZED, PLAIN, Contender, name_of_function
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Run
 from batchnorm.racing.loading import load_contender, load_task
@@ -101,7 +101,7 @@ class Plan:
         found = {f.name: getattr(self, f.name) for f in fields(self)} | {
             "contenders": [c.values() for c in self.contenders]
         }
-        return dict(json.loads(json.dumps(found)))
+        return dict(json.loads(json.dumps(found, default=name_of_function)))
 
     def shown(self, score: float) -> str:
         """A score as people write it."""

@@ -24,7 +24,7 @@ import torch
 
 from batchnorm.racing.errors import RaceError, WorkerError
 from batchnorm.racing.events import Diverged, Evaluation, Event, Resumed, Run, Stopped
-from batchnorm.racing.plan import Plan, check_same, task_of
+from batchnorm.racing.plan import check_same, read_plan, task_of
 from batchnorm.racing.task import Task
 from batchnorm.racing.trainer import train
 
@@ -64,8 +64,8 @@ def run_here(task: Task, runs: Sequence[Run], directory: Path, *, write: bool = 
             checkpoint.unlink(missing_ok=True)
 
 
-def run_in_processes(plan: Plan, runs: Sequence[Run], directory: Path, workers: int) -> Iterator[Tagged]:
-    """The same on ``workers`` processes.
+def run_in_processes(runs: Sequence[Run], directory: Path, workers: int) -> Iterator[Tagged]:
+    """The same on ``workers`` processes, which read the plan beside the ``directory``: functions in it cannot be sent.
 
     Raises:
         WorkerError: one of them was killed or raised; the message says how. The others are ended.
@@ -73,13 +73,14 @@ def run_in_processes(plan: Plan, runs: Sequence[Run], directory: Path, workers: 
     context = multiprocessing.get_context("spawn")
     jobs: Any = context.Queue()
     events: Any = context.Queue()
-    for job in [*runs, *[None] * workers]:
+    known = {run.name: run for run in runs}
+    for job in [*known, *[None] * workers]:
         jobs.put(job)
     processes: list[Any] = []
     try:
         with deaf_to_ctrl_c():  # a worker hears of it from its parent, not while it imports
             for _ in range(workers):
-                processes.append(context.Process(target=_work, args=(plan, jobs, events, directory), daemon=True))
+                processes.append(context.Process(target=_work, args=(jobs, events, directory), daemon=True))
                 processes[-1].start()
         running = workers
         while running:
@@ -93,7 +94,8 @@ def run_in_processes(plan: Plan, runs: Sequence[Run], directory: Path, workers: 
             elif isinstance(message, str):
                 raise WorkerError(f"a training process failed:\n{message}")
             else:
-                yield message
+                name, event = message
+                yield known[name], event
                 _check_alive(processes, signals_only=True)
     finally:
         jobs.cancel_join_thread()
@@ -122,17 +124,18 @@ def deaf_to_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _work(plan: Plan, jobs: Any, events: Any, directory: Path) -> None:
+def _work(jobs: Any, events: Any, directory: Path) -> None:
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     try:
-        task = task_of(plan)
+        plan = read_plan(directory.parent)
+        task, runs = task_of(plan), {run.name: run for run in plan.runs()}
         check_same(plan, task, plan.processes)
-        while (run := jobs.get()) is not None:
-            for event in run_here(task, [run], directory):
+        while (name := jobs.get()) is not None:
+            for _, event in run_here(task, [runs[name]], directory):
                 if parent is not None and not parent.is_alive():
                     os._exit(1)  # the parent was killed; a resumed race must find nobody else writing here
-                events.put(event)
+                events.put((name, event))
         events.put(None)
     except RaceError as error:
         events.put(str(error))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -83,9 +84,13 @@ def race(
         rates=rates,
         command="bn.race(...)",
     )
+    if resume and out is None:
+        raise RaceError("resume=True goes on in the directory that out= names.")
     directory = Path(out) if out is not None else default_directory(task.name)
-    if resume and stored_in(directory) != plan.values():
-        raise RaceError(f"{directory} holds a race of another configuration.")
+    stored, now = stored_in(directory) if resume else plan.values(), plan.values()
+    different = [f"{name} was {stored.get(name)}, is {now[name]}" for name in now if stored.get(name) != now[name]]
+    if different:
+        raise RaceError(f"{directory} holds a race of another configuration: {'; '.join(different)}.")
     with _one_thread(), torch.random.fork_rng():
         return run_race(task, plan, directory, Console(), resume=resume, workers=0)
 
@@ -144,8 +149,9 @@ def _locked(directory: Path, main: bool) -> Iterator[None]:
     except Timeout:
         raise RaceError(f"another race is running in {directory}.") from None
     try:
-        for part in directory.rglob("*.part*"):
-            part.unlink(missing_ok=True)
+        for part in (*directory.glob("*.part*"), *(directory / "runs").glob("*.part*")):
+            if re.fullmatch(r".+\.(json|pt)\.part\d+", part.name):  # a user's own files may lie here too
+                part.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
@@ -183,7 +189,7 @@ def _train(task: Task, plan: Plan, directory: Path, console: Console, main: bool
     done = _agreed([run for run in runs if pool.finished(records, run)] if main else [])
     todo = [run for run in runs if run not in done]
     if workers and todo:
-        stream = pool.run_in_processes(plan, todo, records, min(workers, len(todo)))
+        stream = pool.run_in_processes(todo, records, min(workers, len(todo)))
     else:
         stream = pool.run_here(task, todo, records, write=main)
     if not main:
