@@ -100,6 +100,24 @@ def test_a_baseline_alone_is_no_race() -> None:
     assert report.sentence(found, plan) == "baseline ends at accuracy 80.00%, and nobody raced against it."
 
 
+def test_names_are_told_as_they_are_whatever_they_mean_to_a_terminal() -> None:
+    found, plan = results(0.8, 0.9, 0.7)
+    found["contenders"][1]["name"] = "sgd[/b]"
+    plan, out = replace(plan, task="net[small]", metric="a long name of a metric[b]"), io.StringIO()
+    Console(file=out, width=80).print(report.table(found, plan))
+    assert "net[small]: target" in out.getvalue()
+    assert "sgd[/b] " in out.getvalue()
+    assert "…" not in out.getvalue()
+    assert "metric[b]" in out.getvalue()
+    assert "| sgd[/b] |" in report.markdown(found, plan)
+
+
+def test_who_had_the_baselines_steps_already_is_not_told_to_take_them() -> None:
+    found, plan = results(0.8, 0.7, 0.6)
+    said = report.sentence(found, replace(plan, steps=100))
+    assert said.endswith("sgd came to 70.00% in 100 steps. Give all of them more: --steps 200.")
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_table_fits_a_terminal(width: int) -> None:
     out = io.StringIO()

@@ -11,6 +11,7 @@ from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from batchnorm.racing import events
@@ -94,12 +95,12 @@ class Display:
 
     def _update_rows(self, run: Run, detail: str, ended: bool) -> None:
         if run.name not in self.rows:
-            self.rows[run.name] = self.progress.add_task(label(run), total=run.steps, detail=detail)
+            self.rows[run.name] = self.progress.add_task(escape(label(run)), total=run.steps, detail=detail)
         self.progress.update(self.rows[run.name], completed=self.steps[run.name], detail=detail)
         self.progress.update(self.total, completed=sum(self.steps.values()))
         if ended:
             self.progress.remove_task(self.rows.pop(run.name))
-            self.console.print(f"{label(run)}: {detail}", highlight=False)
+            self.console.print(f"{label(run)}: {detail}", markup=False, highlight=False)
 
 
 def label(run: Run) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from batchnorm.racing.changes import CHANGES
 from batchnorm.racing.contenders import Contender
@@ -48,11 +49,11 @@ def _nobody(results: Mapping[str, Any], plan: Plan) -> str:
     if not rows:
         return f"{words}: all diverged."
     best = max(rows, key=lambda row: sign * row["end"])
+    words = f"{words}: {best['name']} came to {plan.shown(best['end'])} in {best['budget']:,} steps."
+    if best["budget"] >= plan.steps:
+        return f"{words} Give all of them more: --steps {2 * plan.steps}."
     speed = max(1.0, plan.steps / best["budget"] / 2)
-    return (
-        f"{words}: {best['name']} came to {plan.shown(best['end'])} in {best['budget']:,} steps. Give it more: "
-        f"--contenders {plan.baseline},{best['name'].partition('@')[0]}@{speed:.2g}."
-    )
+    return f"{words} Give it more: --contenders {plan.baseline},{best['name'].partition('@')[0]}@{speed:.2g}."
 
 
 def share(row: Mapping[str, Any], quantity: str) -> str:
@@ -103,14 +104,16 @@ def changes(contender: Contender, tuned: bool = True) -> str:
 
 def table(results: Mapping[str, Any], plan: Plan) -> Table:
     """Steps and seconds to the target, as shares of the baseline's; narrow enough for 80 columns."""
-    view = Table(title=title(results, plan), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    view = Table(title=Text(title(results, plan)), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     view.add_column("contender", no_wrap=True)
-    for heading in ("steps", "share", "95%", "seconds", f"{plan.metric} at end"):
+    for heading in ("steps", "share", "95%", "seconds"):
         view.add_column(heading, justify="right", no_wrap=True)
+    widest = max(len(_end(row, plan)) for row in results["contenders"])
+    view.add_column(Text(f"{plan.metric} at end"), justify="right", min_width=widest)  # a long name may be wrapped
     for row in results["contenders"]:
         ends = row["steps_fraction_interval"]
         view.add_row(
-            row["name"],
+            Text(row["name"]),
             "-" if row["steps_to_target"] is None else f"{row['steps_to_target']:,.0f}",
             "-" if row["steps_fraction"] is None else f"{row['steps_fraction']:.1%}",
             "" if ends is None else _range(ends),

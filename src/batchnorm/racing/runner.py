@@ -259,7 +259,9 @@ def _report(
     images = plots.plot(results, records, plan, directory)
     report.show(results, plan, console)
     files = ["results.json", "curves.csv", "results.md", *(image.name for image in images)]
-    console.print(f"Written: {directory}/{', '.join(files)}", highlight=False, soft_wrap=not console.is_terminal)
+    console.print(
+        f"Written: {directory}/{', '.join(files)}", markup=False, highlight=False, soft_wrap=not console.is_terminal
+    )
     return results
 
 
@@ -280,7 +282,12 @@ def _report_tuning(
     use = shlex.join(
         ["batchnorm", "race", "--task", plan.task, *data, "--batch-size", str(plan.batch_size), "--rates", str(file)]
     )
-    console.print(f"Written: {file}. Race with these rates: {use}", highlight=False, soft_wrap=not console.is_terminal)
+    console.print(
+        f"Written: {file}. Race with these rates: {use}",
+        markup=False,
+        highlight=False,
+        soft_wrap=not console.is_terminal,
+    )
     return result
 
 

@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from batchnorm.racing.metrics import rounded
 from batchnorm.racing.plan import Plan, best_rate
@@ -43,11 +44,11 @@ def table(scores: Mapping[str, Mapping[str, Sequence[float]]], plan: Plan) -> Ta
     """One row per contender and rate; the best is marked, and an edge of the sweep named as such."""
     view = Table(title="Learning rates, scored on held-out training examples", title_justify="left")
     for heading in ("contender", "learning rate", f"{plan.metric} at its end", ""):
-        view.add_column(heading, justify="right" if heading != "contender" and heading else "left")
+        view.add_column(Text(heading), justify="right" if heading != "contender" and heading else "left")
     for name, rates in scores.items():
         chosen = best_rate(rates)
         edge = chosen in (next(iter(rates)), next(reversed(list(rates))))
         for rate, values in rates.items():
             mark = ("chosen, at the edge: sweep further" if edge else "chosen") if rate == chosen else ""
-            view.add_row(name, rate, plan.shown(-mean(values) if plan.score_falls else mean(values)), mark)
+            view.add_row(Text(name), rate, plan.shown(-mean(values) if plan.score_falls else mean(values)), mark)
     return view
