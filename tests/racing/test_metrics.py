@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric, MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MultilabelAUROC
 
 import batchnorm as bn
-from batchnorm.racing.calls import target_of
+from batchnorm.racing.calls import NotCalled, arguments_of, target_of
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.metrics import Mean, accuracy, count_of, metric_of
 
@@ -227,3 +227,24 @@ def test_equal_counts_give_equal_scores() -> None:
             metric.update(o, t)
         found.add(metric.compute())
     assert len(found) == 1
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, /, y: Tensor | None = None, **more: Tensor) -> Tensor:
+        return x
+
+
+class Named(nn.Module):
+    def forward(self, x: Tensor, *, scale: float = 1.0, **more: Tensor) -> Tensor:
+        return x * scale
+
+
+def test_what_a_model_is_called_with_is_an_example_in_any_form_that_can_be_one() -> None:
+    x, y = torch.zeros(2), torch.ones(2)
+    model = Named()
+    assert arguments_of(model, lambda: model(x)) is x
+    assert arguments_of(model, lambda: model(x, scale=2.0, mask=y)) == {"x": x, "scale": 2.0, "mask": y}
+    other = Scaled()
+    assert arguments_of(other, lambda: other(x, y)) == (x, y)
+    with pytest.raises(NotCalled, match="with keywords beside x, which cannot be one: pass all in order"):
+        arguments_of(other, lambda: other(x, y=y))

@@ -8,6 +8,7 @@ import pytest
 from racing import toy
 
 from batchnorm.racing import score as rules
+from batchnorm.racing import tuning
 from batchnorm.racing.plan import Plan, make_plan
 from batchnorm.racing.score import Curves, curves_of, interval, score
 from batchnorm.racing.timing import StepTime
@@ -213,3 +214,13 @@ def test_interval_is_students() -> None:
     assert (high - low) / 2 == pytest.approx(4.302653 / 3**0.5)  # t(0.975; 2) = 4.302653, s = 1
     assert interval([1.0]) is None
     assert interval([2.0, 2.0]) == pytest.approx((2.0, 2.0))
+
+
+def test_a_sweep_tells_small_losses_apart_and_shows_scores_with_their_sign() -> None:
+    plan = make_plan(toy.task(), spec="toy", contenders=["baseline"], seeds=1, steps=30, tune=True)
+    plan = replace(plan, score_falls=True, metric="loss")
+    runs = [{**record(0, rate * 1e-6), "learning_rate": rate} for rate in (0.5, 0.25, 1.0)]
+    found = tuning.sweep(plan, {"baseline": runs}, "toy")["toy"]["default"]["scores"]
+    assert found["baseline"] == {"0.25": [-2.5e-07], "0.5": [-5e-07], "1": [-1e-06]}
+    shown = tuning.table({"baseline": {"0.5": [3.5]}}, plan)  # a loss of -3.5, as a likelihood's may be
+    assert [*shown.columns[2].cells] == ["-3.5"]
