@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from batchnorm.racing.score import Curves
 
 FALLEN = 0.1  # of the highest learning rate: it has come down
+STUCK = 0.1  # of what the best seed gained: a seed that has not begun to learn
 COARSE = 0.5  # of the steps to the target: a gap between two evaluations that tells too little
 
 
@@ -43,6 +44,13 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
         found.append(
             f"{name} is at chance: {plan.metric} {_shown(plan, curves.end())} at its end, untrained "
             f"{_shown(plan, scores[:, 0].mean())}. Give it more steps, or another learning rate."
+        )
+    gains = curves.ends - scores[:, 0]
+    stuck = [str(r["seed"]) for r, some in zip(records, gains, strict=True) if some < STUCK * gains.max()]
+    if not found and stuck:
+        found.append(
+            f"{name} is at chance from seed {', '.join(stuck)}, and not from others, so that its mean is no target: "
+            "lower its learning rate, or warm it up longer."
         )
     if not found:
         found += _unfinished(plan, records, curves)
