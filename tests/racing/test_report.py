@@ -88,6 +88,18 @@ def test_the_answer_comes_first_with_its_interval_and_its_control() -> None:
     )
 
 
+def test_a_control_that_is_there_too_soon_to_tell_is_not_one_that_never_is() -> None:
+    found, plan = results(0.8, 0.9, 0.81)
+    found["contenders"][2]["steps_fraction"] = None
+    assert "without batch normalization (short): evaluated too seldom to tell." in report.sentence(found, plan)
+
+
+def test_a_baseline_alone_is_no_race() -> None:
+    found, plan = results(0.8, 0.9, 0.81)
+    found["contenders"] = found["contenders"][:1]
+    assert report.sentence(found, plan) == "baseline ends at accuracy 80.00%, and nobody raced against it."
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_table_fits_a_terminal(width: int) -> None:
     out = io.StringIO()

@@ -151,10 +151,13 @@ GOOD = (0.5, 0.7, 0.8, 0.9, 0.9, 0.9)
     [
         ([record(0, 0.5, status="diverged at step 13")], GOOD, "baseline diverged from seed 0"),
         ([record(0, status="diverged at step 1")], GOOD, "baseline diverged from seed 0"),
-        ([record(0, 0.1, 0.1, 0.1, 0.1)], GOOD, "accuracy is 0.1 at every evaluation"),
+        ([record(0, 0.1, 0.1, 0.1, 0.1)], GOOD, "accuracy is 10.00% at every evaluation"),
         ([record(0, 0.12, 0.09, 0.11, 0.09, 0.12, 0.1)], GOOD, "baseline is at chance"),
         ([record(0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, rate=1.0)], GOOD, "before its learning rate"),
         ([record(0, *[0.5 + 0.01 * i for i in range(40)])], (0.9, 0.9, 0.9), "evaluated too seldom to tell"),
+        ([record(0, 0.9, 0.9, 0.9, 0.9)], (0.2, 0.3, 0.4, 0.9), "baseline is at the target within 10 steps"),
+        ([record(0, 0.09, 0.06, 0.03, 0.01, 0.01)], GOOD, "If it did get better: lower_is_better=True."),
+        ([record(0, 0.5, 0.6, status="diverged at step 30 (accuracy)")], GOOD, "accuracy is not finite, from seed 0 ("),
     ],
 )
 def test_no_fraction_where_it_would_mean_nothing(baseline: Any, bn: Any, said: str) -> None:
@@ -183,6 +186,35 @@ def test_a_constant_learning_rate_is_fine_at_a_plateau_and_a_loss_that_does_not_
         "training loss does not fall (1 at first, 11 at its end)"
         in scored([rising], [record(0, *GOOD)])[0]["warnings"][0]
     )
+
+
+def test_a_target_below_the_untrained_score_is_none() -> None:
+    """Of two seeds that differ much the standard error is large: a contender that begins lower would race to it."""
+    apart = [record(0, 0.5, 0.5, 0.5, 0.5, 0.5), record(1, 0.1, 0.1, 0.0, 0.0, 0.0)]
+    lower = [record(seed, -0.1, 0.2, 0.5) for seed in range(2)]
+    for run in lower:
+        run["curve"][0]["score"] = -0.2
+    results, baseline, bn = scored(apart, lower)
+    assert results["target"] < FRESH
+    assert len(results["warnings"]) == 1
+    assert "baseline is at chance" in results["warnings"][0]
+    assert baseline["steps_fraction"] is bn["steps_fraction"] is None
+
+
+def test_a_run_that_was_never_scored_counts_as_untrained() -> None:
+    never = {**record(1, status="diverged at step 0"), "curve": []}
+    assert curves_of([record(0, 0.5, 0.9), never]).scores.tolist() == [[FRESH, 0.5, 0.9], [FRESH] * 3]
+    _, _, bn = scored([record(seed, *GOOD) for seed in range(2)], [record(0, 0.5, 0.9, 0.95), never])
+    assert bn["steps_to_target"] is None
+    assert bn["status"].startswith("diverged at step 0 (seed 1); target not reached")
+
+
+def test_a_contender_that_is_there_untrained_has_no_share() -> None:
+    there = record(0, 0.95, 0.96)
+    there["curve"][0]["score"] = 0.95
+    results, _, bn = scored([record(0, *GOOD)], [there])
+    assert bn["steps_fraction"] is None
+    assert results["warnings"] == ["bn is at the target untrained: there are no steps to count."]
 
 
 def test_interval_is_students() -> None:

@@ -24,13 +24,19 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
     """What is wrong with the training as it is, so that it sets no target."""
     name = plan.baseline
     diverged = [str(r["seed"]) for r in records if r["status"].startswith("diverged")]
+    unscored = [r["status"] for r in records if r["status"].endswith(f"({plan.metric})")]
+    if unscored:
+        return [
+            f"{name}: {plan.metric} is not finite, from seed {', '.join(diverged)} ({unscored[0]}): it must be finite of "
+            "the untrained network too; where the training diverges, lower its learning rate."
+        ]
     if curves is None or diverged:
         return [f"{name} diverged from seed {', '.join(diverged)}: lower its learning rate."]
     scores = curves.scores
     if not np.isfinite(scores).all():
         return [f"{name}: {plan.metric} is not finite."]
     if np.ptp(scores) == 0:
-        return [f"{name}: {plan.metric} is {abs(scores.flat[0]):g} at every evaluation, so it tells nothing."]
+        return [f"{name}: {plan.metric} is {_shown(plan, scores.flat[0])} at every evaluation, so it tells nothing."]
     found = []
     losses = [[p["loss"] for p in r["curve"] if p["loss"] is not None] for r in records]
     if all(some and not some[-1] < some[0] for some in losses):
@@ -40,10 +46,12 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
         float(np.diff(scores[:, curves.steps >= 0.5 * curves.steps[-1]], axis=1).std()) if scores.shape[1] > 4 else 0
     )
     gain = float(curves.end() - scores[:, 0].mean())
-    if gain <= max(2 * noise / math.sqrt(len(scores)), 1e-12):
+    least = max(2 * noise / math.sqrt(len(scores)), 1e-12)
+    if gain <= least or curves.steps_to(curves.target()) <= curves.steps[0]:
+        other = f" If it did get better: lower_is_better={not plan.score_falls}." if gain < -least else ""
         found.append(
             f"{name} is at chance: {plan.metric} {_shown(plan, curves.end())} at its end, untrained "
-            f"{_shown(plan, scores[:, 0].mean())}. Give it more steps, or another learning rate."
+            f"{_shown(plan, scores[:, 0].mean())}. Give it more steps, or another learning rate.{other}"
         )
     gains = curves.ends - scores[:, 0]
     stuck = [str(r["seed"]) for r, some in zip(records, gains, strict=True) if some < STUCK * gains.max()]
@@ -53,7 +61,9 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
             "lower its learning rate, or warm it up longer."
         )
     if not found:
-        found += _unfinished(plan, records, curves)
+        found += _unfinished(plan, records, curves) or of_contender(
+            plan, name, curves, curves.steps_to(curves.target())
+        )
     return found
 
 
@@ -81,9 +91,11 @@ def of_contender(plan: Plan, name: str, curves: Curves | None, steps: float) -> 
     """What is wrong with a number of steps."""
     if curves is None:
         return []
+    if steps <= curves.steps[0]:
+        return [f"{name} is at the target untrained: there are no steps to count."]
     at = int(np.searchsorted(curves.steps, steps))
-    gap = float(curves.steps[min(at, len(curves.steps) - 1)] - curves.steps[max(0, at - 1)])
-    if at == 0 or gap > COARSE * steps:
+    gap = float(curves.steps[at] - curves.steps[at - 1])
+    if gap > COARSE * steps:
         return [
             f"{name} is at the target within {steps:,.0f} steps, where it was evaluated too seldom to tell (the "
             f"nearest evaluations are {gap:,.0f} steps apart): race it with a smaller budget, or the "

@@ -62,9 +62,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Diverged:
-    """The loss stopped being finite at this step; the run ends."""
+    """The loss, or what is scored, was not finite at this step; the run ends."""
 
     step: int
+    what: str = "loss"
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def run_here(task: Task, runs: Sequence[Run], directory: Path, *, write: bool = 
             elif isinstance(event, Resumed):
                 curve.extend(event.curve)
             elif isinstance(event, Diverged):
-                status = f"diverged at step {event.step}"
+                status = f"diverged at step {event.step}" + (f" ({event.what})" if event.what != "loss" else "")
             elif isinstance(event, Stopped):
                 status = f"stopped at step {event.step}"
             yield run, event

@@ -22,6 +22,8 @@ from batchnorm.racing.score import REACHED, Record
 
 def sentence(results: Mapping[str, Any], plan: Plan) -> str:
     """The answer: the contender with the fewest steps, and its control; or why there is none."""
+    if not _others(results, plan) and not results["warnings"]:
+        return f"{plan.baseline} ends at {plan.metric} {plan.shown(results['target'])}, and nobody raced against it."
     if results["target"] is None or not any(row["steps_fraction"] for row in _others(results, plan)):
         return (results["warnings"] or [_nobody(results, plan)])[0]
     best = min((row for row in _others(results, plan) if row["steps_fraction"]), key=lambda row: row["steps_fraction"])
@@ -32,7 +34,8 @@ def sentence(results: Mapping[str, Any], plan: Plan) -> str:
     control = next((name for name in controls if name in rows and name != best["name"]), None)
     row = rows.get(control)
     if row is not None:
-        without = "not reached" if row["steps_fraction"] is None else f"{share(row, 'steps')} of the steps"
+        reached = "not reached" if row["steps_to_target"] is None else "evaluated too seldom to tell"
+        without = reached if row["steps_fraction"] is None else f"{share(row, 'steps')} of the steps"
         words += f"; without batch normalization ({control}): {without}"
     return f"{words}."
 

@@ -74,13 +74,17 @@ class Curves:
 
 
 def curves_of(records: Sequence[Record], falls: bool = False) -> Curves:
-    """A run that diverged counts with its untrained score from there on, one that stopped early with its last."""
+    """A run that diverged counts with its untrained score from there on, one that stopped early with its last.
+
+    One that diverged before it was ever scored counts with the others' worst untrained score.
+    """
     longest = max((record["curve"] for record in records), key=len)
+    untrained = [-r["curve"][0]["score"] if falls else r["curve"][0]["score"] for r in records if r["curve"]]
     rows = []
     for record in records:
         scores = [-point["score"] if falls else point["score"] for point in record["curve"]]
         rest = scores[-1:] if record["status"].startswith("stopped") else scores[:1]
-        rows.append(scores + (rest or [float("nan")]) * (len(longest) - len(scores)))
+        rows.append(scores + (rest or [min(untrained)]) * (len(longest) - len(scores)))
     return Curves(np.array([point["step"] for point in longest], float), np.array(rows))
 
 

@@ -256,7 +256,7 @@ def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
             yield Diverged(trainer.step_count)
             return
         if not math.isfinite(score):
-            yield Diverged(trainer.step_count)
+            yield Diverged(trainer.step_count, task.score_name)
             return
         trainer.schedule.after_evaluation(score)
         before = (curve[-1].training_seconds, curve[-1].evaluation_seconds) if curve else (0.0, 0.0)
