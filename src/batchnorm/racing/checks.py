@@ -27,8 +27,8 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
     unscored = [r["status"] for r in records if r["status"].endswith(f"({plan.metric})")]
     if unscored:
         return [
-            f"{name}: {plan.metric} is not finite, from seed {', '.join(diverged)} ({unscored[0]}): it must be finite of "
-            "the untrained network too; where the training diverges, lower its learning rate."
+            f"{name}: {plan.metric} is not finite, from seed {', '.join(diverged)} ({unscored[0]}): it must be finite "
+            "of the untrained network too; where the training diverges, lower its learning rate."
         ]
     if curves is None or diverged:
         return [f"{name} diverged from seed {', '.join(diverged)}: lower its learning rate."]
@@ -47,18 +47,18 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
     )
     gain = float(curves.end() - scores[:, 0].mean())
     least = max(2 * noise / math.sqrt(len(scores)), 1e-12)
-    if gain <= least or curves.steps_to(curves.target()) <= curves.steps[0]:
+    gains = curves.ends - scores[:, 0]
+    stuck = [str(r["seed"]) for r, some in zip(records, gains, strict=True) if some < STUCK * gains.max()]
+    if gain > least and stuck:
+        found.append(
+            f"{name} is at chance from seed {', '.join(stuck)}, and not from others, so that its mean is no target: "
+            "lower its learning rate, or warm it up longer."
+        )
+    elif gain <= least or curves.steps_to(curves.target()) <= curves.steps[0]:
         other = f" If it did get better: lower_is_better={not plan.score_falls}." if gain < -least else ""
         found.append(
             f"{name} is at chance: {plan.metric} {_shown(plan, curves.end())} at its end, untrained "
             f"{_shown(plan, scores[:, 0].mean())}. Give it more steps, or another learning rate.{other}"
-        )
-    gains = curves.ends - scores[:, 0]
-    stuck = [str(r["seed"]) for r, some in zip(records, gains, strict=True) if some < STUCK * gains.max()]
-    if not found and stuck:
-        found.append(
-            f"{name} is at chance from seed {', '.join(stuck)}, and not from others, so that its mean is no target: "
-            "lower its learning rate, or warm it up longer."
         )
     if not found:
         found += _unfinished(plan, records, curves) or of_contender(
