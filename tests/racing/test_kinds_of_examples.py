@@ -16,6 +16,7 @@ from batchnorm.racing.contenders import CONTENDERS
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Evaluation, Resumed, Run
 from batchnorm.racing.examples import Items, Loader, Whole, examples_of
+from batchnorm.racing.reading import stream
 from batchnorm.racing.trainer import Trainer, train
 
 
@@ -39,6 +40,43 @@ class Noisy(Dataset[Any]):
         if self.form == "object":
             return Example(torch.from_numpy(x), y)
         return x, y
+
+
+class InOrder(torch.utils.data.IterableDataset[Any]):
+    """Says that it is as long as it is, or longer."""
+
+    def __init__(self, length: int) -> None:
+        self.data, self.length = Noisy(300), length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Any:
+        return (self.data[index] for index in range(300))
+
+
+class Buckets(torch.utils.data.Sampler[list[int]]):
+    """A batch sampler with a generator of its own, and an epoch."""
+
+    def __init__(self) -> None:
+        self.generator, self.epochs = torch.Generator(), [0]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __len__(self) -> int:
+        return 50
+
+    def __iter__(self) -> Any:
+        return iter(torch.randperm(1000, generator=self.generator).view(50, 20).tolist())
+
+
+class Nothing(torch.utils.data.IterableDataset[int]):
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self) -> Any:
+        return iter(())
 
 
 class Endless(torch.utils.data.IterableDataset[int]):
@@ -94,6 +132,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "loader": {"train": LOADERS["loader"]},
     "loader with a generator": {"train": LOADERS["loader with a generator"]},
     "a loader itself": {"train": LOADERS["loader"]()},
+    "a loader with its own batches": {"train": DataLoader(Noisy(), batch_sampler=Buckets())},
+    "a loader of a stream": {"train": DataLoader(InOrder(300), 20)},
+    "a loader of a stream that ends early": {"train": DataLoader(InOrder(400), 20)},
+    "a loader with persistent workers": {
+        "train": DataLoader(Noisy(200), 20, shuffle=True, num_workers=1, persistent_workers=True)
+    },
 }
 
 
@@ -107,6 +151,54 @@ def test_the_same_numbers_again_and_after_being_stopped_anywhere(kind: str, tmp_
     scores(task, checkpoint=tmp_path / "state.pt", stop=23)
     assert (tmp_path / "state.pt").exists()
     assert scores(task, checkpoint=tmp_path / "state.pt") == whole
+
+
+def test_population_statistics_do_not_disturb_reading_that_has_begun() -> None:
+    """Persistent workers serve one epoch at a time."""
+    task = replace(toy.plain(), **KINDS["a loader with persistent workers"])
+    trainers = [Trainer(task, Run(CONTENDERS[name], 0, 0.05, 60, 5)) for name in ("baseline", "bn-x5")]
+    for _ in range(7):
+        batches = [next(trainer.stream) for trainer in trainers]
+        assert torch.equal(batches[0][0], batches[1][0])
+        trainers[1].evaluate(2)
+    for trainer in trainers:
+        trainer.close()
+
+
+def test_samplers_are_told_the_epoch_and_a_stream_without_batches_ends() -> None:
+    sampler = Buckets()
+    batches = stream(Loader("t", lambda: DataLoader(Noisy(), batch_sampler=sampler)), 0, 0)
+    for _ in range(101):
+        next(batches)
+    assert sampler.epochs == [0, 0, 1, 2]
+    with pytest.raises(RaceError, match="has a length of 3 batches, and gave none"):
+        next(stream(Loader("t", lambda: DataLoader(Nothing(), 1)), 0, 0))
+
+
+def test_a_test_loader_is_read_until_the_examples_are_there() -> None:
+    trainer = Trainer(
+        replace(toy.task(), test=DataLoader(toy.examples(500, 1), 64)), Run(CONTENDERS["baseline"], 0, 0.1, 9, 2)
+    )
+    assert [sum(len(y) for _, y in trainer._test_batches(most)) for most in (2, 100, 2_500, None)] == [
+        64,
+        128,
+        500,
+        500,
+    ]
+
+
+def test_fingerprint_is_the_same_in_another_process_whatever_a_dataset_holds() -> None:
+    """Objects are told by their addresses, which are not."""
+
+    class Pictures(Noisy):
+        def __init__(self, n: int = 50) -> None:
+            super().__init__(n)
+            self.samples = [(object(), int(y), x) for x, y in zip(self.x, self.y, strict=True)]
+            self.part = "train"  # an attribute of theirs, not the method of ours
+
+    first, second, other = (replace(toy.task(), train=data) for data in (Pictures(), Pictures(), Pictures(49)))
+    assert isinstance(first.training, Items)
+    assert first.fingerprint() == second.fingerprint() != other.fingerprint()
 
 
 @pytest.mark.parametrize("kind", ["items", "dicts", "loader", "loader with a generator"])
@@ -188,6 +280,8 @@ def test_batches_that_are_objects_with_a_collate_of_the_users() -> None:
         (7, r"train must be a dataset with a length .*DataLoader.*\(got int\)"),
         (TensorDataset(torch.zeros(0, 8)), "train is empty"),
         (Noisy(form="object"), r"its first two examples make no batch \(TypeError: .*pass collate="),
+        (InOrder(300), r"train is an IterableDataset, which needs a DataLoader"),
+        (Noisy, r"train must be a dataset, not its class: Noisy\(\.\.\.\)"),
         (lambda: 3, "train gave a int, not a DataLoader"),
         (lambda: DataLoader(Endless()), "train: its DataLoader has no length"),
     ],

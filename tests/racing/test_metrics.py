@@ -12,7 +12,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, Mul
 
 import batchnorm as bn
 from batchnorm.racing.calls import target_of
-from batchnorm.racing.metrics import Mean, count_of, metric_of
+from batchnorm.racing.errors import RaceError
+from batchnorm.racing.metrics import Mean, accuracy, count_of, metric_of
 
 
 def outputs_and_targets(n: int = 103) -> tuple[Tensor, Tensor]:
@@ -197,6 +198,23 @@ def test_a_batchs_examples_and_targets() -> None:
     assert target_of({"x": x, "label": y}) is y
     assert target_of((x, y, y)) == (y, y)
     assert target_of({"x": x, "labels": y, "y": x}) is y
+
+
+@pytest.mark.parametrize("value", [0.25, 3.25e-7, -1.5e-10, 1234.5, 0.0, 1.0])
+def test_small_losses_are_not_rounded_away(value: float) -> None:
+    metric = Mean(lambda output, target: torch.tensor(value))
+    metric.update(torch.zeros(3), torch.zeros(3))
+    assert metric.compute() == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("output", "target"),
+    [((6, 1), (6, 1)), ((6,), (6,)), ((4, 2, 8, 8), (4, 1, 8, 8)), ((4, 4), (4, 4))],
+    ids=str,
+)
+def test_accuracy_compares_nothing_that_only_broadcasts(output: Any, target: Any) -> None:
+    with pytest.raises(RaceError, match=r"accuracy is of outputs \(N, classes, ...\).*give another metric="):
+        accuracy(torch.zeros(output), torch.zeros(target))
 
 
 def test_equal_counts_give_equal_scores() -> None:

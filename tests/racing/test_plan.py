@@ -1,5 +1,6 @@
 """racing/plan.py and racing/task.py: everything is decided, or refused, before any long work."""
 
+import functools
 import itertools
 import json
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from racing import toy
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchmetrics import MeanSquaredError
 
 import batchnorm as bn
 from batchnorm.racing.contenders import CONTENDERS, NORMALIZED, PLAIN
@@ -283,6 +285,33 @@ def test_race_on_another_task_or_torch_is_refused() -> None:
 def test_a_network_with_nothing_to_normalize_is_refused_before_any_training(tmp_path: Path) -> None:
     with pytest.raises(RaceError, match=r"'bn-x5': ValueError: there is no layer to normalize"):
         bn.race(toy.linear(), seeds=1, out=tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": lambda outputs, targets: {"f1": 1.0}}, r"its metric must give one number \(got dict\)"),
+        ({"metric": MeanSquaredError}, r"metric must be an object, not its class: MeanSquaredError\(\.\.\.\)"),
+        ({"model": functools.cache(toy.model)}, "model must return a new network each time, and returned the same"),
+    ],
+)
+def test_a_task_that_would_not_do_is_refused_in_one_line(changes: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RaceError, match=message) as error:
+        bn.race(replace(toy.task(), **changes), ["baseline"], seeds=1, steps=3, out=tmp_path / "o")
+    assert "\n" not in str(error.value)
+
+
+def test_a_metric_that_two_examples_are_too_few_for_is_tried_on_all(tmp_path: Path) -> None:
+    """As scikit-learn's, where a test set is sorted by class."""
+
+    def picky(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+        if len(targets.unique()) < 4:
+            raise ValueError("only some classes are there")
+        return float((outputs.argmax(1) == targets).float().mean())
+
+    order = toy.examples(500, 1).tensors[1].argsort()
+    task = replace(toy.task(), test=torch.utils.data.Subset(toy.examples(500, 1), order.tolist()), metric=picky)
+    assert bn.race(task, ["baseline"], seeds=1, steps=8, out=tmp_path / "o")["metric"] == "picky"
 
 
 def test_other_batches_take_as_many_examples_and_rates_in_proportion() -> None:

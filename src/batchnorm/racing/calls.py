@@ -28,7 +28,7 @@ def arguments_of(model: nn.Module, call: Callable[[], Any]) -> Any:
     """What a model is called with in there: a tensor, a tuple of arguments, a dict of keyword arguments; it is not run.
 
     Raises:
-        NotCalled: it is not called.
+        NotCalled: it is not called, or in a way that no example can have.
     """
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -47,8 +47,19 @@ def arguments_of(model: nn.Module, call: Callable[[], Any]) -> Any:
         raise NotCalled("forward= must call the model itself, not parts of it: what it is called with is its example.")
     args, kwargs = seen[0]
     if args and kwargs:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        return _by_name(inspect.signature(model.forward).bind(*args, **kwargs))
     return kwargs or (args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args)
+
+
+def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Arguments of both kinds as keyword arguments."""
+    found: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+            raise NotCalled(f"the model is called with keywords beside {name}, which cannot be one: pass all in order.")
+        found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return found
 
 
 def target_of(batch: Any) -> Any:

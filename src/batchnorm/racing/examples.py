@@ -6,7 +6,9 @@ Random augmentation inside them draws from generators that are seeded per seed, 
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import multiprocessing
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Subset, TensorDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from batchnorm.racing.errors import RaceError
 
@@ -47,8 +49,12 @@ def examples_of(what: str, given: Any, collate: Callable[[list[Any]], Any] | Non
         return given
     if isinstance(given, DataLoader):
         return Loader(what, lambda: given)
+    if isinstance(given, IterableDataset):
+        raise RaceError(f"{what} is an IterableDataset, which needs a DataLoader: DataLoader(dataset, batch_size=...).")
     if callable(given) and not hasattr(given, "__getitem__"):
         return Loader(what, given)
+    if isinstance(given, type):
+        raise RaceError(f"{what} must be a dataset, not its class: {given.__name__}(...).")
     if not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
         raise RaceError(
             f"{what} must be a dataset with a length (torch.utils.data.Dataset), a DataLoader or a function that makes "
@@ -74,7 +80,7 @@ def _gives_batches(given: Any) -> bool:
     """Whether ``given[tensor of indices]`` is a batch: tensors in memory, and what has ``part``, as folders do."""
     if isinstance(given, Subset):
         return type(given) is Subset and _gives_batches(given.dataset)
-    return type(given) is TensorDataset or hasattr(given, "part")
+    return type(given) is TensorDataset or callable(getattr(given, "part", None))
 
 
 class Whole:
@@ -94,10 +100,11 @@ class Whole:
 
     def part(self, indices: Tensor, *, test: bool) -> Whole:
         own = indices if self.indices is None else self.indices[indices]
-        return Whole(self.given.part(own, test=test)) if hasattr(self.given, "part") else Whole(self.given, own)
+        given = self.given
+        return Whole(given.part(own, test=test)) if callable(getattr(given, "part", None)) else Whole(given, own)
 
     def fingerprint(self) -> str:
-        if hasattr(self.given, "fingerprint"):
+        if callable(getattr(self.given, "fingerprint", None)):
             return f"{self.given.fingerprint()} {_of_tensor(self.indices)}"
         some = torch.arange(0, len(self), max(1, len(self) // 100))
         return f"{len(self)} {[_of_tensor(part) for part in self.batch(some, (0, 0))]}"
@@ -136,7 +143,8 @@ class Loader:
 
     At the beginning of each epoch its generators are seeded, and before each batch all others, so that order and
     augmentation are the same for every contender, and for a run that goes on in the middle of an epoch: what came
-    before is read again, and dropped.
+    before is read again, and dropped. Samplers that have ``set_epoch`` are told. Each epoch has its own reading
+    processes, if any: those of ``persistent_workers`` serve one epoch at a time, with random numbers left by the last.
     """
 
     def __init__(self, what: str, make: Callable[[], Any]) -> None:
@@ -160,18 +168,25 @@ class Loader:
         loader = self.make()
         if not hasattr(loader, "__iter__"):
             raise RaceError(f"{self.what} gave a {type(loader).__name__}, not a DataLoader or the like.")
+        if isinstance(loader, DataLoader):
+            loader = copy.copy(loader)
+            loader._iterator = None
+            if not may_have_children():
+                loader.num_workers, loader.timeout = 0, 0
         return loader
 
-    def epoch(self, seed: int, epoch: int, skip: int = 0) -> Iterator[Any]:
-        """The batches of an epoch, without the first ``skip``."""
+    def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
+        """The batches of an epoch."""
         with own_random_numbers() as seeded:
             seeded((seed, epoch))
             loader = self._made()
             sampler = getattr(loader, "batch_sampler", None)
             inner = sampler.sampler if isinstance(sampler, BatchSampler) else getattr(loader, "sampler", None)
-            for holder in (loader, inner):
+            for holder in (loader, sampler, inner):
                 if isinstance(getattr(holder, "generator", None), torch.Generator):
                     holder.generator.manual_seed(seed_of(seed, epoch))  # type: ignore[union-attr]
+                if callable(getattr(holder, "set_epoch", None)):
+                    holder.set_epoch(epoch)  # type: ignore[union-attr]
             batches = iter(loader)
         for place in range(self.batches):
             with own_random_numbers() as seeded:
@@ -180,11 +195,15 @@ class Loader:
                     batch = next(batches)
                 except StopIteration:
                     return
-            if place >= skip:
-                yield batch
+            yield batch
 
     def fingerprint(self) -> str:
         return f"{self.batches} {_of_dataset(getattr(self._made(), 'dataset', None))}"
+
+
+def may_have_children() -> bool:
+    """Whether processes that read can be started here: not in those of ``pool.py``, which fill the cores with runs."""
+    return not multiprocessing.current_process().daemon
 
 
 def seed_of(*numbers: int) -> int:
@@ -219,7 +238,7 @@ def own_random_numbers() -> Iterator[Callable[[Key], None]]:
 
 def _of_dataset(dataset: Any) -> str:
     """By its class, length and what it holds in tensors and arrays; no example is read, which may be augmented."""
-    if hasattr(dataset, "fingerprint"):
+    if callable(getattr(dataset, "fingerprint", None)):
         return str(dataset.fingerprint())
     held: list[Any] = [type(dataset).__qualname__, len(dataset) if hasattr(dataset, "__len__") else None]
     for name, value in sorted(getattr(dataset, "__dict__", {}).items()):
@@ -239,5 +258,14 @@ def _of_tensor(values: Any) -> str:
     if values is None or not hasattr(values, "__len__") or (hasattr(values, "ndim") and values.ndim == 0):
         return repr(values)
     some = values[:: max(1, len(values) // 100)]
-    listed = some.tolist() if hasattr(some, "tolist") else [v for v in some if isinstance(v, int | float | str | tuple)]
+    listed = some.tolist() if hasattr(some, "tolist") else _told(some)
     return hashlib.sha256(f"{len(values)} {listed!r}".encode()).hexdigest()
+
+
+def _told(value: Any) -> Any:
+    """What is the same in every process: numbers, texts, arrays, and lists of them; of other objects the class."""
+    if isinstance(value, tuple | list | range):
+        return [_told(each) for each in value]
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        return _of_tensor(value)
+    return value if isinstance(value, int | float | str) else type(value).__qualname__

@@ -6,6 +6,7 @@ Comes from: ``Task.metric``. Goes to: ``trainer.py``, one score per evaluation.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree
+
+from batchnorm.racing.errors import RaceError
 
 
 class Metric(Protocol):
@@ -41,7 +44,12 @@ class Mean:
             both: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(both, (total, count))
             total, count = sum(t for t, _ in both), sum(c for _, c in both)
-        return round(total / count, 6)  # sums of float32 means: equal counts must give equal scores
+        return rounded(total / count, 6)  # sums of float32 means: equal counts must give equal scores
+
+
+def rounded(value: float, digits: int) -> float:
+    """To so many decimals; below 1, as losses of small targets are, to so many significant digits."""
+    return round(value, digits - min(0, math.floor(math.log10(abs(value))) + 1)) if value else 0.0
 
 
 class OfAll:
@@ -91,7 +99,19 @@ def _per_example(value: Any) -> bool:
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Share of examples whose largest output is their class: output (N, classes, ...), target (N, ...) -> scalar."""
+    """Share of examples whose largest output is their class: output (N, classes, ...), target (N, ...) -> scalar.
+
+    Raises:
+        RaceError: other shapes, which would be compared all the same where they broadcast.
+    """
+    shapes = [tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in (output, target)]
+    if not (isinstance(output, Tensor) and output.ndim > 1 and output.shape[1] > 1):
+        raise RaceError(f"accuracy is of outputs (N, classes, ...), and got {shapes[0]}: give another metric=.")
+    if not (isinstance(target, Tensor) and target.shape == (len(output), *output.shape[2:])):
+        raise RaceError(
+            f"accuracy is of outputs (N, classes, ...) and targets (N, ...), and got {shapes[0]} and {shapes[1]}: give "
+            "another metric=."
+        )
     return (output.argmax(1) == target).float().mean()
 
 

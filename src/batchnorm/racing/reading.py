@@ -5,10 +5,10 @@ Comes from: ``examples.py``. Goes to: ``trainer.py``.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Generator, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.examples import Examples, Key, Loader, seed_of
+from batchnorm.racing.examples import Examples, Key, Loader, may_have_children, seed_of
 
 Wanted = tuple[Key, Tensor]  # seed and epoch; indices
 
@@ -49,10 +49,21 @@ class Order:
 
 
 def stream(loader: Loader, seed: int, number: int) -> Generator[Any]:
-    """Without end, the batches of a user's DataLoader from this one on."""
+    """Without end, the batches of a user's DataLoader from this one on.
+
+    An epoch has as many as the loader's length says: one that gives fewer is read again until they are there.
+    """
     epoch, skip = divmod(number, loader.batches)
     while True:
-        yield from loader.epoch(seed, epoch, skip)
+        place = 0
+        while place < loader.batches:
+            before = place
+            for batch in islice(loader.epoch(seed, epoch), loader.batches - place):
+                place += 1
+                if place > skip:
+                    yield batch
+            if place == before:
+                raise RaceError(f"{loader.what} has a length of {loader.batches} batches, and gave none.")
         epoch, skip = epoch + 1, 0
 
 
@@ -71,7 +82,7 @@ def read(examples: Examples, batches: Iterable[Wanted], *, readers: int = 0, pin
             have no children): this process reads each batch when it is asked for.
         pin: put what is read into memory that a GPU copies from.
     """
-    if not readers or multiprocessing.current_process().daemon:
+    if not readers or not may_have_children():
         for key, indices in batches:
             yield examples.batch(indices, key)
         return

@@ -163,13 +163,20 @@ def _check_contenders(task: Task, plan: Plan) -> None:
         try:
             with closing(Trainer(task, run)) as trainer:
                 trainer.step()
-                trainer.evaluate(most=2)
+                try:
+                    trainer.evaluate(most=2)
+                except Exception:  # of two examples some metrics cannot be: of all classes, say
+                    trainer.evaluate(run.scored)
         except UnreadableFile:
             raise
         except Exception as error:
-            raise RaceError(
-                f"task {task.name!r} does not run as contender {contender.name!r}: {one_line(error)}"
-            ) from error
+            said = str(error) if isinstance(error, RaceError) else one_line(error)
+            raise RaceError(f"task {task.name!r} does not run as contender {contender.name!r}: {said}") from error
+    with torch.random.fork_rng(devices=[]):  # after the ones above, whose words are better where it cannot be made
+        one, other = (task.model(**plan.contenders[0].network) for _ in range(2))
+    trained = {id(p) for p in one.parameters() if p.requires_grad}
+    if any(id(p) in trained for p in other.parameters()):  # one run would go on where another ended
+        raise RaceError(f"task {task.name!r}: model must return a new network each time, and returned the same twice.")
 
 
 def _train(task: Task, plan: Plan, directory: Path, console: Console, main: bool, workers: int) -> None:

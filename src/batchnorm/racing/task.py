@@ -154,6 +154,8 @@ class Task:
             raise RaceError(
                 f'{who}: metric is "accuracy", "loss", a function or a torchmetrics.Metric (got {given!r}).'
             )
+        if isinstance(given, type):
+            raise RaceError(f"{who}: metric must be an object, not its class: {given.__name__}(...).")
         if given is not None and not (isinstance(given, str) or callable(given) or is_object(given)):
             raise RaceError(f"{who}: metric must be a function of all outputs and targets (got {given!r}).")
 

@@ -114,7 +114,13 @@ class Trainer:
         with torch.no_grad(), self._precision():
             batches = (placed(batch, self.device) for batch in self._test_batches(most))
             metric = self.task.measured(self.model, batches)
-        return float(metric.compute())
+        value = metric.compute()
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise RaceError(
+                f"task {self.task.name!r}: its metric must give one number (got {type(value).__name__})."
+            ) from None
 
     def prepare(self) -> None:
         """Population statistics, where the contender asks for them: what a user would do once, at the end."""
@@ -129,12 +135,7 @@ class Trainer:
     def _population(self, count: int) -> Iterator[Any]:
         """Training batches for the population statistics."""
         if isinstance(self.examples, Loader):
-            seen = 0
-            for batch in self.examples.epoch(self.run.seed, 0):
-                yield batch
-                seen += count_of(batch)
-                if seen >= count:
-                    return
+            yield from _until(self.examples.epoch(self.run.seed, 0), count)
             return
         indices = self._share(self.order.epoch(0)[:count])
         parts = indices.chunk(math.ceil(len(indices) / EVALUATION_BATCH))  # no small last one
@@ -143,7 +144,7 @@ class Trainer:
     def _test_batches(self, most: int | None) -> Iterator[Any]:
         examples = self.task.testing
         if isinstance(examples, Loader):
-            yield from (batch for n, batch in enumerate(examples.epoch(0, 0)) if most is None or n == 0)
+            yield from _until(examples.epoch(0, 0), most)
             return
         indices = self._share(torch.arange(min(most or len(examples), len(examples))))
         yield from self._read(examples, [((0, 0), part) for part in indices.split(EVALUATION_BATCH) if len(part)])
@@ -185,6 +186,16 @@ class Trainer:
         self.stream = self._stream()
         for name in ("model", "optimizer", "schedule", "scaler"):
             getattr(self, name).load_state_dict(state[name])
+
+
+def _until(batches: Iterator[Any], count: int | None) -> Iterator[Any]:
+    """The first batches that hold so many examples, all where there are fewer; None: all."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += count_of(batch)
+        if count is not None and seen >= count:
+            return
 
 
 class _Step(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from batchnorm.racing.metrics import rounded
 from batchnorm.racing.plan import Plan, best_rate
 from batchnorm.racing.score import Record, curves_of
 
@@ -26,7 +27,7 @@ def sweep(plan: Plan, records: Mapping[str, Sequence[Record]], task: str) -> dic
         for run in runs:
             curve = curves_of([run], plan.score_falls)
             value = curve.end() if run["status"] == "finished" else float(curve.scores[0, 0])
-            scores.setdefault(name, {}).setdefault(f"{run['learning_rate']:g}", []).append(round(value, 4))
+            scores.setdefault(name, {}).setdefault(f"{run['learning_rate']:g}", []).append(rounded(value, 4))
     ordered = {name: dict(sorted(rates.items(), key=lambda item: float(item[0]))) for name, rates in scores.items()}
     what = {
         "command": plan.command,
@@ -48,5 +49,5 @@ def table(scores: Mapping[str, Mapping[str, Sequence[float]]], plan: Plan) -> Ta
         edge = chosen in (next(iter(rates)), next(reversed(list(rates))))
         for rate, values in rates.items():
             mark = ("chosen, at the edge: sweep further" if edge else "chosen") if rate == chosen else ""
-            view.add_row(name, rate, plan.shown(abs(mean(values)) if plan.score_falls else mean(values)), mark)
+            view.add_row(name, rate, plan.shown(-mean(values) if plan.score_falls else mean(values)), mark)
     return view
