@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import batchnorm as bn
 from batchnorm.racing.contenders import CONTENDERS
-from batchnorm.racing.task import load_task
+from batchnorm.racing.loading import load_task
 from batchnorm.racing.trainer import network_of
 
 NETWORKS = {"without batch normalization": "baseline", "with batch normalization": "bn-x5"}

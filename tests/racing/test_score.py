@@ -167,6 +167,16 @@ def test_no_fraction_where_it_would_mean_nothing(baseline: Any, bn: Any, said: s
     assert row["steps_fraction"] is row["seconds_fraction"] is None
 
 
+def test_a_baseline_that_is_at_chance_from_some_seeds_sets_no_target() -> None:
+    stuck = record(1, 0.11, 0.1, 0.12, 0.1, 0.11, 0.1)
+    results, _, row = scored([record(0, *GOOD), stuck], [record(0, *GOOD), record(1, *GOOD)])
+    assert results["warnings"] == [
+        "baseline is at chance from seed 1, and not from others, so that its mean is no target: lower its learning "
+        "rate, or warm it up longer."
+    ]
+    assert row["steps_fraction"] is None
+
+
 def test_a_constant_learning_rate_is_fine_at_a_plateau_and_a_loss_that_does_not_fall_is_not() -> None:
     flat = (0.5, 0.8, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9)
     assert scored([record(0, *flat, rate=1.0)], [record(0, *GOOD)])[0]["warnings"] == []

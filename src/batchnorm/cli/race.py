@@ -42,6 +42,7 @@ def race(
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs per contender.", show_default="8; with --quick 2")] = None,
+    first_seed: Annotated[int | None, typer.Option(help="The first of the seeds.", show_default="0")] = None,
     steps: Annotated[int | None, typer.Option(help="The baseline's budget.", show_default="the task's")] = None,
     batch_size: Annotated[
         int | None,
@@ -88,6 +89,7 @@ def race(
             "data": data and str(Path(data).absolute()),
             "contenders": contenders and [name.strip() for name in contenders.split(",")],
             "seeds": seeds,
+            "first_seed": first_seed,
             "steps": steps,
             "batch_size": batch_size,
             "rates": rates and str(rates.absolute()),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from batchnorm.racing.score import Curves
 
 FALLEN = 0.1  # of the highest learning rate: it has come down
+STUCK = 0.1  # of what the best seed gained: a seed that has not begun to learn
 COARSE = 0.5  # of the steps to the target: a gap between two evaluations that tells too little
 
 
@@ -46,7 +47,14 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
     )
     gain = float(curves.end() - scores[:, 0].mean())
     least = max(2 * noise / math.sqrt(len(scores)), 1e-12)
-    if gain <= least or curves.steps_to(curves.target()) <= curves.steps[0]:
+    gains = curves.ends - scores[:, 0]
+    stuck = [str(r["seed"]) for r, some in zip(records, gains, strict=True) if some < STUCK * gains.max()]
+    if gain > least and stuck:
+        found.append(
+            f"{name} is at chance from seed {', '.join(stuck)}, and not from others, so that its mean is no target: "
+            "lower its learning rate, or warm it up longer."
+        )
+    elif gain <= least or curves.steps_to(curves.target()) <= curves.steps[0]:
         other = f" If it did get better: lower_is_better={not plan.score_falls}." if gain < -least else ""
         found.append(
             f"{name} is at chance: {plan.metric} {_shown(plan, curves.end())} at its end, untrained "

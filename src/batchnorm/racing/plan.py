@@ -52,6 +52,7 @@ class Plan:
     tune: bool
     rates: str | None
     seeds: int
+    first_seed: int
     steps: int
     evaluations: int
     scored: int | None
@@ -81,7 +82,7 @@ class Plan:
         runs = [
             Run(contender, seed, rate, max(1, round(contender.budget * self.steps)), self.evaluations, self.scored)
             for contender in self.contenders
-            for seed in range(self.seeds)
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
             for rate in self.rates_of(contender)
         ]
         return sorted(runs, key=lambda run: -run.steps)
@@ -93,7 +94,7 @@ class Plan:
 
     def options(self) -> dict[str, Any]:
         """The plan as the command line's options would say it."""
-        same = ("task", "data", "mode", "tune", "rates", "seeds", "steps", "batch_size")
+        same = ("task", "data", "mode", "tune", "rates", "seeds", "first_seed", "steps", "batch_size")
         return {name: getattr(self, name) for name in same} | {"contenders": [*self.specs]}
 
     def values(self) -> dict[str, Any]:
@@ -116,6 +117,7 @@ def make_plan(
     contenders: Sequence[Asked] | None = None,
     mode: Mode = "default",
     seeds: int | None = None,
+    first_seed: int = 0,
     steps: int | None = None,
     tune: bool = False,
     rates: str | os.PathLike[str] | None = None,
@@ -129,6 +131,8 @@ def make_plan(
     for name, value in (("seeds", seeds), ("steps", steps)):
         if value is not None and not (isinstance(value, int) and value >= 1):
             raise RaceError(f"--{name} must be a whole number of at least 1 (got {value!r}).")
+    if not (isinstance(first_seed, int) and 0 <= first_seed < 2**31):
+        raise RaceError(f"--first-seed must be a whole number of at least 0 (got {first_seed!r}).")
     if task.batch_size % processes:
         raise RaceError(f"a batch of {task.batch_size} does not divide among {processes} processes.")
     budget = (
@@ -162,6 +166,7 @@ def make_plan(
         tune=tune,
         rates=None if rates is None else str(rates),
         seeds=seeds or (1 if tune else SEEDS[mode]),
+        first_seed=first_seed,
         steps=budget,
         evaluations=EVALUATIONS[mode],
         scored=SCORED[mode],

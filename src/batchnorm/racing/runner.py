@@ -40,6 +40,7 @@ def race(
     contenders: Sequence[Asked] | None = None,
     *,
     seeds: int | None = None,
+    first_seed: int = 0,
     steps: int | None = None,
     mode: Mode = "default",
     out: str | os.PathLike[str] | None = None,
@@ -57,6 +58,7 @@ def race(
             training as it is and sets the target. Default: for a network without batch normalization baseline, short,
             bn-x5, sgd, fast, fast-without-bn; for one that has it as-is, without-bn, paper, fast, fused.
         seeds: runs per contender; default: 8 (``mode="quick"``: 2).
+        first_seed: of the seeds, which are whole numbers from there on.
         steps: the baseline's budget; default: the task's for this mode.
         mode: ``"quick"``, ``"default"`` or ``"full"``.
         out: directory for results.json, curves.csv and the plots; default: ``runs/<task>-<time>``.
@@ -80,6 +82,7 @@ def race(
         contenders=contenders,
         mode=mode,
         seeds=seeds,
+        first_seed=first_seed,
         steps=steps,
         rates=rates,
         command="bn.race(...)",
@@ -229,7 +232,7 @@ def _times(task: Task, plan: Plan, directory: Path, console: Console, main: bool
     if known is None:
         if main:
             console.print("Timing steps, alone and interleaved ...", highlight=False)
-        first = [run for run in plan.runs() if run.seed == 0]
+        first = [run for run in plan.runs() if run.seed == plan.first_seed]
         rounds, steps = TIMING[plan.mode]
         times = {name: asdict(time) for name, time in time_steps(task, first, rounds=rounds, steps=steps).items()}
         known = {"times": times, "environment": environment(task.device)}
