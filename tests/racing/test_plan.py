@@ -254,9 +254,9 @@ def test_a_contender_has_a_share_of_its_own_in_each_mode() -> None:
     def shares(task: bn.Task) -> dict[str, float]:
         return {mode: plan(task, mode=mode, contenders=["baseline", "fast"]).contenders[1].budget for mode in MODES}
 
-    assert shares(toy.task()) == {"quick": 1 / 3, "default": 1 / 6, "full": 1 / 6}
+    assert shares(toy.task()) == {"quick": 1 / 2.5, "default": 1 / 6, "full": 1 / 6}
     own = shares(load_task("inception"))
-    assert own["quick"] == 1 / 3
+    assert own["quick"] == 1 / 2.5
     assert own["full"] < own["default"] < 1 / 10
 
 

@@ -87,7 +87,7 @@ def name_of_function(value: Any) -> str:
 
 SIGMOID: dict[str, Any] = {"network": {"activation": "sigmoid"}}
 ESTIMATED: dict[str, Any] = {"change": "with-bn", "recalibrate": 2_000}  # population statistics, Algorithm 2
-OWN: dict[str, Any] = {"tuned": True, "speeds": {"quick": 3.0}}
+OWN: dict[str, Any] = {"tuned": True, "speeds": {"quick": 2.5}}
 MUON = replace(FAST, decay_speed=6)
 
 CONTENDERS = {
@@ -116,7 +116,7 @@ CONTENDERS = {
     )
 }
 PLAIN = {
-    "quick": ("baseline", "fast", "fast-without-bn"),
+    "quick": ("baseline", "sgd", "short"),
     "default": ("baseline", "short", "bn-x5", "sgd", "fast", "fast-without-bn"),
     "full": (
         "baseline", "short", "bn", "bn-x5", "bn-x30", "sigmoid", "bn-x5-sigmoid", "sgd", "fast", "fast-without-bn",

@@ -15,7 +15,7 @@ from batchnorm.racing.contenders import Contender
 class Run:
     """One training run: who, from which seed, at which rate and for how long (in steps), and how it is scored.
 
-    ``scored``: the first so many test examples; None: all of them.
+    ``scored``: so many of the test examples, all over them; None: all.
     """
 
     contender: Contender

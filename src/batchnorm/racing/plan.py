@@ -35,7 +35,7 @@ RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the task's rate: what --tune tries
 TUNED_GRID = (1 / 2, 1, 2)  # times a rate that a sweep at another budget has found
 
 CONFIG = "config.json"
-SCORED: dict[str, int | None] = {"quick": 2_500, "default": None, "full": None}  # test examples, the first ones
+SCORED: dict[str, int | None] = {"quick": 2_500, "default": None, "full": None}  # of the test examples
 FORMAT = 2  # of what a race leaves in its directory
 TUNED_FILE = Path(__file__).with_name("tuned.json")
 BUILT_IN = (zoo.inception, zoo.mlp, tabular.deep_mlp)

@@ -76,10 +76,10 @@ def rules(plan: Plan) -> str:
     seeds = "ONE seed: no intervals" if plan.seeds == 1 else f"{plan.seeds} seeds; intervals by resampling them"
     untuned = [c.name for c in plan.contenders if c.tuned and c.name not in plan.tuned]
     precision = "" if plan.mixed_precision == "False" else "forward and loss in 16 bits, "
-    some = "" if plan.scored is None else f"first {plan.scored:,} "
+    some = "the " if plan.scored is None else f"{plan.scored:,} of the "
     return (
         f"Rules: same network, initialization seed, data order and batch size ({plan.batch_size}) for all; {precision}"
-        f"scored on the {some}test examples. Target: the mean over seeds of the {plan.metric} in the last tenth of "
+        f"scored on {some}test examples. Target: the mean over seeds of the {plan.metric} in the last tenth of "
         f"{plan.baseline}'s steps, less its standard error; steps: where the mean curve over seeds, made monotone, "
         "first is there, of all contenders alike. Seconds are training alone: steps x median step time, taken alone "
         f"and interleaved, plus one re-estimation of statistics where a contender has one. {seeds}."

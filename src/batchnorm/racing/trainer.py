@@ -146,7 +146,8 @@ class Trainer:
         if isinstance(examples, Loader):
             yield from _until(examples.epoch(0, 0), most)
             return
-        indices = self._share(torch.arange(min(most or len(examples), len(examples))))
+        count = min(most or len(examples), len(examples))
+        indices = self._share(torch.arange(count) * len(examples) // count)  # all over: they may be sorted by class
         yield from self._read(examples, [((0, 0), part) for part in indices.split(EVALUATION_BATCH) if len(part)])
 
     def close(self) -> None:
