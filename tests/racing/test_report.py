@@ -123,7 +123,7 @@ def test_the_table_fits_a_terminal(width: int) -> None:
     out = io.StringIO()
     found, plan = results(0.8, 0.9, 0.7)
     found["contenders"][2] |= {"name": "fast-without-bn", "end": 0.8012, "end_interval": (0.79, 0.81)}
-    found["contenders"][1] |= {"steps_to_target": 12345.0, "steps_fraction_interval": (0.22, float("inf"))}
+    found["contenders"][1] |= {"steps_to_target": 12345.0, "steps_fraction_interval": (0.22, None)}
     Console(file=out, width=width).print(report.table(found, plan))
     assert "…" not in out.getvalue()
     assert "22.0% or more" in out.getvalue()

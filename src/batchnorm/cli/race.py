@@ -48,7 +48,7 @@ def race(
         int | None,
         typer.Option(help="Over all processes; budgets and rates change with it.", show_default="the task's"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Within a minute: a small budget, two seeds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute: a small budget, two seeds.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Hours: all contenders, the baseline to its plateau.")] = False,
     out: Annotated[Path | None, typer.Option(help="Where results go.", show_default="runs/TASK-TIME")] = None,
     resume: Annotated[

@@ -6,7 +6,6 @@ Comes from: ``Task.optimizer``, ``Task.scheduler``, a contender's recipe. Goes t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,6 +19,7 @@ from batchnorm.recipe.muon import Muon
 from batchnorm.recipe.normalized import normalized, parameter_groups
 from batchnorm.recipe.schedules import TIMES, family
 from batchnorm.recipe.schedules import Schedule as InTime
+from batchnorm.recipe.warm_up import UpAndDown
 from batchnorm.surgery import insert
 
 if TYPE_CHECKING:
@@ -43,12 +43,7 @@ def decay_of_weights(model: nn.Module, lr: float, weight_decay: float) -> Optimi
 
 def linear(optimizer: Optimizer, steps: int, warm_up: float = WARM_UP) -> LambdaLR:
     """The learning rate rises linearly over a share of the steps, and falls linearly to zero at their end."""
-    return LambdaLR(optimizer, partial(_share, steps=steps, warm_up=warm_up))
-
-
-def _share(step: int, steps: int, warm_up: float) -> float:
-    """Learning rate over initial rate in a step, the first being 0."""
-    return max(0.0, min((step + 1) / (warm_up * steps), (1 - step / steps) / (1 - warm_up)))
+    return LambdaLR(optimizer, UpAndDown(steps, warm_up))
 
 
 @dataclass

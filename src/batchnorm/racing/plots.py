@@ -158,5 +158,5 @@ def _message(results: Mapping[str, Any], plan: Plan, quantity: str) -> str:
         return f"No contender reached what {plan.baseline} ends at"
     first = min(rows, key=lambda row: row[key])
     ends = first[f"{key}_interval"]
-    sure = "" if ends is None or ends[1] == float("inf") else f" (95%: {100 * ends[0]:.1f} to {ends[1]:.1%})"
+    sure = "" if ends is None or ends[1] is None else f" (95%: {100 * ends[0]:.1f} to {ends[1]:.1%})"
     return f"{first['name']}: the {plan.metric} of {plan.baseline} in {first[key]:.1%} of its {quantity}{sure}"

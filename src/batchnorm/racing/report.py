@@ -62,9 +62,9 @@ def share(row: Mapping[str, Any], quantity: str) -> str:
     return f"{value:.1%}" if ends is None else f"{value:.1%} (95%: {_range(ends)})"
 
 
-def _range(ends: Sequence[float]) -> str:
-    """An upper end of infinity: one in forty resamples does not reach the target."""
-    return f"{100 * ends[0]:.1f} to {ends[1]:.1%}" if ends[1] < float("inf") else f"{ends[0]:.1%} or more"
+def _range(ends: Sequence[Any]) -> str:
+    """Without an upper end: one in forty resamples does not reach the target."""
+    return f"{ends[0]:.1%} or more" if ends[1] is None else f"{100 * ends[0]:.1f} to {ends[1]:.1%}"
 
 
 def _others(results: Mapping[str, Any], plan: Plan) -> list[Mapping[str, Any]]:

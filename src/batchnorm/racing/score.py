@@ -193,12 +193,12 @@ def _resampled(own: Curves | None, base: Curves | None) -> tuple[Array, Array]:
     return np.array(shares), np.array(steps)
 
 
-def _percentiles(values: Array) -> tuple[float, float] | None:
-    """95%; an upper end of infinity, where one in forty resamples or more does not reach the target, is None's."""
+def _percentiles(values: Array) -> tuple[float, float | None] | None:
+    """95%. The upper end is None where one in forty resamples or more does not reach the target."""
     if not len(values):
         return None
     low, high = np.quantile(values, [0.025, 0.975], method="nearest")
-    return (float(low), float(high)) if np.isfinite(low) else None
+    return (float(low), float(high) if np.isfinite(high) else None) if np.isfinite(low) else None
 
 
 def steps_to_each(plan: Plan, curves: Mapping[str, Curves]) -> dict[str, Any]:
