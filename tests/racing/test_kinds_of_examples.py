@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from racing import toy
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate, random_split
 
 import batchnorm as bn
 from batchnorm.racing.contenders import CONTENDERS
@@ -17,7 +18,8 @@ from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Evaluation, Resumed, Run
 from batchnorm.racing.examples import Items, Loader, Whole, examples_of
 from batchnorm.racing.reading import stream
-from batchnorm.racing.trainer import Trainer, train
+from batchnorm.racing.trainer import Trainer
+from batchnorm.racing.training import train
 
 
 class Noisy(Dataset[Any]):
@@ -151,6 +153,27 @@ def test_the_same_numbers_again_and_after_being_stopped_anywhere(kind: str, tmp_
     scores(task, checkpoint=tmp_path / "state.pt", stop=23)
     assert (tmp_path / "state.pt").exists()
     assert scores(task, checkpoint=tmp_path / "state.pt") == whole
+
+
+def mixed(items: list[Any]) -> Any:
+    """Batches that are augmented, as MixUp does."""
+    x, y = default_collate(items)
+    return x * torch.rand(()), y
+
+
+@pytest.mark.parametrize("own_order", [True, False])
+def test_batches_are_the_same_with_reading_processes_and_without(own_order: bool) -> None:
+    """The command reads in its training processes; ``bn.race`` as the loader says."""
+
+    def batches(workers: int) -> list[torch.Tensor]:
+        order: dict[str, Any] = {"batch_sampler": Buckets()} if own_order else {"batch_size": 20, "shuffle": True}
+        data = Subset(Noisy(), range(1000))
+        loader = Loader("t", lambda: DataLoader(data, num_workers=workers, collate_fn=mixed, **order))
+        return [batch[0] for batch in islice(loader.epoch(3, 1), 4)]
+
+    here, there = batches(0), batches(2)
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+    assert not torch.equal(here[0], here[1])
 
 
 def test_population_statistics_do_not_disturb_reading_that_has_begun() -> None:

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 import batchnorm as bn
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Evaluation, Resumed
-from batchnorm.racing.trainer import train
+from batchnorm.racing.training import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(many workers|`enable_checkp|logging interval|treespec).*")
 

@@ -11,14 +11,15 @@ import pytest
 import torch
 from racing import toy
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
 import batchnorm as bn
 from batchnorm.racing.contenders import CONTENDERS, NORMALIZED, PLAIN
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.loading import load_task
-from batchnorm.racing.plan import TUNED_FILE, as_planned, check_same, make_plan, read_plan, read_tuned
+from batchnorm.racing.plan import as_planned, check_same, make_plan, read_plan
+from batchnorm.racing.rates import TUNED_FILE, read_tuned
 from batchnorm.racing.trainer import device_of
 
 MODES: tuple[Any, ...] = ("quick", "default", "full")
@@ -301,6 +302,36 @@ def test_a_task_that_would_not_do_is_refused_in_one_line(changes: Any, message: 
     assert "\n" not in str(error.value)
 
 
+def with_names(n: int) -> torch.utils.data.Dataset[Any]:
+    """Examples of three parts."""
+    return [(x, int(y), f"{i}.png") for i, (x, y) in enumerate(toy.examples(n, 0))]  # type: ignore[return-value]
+
+
+def test_a_batch_of_three_parts_asks_for_a_loss_of_the_users(tmp_path: Path) -> None:
+    task = replace(toy.task(), train=with_names(100), test=with_names(40))
+    with pytest.raises(RaceError, match=r"a batch's target is tuple\(Tensor, tuple\): pass loss="):
+        bn.race(task, ["baseline"], seeds=1, steps=3, out=tmp_path / "o")
+
+
+def test_a_last_batch_of_one_example_is_refused_where_a_layer_needs_more(tmp_path: Path) -> None:
+    def loader(**more: Any) -> bn.Task:
+        return replace(toy.task(), train=DataLoader(toy.examples(101, 0), 20, shuffle=True, **more), steps=6)
+
+    with pytest.raises(RaceError, match=r"'bn-x5': the last batch of each epoch has one example: .*drop_last=True"):
+        bn.race(loader(), ["baseline", "bn-x5"], seeds=1, out=tmp_path / "o")
+    bn.race(loader(), ["baseline"], seeds=1, out=tmp_path / "without")
+    bn.race(loader(drop_last=True), ["baseline", "bn-x5"], seeds=1, out=tmp_path / "dropped")
+
+
+def test_a_function_called_accuracy_is_no_share_of_one() -> None:
+    def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+        return 100 * float((outputs.argmax(1) == targets).float().mean())
+
+    theirs = make_plan(replace(toy.task(), metric=accuracy), spec="t")
+    assert (theirs.metric, theirs.shown(97.125)) == ("accuracy", "97.12")
+    assert plan().shown(0.97125) == "97.12%"
+
+
 def test_a_metric_that_two_examples_are_too_few_for_is_tried_on_all(tmp_path: Path) -> None:
     """As scikit-learn's, where a test set is sorted by class."""
 
@@ -325,6 +356,8 @@ def test_a_race_in_this_process_goes_on_or_says_what_is_different(tmp_path: Path
     assert own.exists()
     with pytest.raises(RaceError, match=r"another configuration: seeds was 1, is 2\.$"):
         bn.race(task, ["baseline", mine], seeds=2, out=tmp_path, resume=True)
+    with pytest.raises(RaceError, match=r"of bn\.race, which alone has its task: go on with the same call and out='"):
+        read_plan(tmp_path)
     with pytest.raises(RaceError, match="resume=True goes on in the directory that out= names"):
         bn.race(task, ["baseline", mine], seeds=1, resume=True)
 

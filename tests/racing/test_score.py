@@ -123,7 +123,7 @@ def test_not_reached_comes_with_how_sure_that_is() -> None:
 def test_a_baseline_that_is_at_chance_from_several_seeds_is_said_and_nothing_is_divided_by_its_steps() -> None:
     chance = [record(seed, *(FRESH - 0.01 - 0.001 * seed for _ in range(5))) for seed in range(3)]
     results, baseline, bn = scored(chance, [record(seed, *GOOD[:5]) for seed in range(3)])
-    assert "baseline is at chance" in results["warnings"][0]
+    assert "baseline is no better at its end than at its beginning" in results["warnings"][0]
     assert baseline["steps_fraction"] is bn["steps_fraction"] is None
 
 
@@ -153,7 +153,7 @@ GOOD = (0.5, 0.7, 0.8, 0.9, 0.9, 0.9)
         ([record(0, 0.5, status="diverged at step 13")], GOOD, "baseline diverged from seed 0"),
         ([record(0, status="diverged at step 1")], GOOD, "baseline diverged from seed 0"),
         ([record(0, 0.1, 0.1, 0.1, 0.1)], GOOD, "accuracy is 10.00% at every evaluation"),
-        ([record(0, 0.12, 0.09, 0.11, 0.09, 0.12, 0.1)], GOOD, "baseline is at chance"),
+        ([record(0, 0.12, 0.09, 0.11, 0.09, 0.12, 0.1)], GOOD, "baseline is no better at its end"),
         ([record(0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, rate=1.0)], GOOD, "before its learning rate"),
         ([record(0, *[0.5 + 0.01 * i for i in range(40)])], (0.9, 0.9, 0.9), "evaluated too seldom to tell"),
         ([record(0, 0.9, 0.9, 0.9, 0.9)], (0.2, 0.3, 0.4, 0.9), "baseline is at the target within 10 steps"),
@@ -171,7 +171,7 @@ def test_a_baseline_that_is_at_chance_from_some_seeds_sets_no_target() -> None:
     stuck = record(1, 0.11, 0.1, 0.12, 0.1, 0.11, 0.1)
     results, _, row = scored([record(0, *GOOD), stuck], [record(0, *GOOD), record(1, *GOOD)])
     assert results["warnings"] == [
-        "baseline is at chance from seed 1, and not from others, so that its mean is no target: lower its learning "
+        "baseline learns nothing from seed 1, and does from others, so that its mean is no target: lower its learning "
         "rate, or warm it up longer."
     ]
     assert row["steps_fraction"] is None
@@ -198,7 +198,7 @@ def test_a_target_below_the_untrained_score_is_none() -> None:
     results, baseline, bn = scored(apart, lower)
     assert results["target"] < FRESH
     assert len(results["warnings"]) == 1
-    assert "baseline is at chance" in results["warnings"][0]
+    assert "baseline learns nothing from seed 1" in results["warnings"][0]
     assert baseline["steps_fraction"] is bn["steps_fraction"] is None
 
 
@@ -228,7 +228,7 @@ def test_interval_is_students() -> None:
 
 def test_a_sweep_tells_small_losses_apart_and_shows_scores_with_their_sign() -> None:
     plan = make_plan(toy.task(), spec="toy", contenders=["baseline"], seeds=1, steps=30, tune=True)
-    plan = replace(plan, score_falls=True, metric="loss")
+    plan = replace(plan, score_falls=True, metric="loss", percent=False)
     runs = [{**record(0, rate * 1e-6), "learning_rate": rate} for rate in (0.5, 0.25, 1.0)]
     found = tuning.sweep(plan, {"baseline": runs}, "toy")["toy"]["default"]["scores"]
     assert found["baseline"] == {"0.25": [-2.5e-07], "0.5": [-5e-07], "1": [-1e-06]}

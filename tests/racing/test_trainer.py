@@ -14,7 +14,8 @@ from batchnorm.population.estimate import NoStatistics
 from batchnorm.racing.contenders import CONTENDERS
 from batchnorm.racing.events import Diverged, Evaluation, Resumed, Run, Stopped
 from batchnorm.racing.loading import load_task
-from batchnorm.racing.trainer import Trainer, network_of, train
+from batchnorm.racing.trainer import Trainer, network_of
+from batchnorm.racing.training import train
 
 
 def run_of(name: str, steps: int = 60, seed: int = 0, **changes: Any) -> Run:

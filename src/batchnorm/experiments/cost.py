@@ -26,7 +26,8 @@ from batchnorm.racing.events import Run
 from batchnorm.racing.loading import load_task
 from batchnorm.racing.plan import make_plan
 from batchnorm.racing.score import curves_of
-from batchnorm.racing.trainer import Trainer, train
+from batchnorm.racing.trainer import Trainer
+from batchnorm.racing.training import train
 from batchnorm.surgery import from_torch, to_torch
 
 if TYPE_CHECKING:

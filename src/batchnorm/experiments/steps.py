@@ -19,7 +19,7 @@ from batchnorm.racing.loading import load_task
 from batchnorm.racing.plan import make_plan
 from batchnorm.racing.plots import STYLES
 from batchnorm.racing.score import curves_of
-from batchnorm.racing.trainer import train
+from batchnorm.racing.training import train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

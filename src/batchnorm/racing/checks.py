@@ -51,14 +51,14 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
     stuck = [str(r["seed"]) for r, some in zip(records, gains, strict=True) if some < STUCK * gains.max()]
     if gain > least and stuck:
         found.append(
-            f"{name} is at chance from seed {', '.join(stuck)}, and not from others, so that its mean is no target: "
+            f"{name} learns nothing from seed {', '.join(stuck)}, and does from others, so that its mean is no target: "
             "lower its learning rate, or warm it up longer."
         )
     elif gain <= least or curves.steps_to(curves.target()) <= curves.steps[0]:
         other = f" If it did get better: lower_is_better={not plan.score_falls}." if gain < -least else ""
         found.append(
-            f"{name} is at chance: {plan.metric} {_shown(plan, curves.end())} at its end, untrained "
-            f"{_shown(plan, scores[:, 0].mean())}. Give it more steps, or another learning rate.{other}"
+            f"{name} is no better at its end than at its beginning: {plan.metric} {_shown(plan, curves.end())}, before "
+            f"the first step {_shown(plan, scores[:, 0].mean())}. Give it more steps, or another learning rate.{other}"
         )
     if not found:
         found += _unfinished(plan, records, curves) or of_contender(

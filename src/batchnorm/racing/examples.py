@@ -9,10 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import multiprocessing
-import random
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +18,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from batchnorm.racing.errors import RaceError
-
-Key = tuple[int, ...]  # what the random numbers of an example or a batch hang on: seed, epoch, place
+from batchnorm.racing.seeds import Collated, Key, Seeded, own_random_numbers, seed_of
 
 
 class Examples(Protocol):
@@ -120,16 +117,7 @@ class Items:
         return len(self.given)
 
     def batch(self, indices: Tensor, key: Key) -> Any:
-        items = []
-        with own_random_numbers() as seeded:
-            for index in indices.tolist():
-                seeded((*key, index))
-                items.append(self._item(index))
-        return self.collate(items)
-
-    def _item(self, index: int) -> Any:
-        several = getattr(self.given, "__getitems__", None)  # torch's protocol; a Subset has it, and passes it on
-        return several([index])[0] if several else self.given[index]
+        return Collated(self.collate)(Seeded(self.given, key).__getitems__(indices.tolist()))
 
     def part(self, indices: Tensor, *, test: bool) -> Items:
         return Items(Subset(self.given, indices.tolist()), self.collate)
@@ -141,10 +129,11 @@ class Items:
 class Loader:
     """A DataLoader of the user's, or a function that makes one: its batches are a step's, in its own order.
 
-    At the beginning of each epoch its generators are seeded, and before each batch all others, so that order and
-    augmentation are the same for every contender, and for a run that goes on in the middle of an epoch: what came
-    before is read again, and dropped. Samplers that have ``set_epoch`` are told. Each epoch has its own reading
-    processes, if any: those of ``persistent_workers`` serve one epoch at a time, with random numbers left by the last.
+    At the beginning of each epoch its generators are seeded, and before each example of a map-style dataset, else
+    before each batch, all others, so that order and augmentation are the same for every contender, and for a run that
+    goes on in the middle of an epoch: what came before is read again, and dropped. Samplers that have ``set_epoch`` are
+    told. Each epoch has its own reading processes, if any: those of ``persistent_workers`` serve one epoch at a time,
+    with random numbers left by the last.
     """
 
     def __init__(self, what: str, make: Callable[[], Any]) -> None:
@@ -187,6 +176,11 @@ class Loader:
                     holder.generator.manual_seed(seed_of(seed, epoch))  # type: ignore[union-attr]
                 if callable(getattr(holder, "set_epoch", None)):
                     holder.set_epoch(epoch)  # type: ignore[union-attr]
+            if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+                given = "sampler" if loader.batch_sampler is None else "batch_sampler"
+                order = [*islice(getattr(loader, given), self.batches)]  # reading processes make it begin twice
+                own = {"dataset": Seeded(loader.dataset, (seed, epoch)), "collate_fn": Collated(loader.collate_fn)}
+                loader.__dict__.update(own | {given: order})  # of a copy: a DataLoader refuses a new dataset
             batches = iter(loader)
         for place in range(self.batches):
             with own_random_numbers() as seeded:
@@ -197,6 +191,16 @@ class Loader:
                     return
             yield batch
 
+    def last_of_one(self) -> Any:
+        """The batch of one example that ends each epoch, where the loader has such; else None."""
+        loader = self._made()
+        sampler = getattr(loader, "batch_sampler", None)
+        if not (isinstance(loader, DataLoader) and type(sampler) is BatchSampler) or sampler.drop_last:
+            return None
+        if sampler.batch_size == 1 or len(sampler.sampler) % sampler.batch_size != 1:  # type: ignore[arg-type]
+            return None
+        return Collated(loader.collate_fn)(Seeded(loader.dataset, (0, 0)).__getitems__([next(iter(sampler.sampler))]))
+
     def fingerprint(self) -> str:
         return f"{self.batches} {_of_dataset(getattr(self._made(), 'dataset', None))}"
 
@@ -204,36 +208,6 @@ class Loader:
 def may_have_children() -> bool:
     """Whether processes that read can be started here: not in those of ``pool.py``, which fill the cores with runs."""
     return not multiprocessing.current_process().daemon
-
-
-def seed_of(*numbers: int) -> int:
-    """A seed of its own for each tuple; torch's generator on the CPU looks at the low 32 bits alone."""
-    found = 0
-    for number in numbers:
-        found = (found * 1_000_003 + number) % 2**32
-    return found
-
-
-@contextmanager
-def own_random_numbers() -> Iterator[Callable[[Key], None]]:
-    """What is drawn inside leaves torch's, Python's and NumPy's generators as they were; seeds them by a key."""
-    numpy: Any = sys.modules.get("numpy")
-    before = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-
-    def seeded(key: Key) -> None:
-        number = seed_of(*key)
-        torch.default_generator.manual_seed(number)
-        random.seed(number)
-        if numpy:
-            numpy.random.seed(number)
-
-    try:
-        yield seeded
-    finally:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        if numpy:
-            numpy.random.set_state(before[2])
 
 
 def _of_dataset(dataset: Any) -> str:

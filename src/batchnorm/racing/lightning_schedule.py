@@ -104,7 +104,7 @@ class LightningSchedule(Schedule):
     def schedulers(self) -> list[Any]:
         return list(self.scheduler)
 
-    def after_step(self, epoch_ended: bool) -> None:
+    def after_step(self, epochs_ended: int) -> None:
         self.step += 1
         for row in self.rows:
             while not row.on_plateau and row.done < self._due(row):
@@ -122,9 +122,7 @@ class LightningSchedule(Schedule):
         return time // per_epoch * (per_epoch // every) + time % per_epoch // every
 
     def after_evaluation(self, score: float) -> None:
-        """Those on a plateau: after each evaluation but that of the untrained network."""
-        if not self.step:
-            return
+        """Those on a plateau."""
         self.evaluations += 1
         for row in self.rows:
             if not row.on_plateau or self.evaluations % row.frequency:

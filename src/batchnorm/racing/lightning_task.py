@@ -41,6 +41,11 @@ class LightningTask(Task):
             raise RaceError(f"{who}: metric is the name under which validation_step logs it (got {self.metric!r}).")
 
     @property
+    def scores_percent(self) -> bool:
+        """Never: a name says nothing of what is logged under it."""
+        return False
+
+    @property
     def _who(self) -> str:
         return f"Task {self.name!r}"
 

@@ -126,6 +126,20 @@ def metric_of(given: Any, loss: Callable[[Any, Any], Tensor]) -> Metric:
     return OfAll(given)
 
 
+def check_metric(who: str, given: Any) -> None:
+    """Refuse what cannot score.
+
+    Raises:
+        RaceError: with what a metric may be.
+    """
+    if isinstance(given, str) and given not in ("accuracy", "loss"):
+        raise RaceError(f'{who}: metric is "accuracy", "loss", a function or a torchmetrics.Metric (got {given!r}).')
+    if isinstance(given, type):
+        raise RaceError(f"{who}: metric must be an object, not its class: {given.__name__}(...).")
+    if given is not None and not (isinstance(given, str) or callable(given) or is_object(given)):
+        raise RaceError(f"{who}: metric must be a function of all outputs and targets (got {given!r}).")
+
+
 def is_object(given: Any) -> bool:
     """Whether it is a torchmetrics.Metric or the like."""
     return all(callable(getattr(given, name, None)) for name in ("update", "compute", "reset"))

@@ -5,6 +5,8 @@ Comes from: ``Task.optimizer``, ``Task.scheduler``, a contender's recipe. Goes t
 
 from __future__ import annotations
 
+import inspect
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from batchnorm.racing.calls import keywords_of
 from batchnorm.racing.changes import has_batch_norm
 from batchnorm.racing.errors import RaceError
 from batchnorm.recipe.apply import RATES
@@ -28,6 +31,40 @@ if TYPE_CHECKING:
 
 MOMENTUM = 0.9
 WARM_UP = 0.3  # of a run's budget: where its learning rate has risen linearly to the initial one
+
+
+def optimizer_of(task: Task, model: nn.Module) -> Optimizer:
+    """The task's own, over a network's parameters, at the task's learning rate.
+
+    Raises:
+        RaceError: what it returned is no optimizer that a race can step, or it has no learning rate.
+    """
+    made_by, rate = task.optimizer, task.learning_rate
+    if made_by is None:
+        return decay_of_weights(model, rate or 0.01, task.weight_decay)
+    given: dict[str, Any] = {}
+    if isinstance(made_by, type):
+        taken = keywords_of(made_by)
+        given = {"lr": rate or 0.01, "weight_decay": task.weight_decay}
+        given = {name: value for name, value in given.items() if taken is None or name in taken}
+    first = next(iter(inspect.signature(made_by).parameters), None)
+    made: Any = made_by(model if first == "model" else model.parameters(), **given)
+    _check_optimizer(f"Task {task.name!r}: optimizer returned", made)
+    factor = 1.0 if rate is None or given else rate / made.param_groups[0]["lr"]
+    for group in made.param_groups if factor != 1 else ():
+        group["lr"] *= factor
+    return made
+
+
+def _check_optimizer(who: str, made: Any) -> None:
+    if not isinstance(made, Optimizer):
+        raise RaceError(f"{who} a {type(made).__name__}, not an optimizer: a race has one of each training.")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise RaceError(f"{who} {type(made).__name__}, whose step calls the network itself: give one that does not.")
+    rate = made.param_groups[0].get("lr")
+    if rate is None or not 0 < float(rate) < math.inf:
+        raise RaceError(f"{who} {type(made).__name__} with lr={rate}: its first group must have a positive one.")
 
 
 def decay_of_weights(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
@@ -77,10 +114,11 @@ class Schedule:
         """Torch's, none or several."""
         return [] if self.scheduler is None else [self.scheduler]
 
-    def after_step(self, epoch_ended: bool) -> None:
+    def after_step(self, epochs_ended: int) -> None:
+        """``epochs_ended``: by this step; more than one where a step accumulates several."""
         if self.scheduler is None or isinstance(self.scheduler, ReduceLROnPlateau):
             return
-        if self.interval == "step" or epoch_ended:
+        for _ in range(1 if self.interval == "step" else epochs_ended):
             self.scheduler.step()
 
     def after_evaluation(self, score: float) -> None:

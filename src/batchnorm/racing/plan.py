@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from batchnorm.racing.contenders import BASELINES, CONTENDERS, NORMALIZED, PLAIN
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Run
 from batchnorm.racing.loading import load_contender, load_task
+from batchnorm.racing.rates import TUNED_FILE, read_tuned, stored_speeds
 from batchnorm.racing.task import Task
 from batchnorm.recipe.recipe import Recipe
 
@@ -35,9 +35,9 @@ RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the task's rate: what --tune tries
 TUNED_GRID = (1 / 2, 1, 2)  # times a rate that a sweep at another budget has found
 
 CONFIG = "config.json"
+IN_PROCESS = "bn.race(...)"  # the command of a race that no command can repeat
 SCORED: dict[str, int | None] = {"quick": 2_500, "default": None, "full": None}  # of the test examples
 FORMAT = 2  # of what a race leaves in its directory
-TUNED_FILE = Path(__file__).with_name("tuned.json")
 BUILT_IN = (zoo.inception, zoo.mlp, tabular.deep_mlp)
 
 
@@ -64,6 +64,7 @@ class Plan:
     device: str
     mixed_precision: str
     metric: str
+    percent: bool
     score_falls: bool
     command: str
     learning_rates: dict[str, float]
@@ -106,7 +107,7 @@ class Plan:
 
     def shown(self, score: float) -> str:
         """A score as people write it."""
-        return f"{score:.2%}" if self.metric == "accuracy" else f"{score:.4g}"
+        return f"{score:.2%}" if self.percent else f"{score:.4g}"
 
 
 def make_plan(
@@ -179,6 +180,7 @@ def make_plan(
         device=task.device,
         mixed_precision=str(task.mixed_precision),
         metric=task.score_name,
+        percent=task.scores_percent,
         score_falls=task.score_falls,
         command=command,
         tuned=tuple(c.name for c in chosen if c.tuned and c.name in tuned),
@@ -209,6 +211,11 @@ def as_planned(task: Task, batch_size: int | None, tune: bool) -> Task:
 def read_plan(directory: Path) -> Plan:
     """The plan of the race that was started in this directory."""
     stored = stored_in(directory)
+    if stored.get("command") == IN_PROCESS:
+        raise RaceError(
+            f"{directory} holds a race of bn.race, which alone has its task: go on with the same call and "
+            f"out={str(directory)!r}, resume=True."
+        )
     try:
         loaded = [load_contender(spec) for spec in stored["specs"]]
         speeds = [row["recipe"]["decay_speed"] for row in stored["contenders"]]
@@ -298,35 +305,3 @@ def _has_batch_norm(task: Task) -> bool:
             return has_batch_norm(task.model())
         except Exception:  # said where it is trained, with the contender's name
             return False
-
-
-def best_rate(scores: Mapping[str, Sequence[float]]) -> str:
-    """The rate with the best mean score; of equals, the one nearest to the middle of the sweep."""
-    rates = list(scores)
-    return max(rates, key=lambda rate: (mean(scores[rate]), -abs(rates.index(rate) - (len(rates) - 1) / 2)))
-
-
-def stored_speeds(task: str, mode: Mode) -> dict[str, float]:
-    """The budgets of contenders of a built-in task, as ``decay_speed``, chosen on held-out examples."""
-    stored = json.loads(TUNED_FILE.read_text()).get(task, {})
-    return dict(stored.get(mode, {}).get("speeds", {}))
-
-
-def read_tuned(task: str, mode: Mode, file: Path, batch_size: int) -> dict[str, float]:
-    """The learning rate of each tuned contender: the one with the best held-out score in the stored sweep.
-
-    What was not swept at a budget takes the rate of the default one. Sweeps in batches of another size do not count.
-    """
-    try:
-        stored = json.loads(file.read_text()).get(task, {})
-        sweeps = {
-            m: sweep
-            for m, sweep in stored.items()
-            if "scores" in sweep and sweep.get("batch_size", batch_size) == batch_size
-        }
-        scores = {name: rates for m in ("default", mode) if m in sweeps for name, rates in sweeps[m]["scores"].items()}
-        return {name: float(best_rate(rates)) for name, rates in scores.items()}
-    except OSError as error:
-        raise RaceError(f"the learning rates in {file} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise RaceError(f"{file} is not a tuning.json written by `batchnorm race --tune`.") from None

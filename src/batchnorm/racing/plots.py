@@ -101,7 +101,7 @@ def _curves(
             f"target {plan.shown(target)}", (0, target), xycoords=("axes fraction", "data"), xytext=(4, 4),
             textcoords="offset points", ha="left", va="bottom", fontsize=9,
         )  # fmt: skip
-    if target is not None and plan.metric == "accuracy":
+    if target is not None and plan.percent:
         axes.set_ylim(max(0.0, target - 0.12), min(1.0, max(*ends, target) + 0.015))
     _as_percent(axes.yaxis, plan)
     axes.legend(loc="upper right" if plan.score_falls else "lower right", frameon=False, fontsize=9)
@@ -145,7 +145,7 @@ def _log(axes: Axes, name: str) -> None:
 
 
 def _as_percent(axis: Any, plan: Plan) -> None:
-    if plan.metric == "accuracy":
+    if plan.percent:
         from matplotlib.ticker import PercentFormatter
 
         axis.set_major_formatter(PercentFormatter(1))

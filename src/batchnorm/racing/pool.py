@@ -26,7 +26,7 @@ from batchnorm.racing.errors import RaceError, WorkerError
 from batchnorm.racing.events import Diverged, Evaluation, Event, Resumed, Run, Stopped
 from batchnorm.racing.plan import check_same, read_plan, task_of
 from batchnorm.racing.task import Task
-from batchnorm.racing.trainer import train
+from batchnorm.racing.training import train
 
 Tagged = tuple[Run, Event]
 

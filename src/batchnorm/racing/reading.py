@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.examples import Examples, Key, Loader, may_have_children, seed_of
+from batchnorm.racing.examples import Examples, Loader, may_have_children
+from batchnorm.racing.seeds import Key, seed_of
 
 Wanted = tuple[Key, Tensor]  # seed and epoch; indices
 

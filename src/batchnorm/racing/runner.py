@@ -11,8 +11,8 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,11 +21,10 @@ import torch
 import torch.distributed as dist
 
 from batchnorm.racing import pool
-from batchnorm.racing.errors import RaceError, UnreadableFile, one_line
-from batchnorm.racing.events import Run
-from batchnorm.racing.plan import CONFIG, Asked, Mode, Plan, check_same, make_plan, stored_in
+from batchnorm.racing.errors import RaceError
+from batchnorm.racing.plan import CONFIG, IN_PROCESS, Asked, Mode, Plan, check_same, make_plan, stored_in
 from batchnorm.racing.task import Task
-from batchnorm.racing.trainer import Trainer
+from batchnorm.racing.trial import try_contenders
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +84,7 @@ def race(
         first_seed=first_seed,
         steps=steps,
         rates=rates,
-        command="bn.race(...)",
+        command=IN_PROCESS,
     )
     if resume and out is None:
         raise RaceError("resume=True goes on in the directory that out= names.")
@@ -107,7 +106,7 @@ def run_race(
     """
     main, processes = (dist.get_rank() == 0, dist.get_world_size()) if dist.is_initialized() else (True, 1)
     check_same(plan, task, processes)
-    _check_contenders(task, plan)
+    try_contenders(task, plan)
     refusal = _agreed(_prepare(directory, plan, resume) if main else None)
     if refusal is not None:
         raise RaceError(refusal)
@@ -158,30 +157,6 @@ def _locked(directory: Path, main: bool) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _check_contenders(task: Task, plan: Plan) -> None:
-    """One step and two scored examples of each contender, before any long work: mistakes in a task show here."""
-    for contender in plan.contenders:
-        brief = replace(contender, recalibrate=min(contender.recalibrate, task.batch_size))
-        run = Run(brief, 0, plan.learning_rates[contender.name], plan.steps, plan.evaluations)
-        try:
-            with closing(Trainer(task, run)) as trainer:
-                trainer.step()
-                try:
-                    trainer.evaluate(most=2)
-                except Exception:  # of two examples some metrics cannot be: of all classes, say
-                    trainer.evaluate(run.scored)
-        except UnreadableFile:
-            raise
-        except Exception as error:
-            said = str(error) if isinstance(error, RaceError) else one_line(error)
-            raise RaceError(f"task {task.name!r} does not run as contender {contender.name!r}: {said}") from error
-    with torch.random.fork_rng(devices=[]):  # after the ones above, whose words are better where it cannot be made
-        one, other = (task.model(**plan.contenders[0].network) for _ in range(2))
-    trained = {id(p) for p in one.parameters() if p.requires_grad}
-    if any(id(p) in trained for p in other.parameters()):  # one run would go on where another ended
-        raise RaceError(f"task {task.name!r}: model must return a new network each time, and returned the same twice.")
 
 
 def _train(task: Task, plan: Plan, directory: Path, console: Console, main: bool, workers: int) -> None:

@@ -188,7 +188,7 @@ def _resampled(own: Curves | None, base: Curves | None) -> tuple[Array, Array]:
     for seeds in generator.integers(len(base.scores), size=(RESAMPLES, len(base.scores))):
         target = base.target(seeds)
         steps.append(own.steps_to(target, seeds))
-        reference = base.steps_to(target, seeds)  # 0 of a baseline at chance, which has no fraction then
+        reference = base.steps_to(target, seeds)  # 0 of a baseline that learns nothing, which has no fraction then
         shares.append(steps[-1] / reference if reference else float("inf"))
     return np.array(shares), np.array(steps)
 

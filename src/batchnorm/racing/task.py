@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from batchnorm.population.batches import call_with_inputs
-from batchnorm.racing.calls import arguments_of, keywords_of, target_of
+from batchnorm.racing.calls import arguments_of, target_of
 from batchnorm.racing.errors import RaceError, one_line
 from batchnorm.racing.examples import Examples, Loader, examples_of
 from batchnorm.racing.loop import Loop
-from batchnorm.racing.metrics import Metric, is_object, logits_of, metric_of, name_of
-from batchnorm.racing.optimization import Schedule, decay_of_weights, linear
+from batchnorm.racing.metrics import Metric, check_metric, logits_of, metric_of, name_of
+from batchnorm.racing.optimization import Schedule, linear, optimizer_of
 
 
 @dataclass(frozen=True)
@@ -149,15 +148,7 @@ class Task:
         _ = self.testing
 
     def _check_metric(self, who: str) -> None:
-        given = self.metric
-        if isinstance(given, str) and given not in ("accuracy", "loss"):
-            raise RaceError(
-                f'{who}: metric is "accuracy", "loss", a function or a torchmetrics.Metric (got {given!r}).'
-            )
-        if isinstance(given, type):
-            raise RaceError(f"{who}: metric must be an object, not its class: {given.__name__}(...).")
-        if given is not None and not (isinstance(given, str) or callable(given) or is_object(given)):
-            raise RaceError(f"{who}: metric must be a function of all outputs and targets (got {given!r}).")
+        check_metric(who, self.metric)
 
     @staticmethod
     def from_lightning(
@@ -269,6 +260,11 @@ class Task:
         return self.scores_loss if higher is None else not higher
 
     @property
+    def scores_percent(self) -> bool:
+        """Whether scores are shares. What a function of the user's calls accuracy may be one of 100."""
+        return isinstance(self.scored_by, str) and self.scored_by == "accuracy"
+
+    @property
     def scores_loss(self) -> bool:
         """Whether the metric is the loss. (A torchmetrics object is equal to whatever it is compared with.)"""
         return isinstance(self.scored_by, str) and self.scored_by == "loss"
@@ -292,7 +288,16 @@ class Task:
         if self.loss is not None:
             return self.loss(output, target_of(batch))
         own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-        return own if isinstance(own, Tensor) else nn.functional.cross_entropy(logits_of(output), target_of(batch))
+        if isinstance(own, Tensor):
+            return own
+        scores, target = logits_of(output), target_of(batch)
+        for name, value in (("the model's output", scores), ("a batch's target", target)):
+            if not isinstance(value, Tensor):
+                raise RaceError(
+                    f"cross-entropy, the default, is of tensors, and {name} is {_kinds(value)}: pass loss=, a function "
+                    "of output and target; collate= and forward= say what a batch is and what is called with it."
+                )
+        return nn.functional.cross_entropy(scores, target)
 
     def training_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """What is minimized, for a training batch: the forward pass and the loss."""
@@ -300,34 +305,7 @@ class Task:
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
         """The training's own, over a network's parameters."""
-        if self.optimizer is None:
-            return decay_of_weights(model, self.learning_rate or 0.01, self.weight_decay)
-        given: dict[str, Any] = {}
-        if isinstance(self.optimizer, type):
-            taken = keywords_of(self.optimizer)
-            given = {"lr": self.learning_rate or 0.01, "weight_decay": self.weight_decay}
-            given = {name: value for name, value in given.items() if taken is None or name in taken}
-        first = next(iter(inspect.signature(self.optimizer).parameters), None)
-        made: Any = self.optimizer(model if first == "model" else model.parameters(), **given)
-        self._check_optimizer(made)
-        factor = 1.0 if self.learning_rate is None or given else self.learning_rate / made.param_groups[0]["lr"]
-        for group in made.param_groups if factor != 1 else ():
-            group["lr"] *= factor
-        return made
-
-    def _check_optimizer(self, made: Any) -> None:
-        """One optimizer, that steps when it is told and has a learning rate, which contenders multiply."""
-        who = f"Task {self.name!r}: optimizer returned"
-        if not isinstance(made, Optimizer):
-            raise RaceError(f"{who} a {type(made).__name__}, not an optimizer: a race has one of each training.")
-        closure = inspect.signature(made.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise RaceError(
-                f"{who} {type(made).__name__}, whose step calls the network itself: give one that does not."
-            )
-        rate = made.param_groups[0].get("lr")
-        if rate is None or not 0 < float(rate) < math.inf:
-            raise RaceError(f"{who} {type(made).__name__} with lr={rate}: its first group must have a positive one.")
+        return optimizer_of(self, model)
 
     def make_scheduler(self, optimizer: Optimizer, steps: int) -> Any:
         """The training's own, over a budget."""
@@ -411,6 +389,12 @@ class Task:
         for examples in (self.training, self.testing):
             digest.update(examples.fingerprint().encode())
         return digest.hexdigest()[:16]
+
+
+def _kinds(value: Any) -> str:
+    """What it is made of: tuple(Tensor, list)."""
+    own = type(value).__name__
+    return f"{own}({', '.join(type(part).__name__ for part in value)})" if isinstance(value, tuple) else own
 
 
 def _shown(value: Any) -> str:

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, closing
-from dataclasses import asdict
-from itertools import pairwise
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,20 +18,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.population import recalibrate
 from batchnorm.population.batches import placed
-from batchnorm.population.estimate import NoStatistics
 from batchnorm.racing.changes import CHANGES
-from batchnorm.racing.contenders import BASELINES, Contender
+from batchnorm.racing.contenders import Contender
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.events import Diverged, Evaluation, Event, Progress, Resumed, Run, Stopped
-from batchnorm.racing.examples import Examples, Loader, seed_of
+from batchnorm.racing.events import Run
+from batchnorm.racing.examples import Examples, Loader
 from batchnorm.racing.metrics import count_of
 from batchnorm.racing.optimization import prepared
 from batchnorm.racing.reading import Order, Wanted, read, stream
+from batchnorm.racing.seeds import seed_of
 from batchnorm.racing.task import Task
 from batchnorm.recipe.accelerate import reduce_dropout
 
 EVALUATION_BATCH = 250  # examples; small enough for a core's cache, so faster than large ones on a CPU
-REPORTS = 10  # of a run's progress, between two evaluations at most
 
 
 class Trainer:
@@ -91,7 +86,7 @@ class Trainer:
         self.step_count += 1
         done, per_epoch = self.step_count * parts, self.batches_per_epoch
         if self.step_count <= self.run.steps:  # timed beyond its end, where some schedulers refuse
-            self.schedule.after_step(done // per_epoch > (done - parts) // per_epoch)
+            self.schedule.after_step(done // per_epoch - (done - parts) // per_epoch)
         self.loop.after_batch()
         if self.ranks > 1:
             dist.all_reduce(total)
@@ -226,84 +221,3 @@ def device_of(task: Task) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
-
-
-def train(task: Task, run: Run, checkpoint: Path | None = None) -> Iterator[Event]:
-    """Train to the end of the budget, from the checkpoint if there is one.
-
-    The checkpoint is replaced as a whole after each evaluation, so a killed run loses less than one interval,
-    and goes on to the very same numbers.
-    """
-    with closing(Trainer(task, run)) as trainer:
-        yield from _events(trainer, checkpoint)
-
-
-def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
-    task, run = trainer.task, trainer.run
-    curve: list[Evaluation] = []
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=False)  # ours; optimizers keep what they like
-        trainer.load_state_dict(state["trainer"])
-        curve = [Evaluation(**row) for row in state["curve"]]
-        yield Resumed(trainer.step_count, tuple(curve))
-        if _out_of_patience(run, task, curve):  # ended before it could be said
-            yield Stopped(trainer.step_count)
-            return
-    report_every = max(1, run.steps // run.evaluations // REPORTS)
-    for start, end in pairwise((0, *run.points)):
-        if curve and end <= trainer.step_count:
-            continue
-        trainer.seed_noise()
-        losses: list[float] = []
-        started = time.perf_counter()
-        for _ in range(end - start):
-            losses.append(trainer.step())
-            if not math.isfinite(losses[-1]):
-                yield Diverged(trainer.step_count)
-                return
-            if trainer.step_count % report_every == 0:
-                recent = losses[-report_every:]
-                yield Progress(trainer.step_count, sum(recent) / len(recent))
-        trained = time.perf_counter()
-        try:
-            score = trainer.evaluate(run.scored)
-        except NoStatistics:  # of the layers' inputs, before the loss shows it; all ranks find the same
-            yield Diverged(trainer.step_count)
-            return
-        if not math.isfinite(score):
-            yield Diverged(trainer.step_count, task.score_name)
-            return
-        trainer.schedule.after_evaluation(score)
-        before = (curve[-1].training_seconds, curve[-1].evaluation_seconds) if curve else (0.0, 0.0)
-        curve.append(
-            Evaluation(
-                trainer.step_count,
-                trainer.step_count * task.accumulate / trainer.batches_per_epoch,
-                sum(losses) / len(losses) if losses else None,
-                score,
-                trainer.last_rate / trainer.highest_rate if trainer.highest_rate else 0.0,
-                before[0] + trained - started,
-                before[1] + time.perf_counter() - trained,
-            )
-        )
-        if checkpoint is not None and trainer.rank == 0:
-            save(checkpoint, {"trainer": trainer.state_dict(), "curve": [asdict(row) for row in curve]})
-        yield curve[-1]
-        if _out_of_patience(run, task, curve):
-            yield Stopped(trainer.step_count)
-            return
-
-
-def _out_of_patience(run: Run, task: Task, curve: list[Evaluation]) -> bool:
-    """Whether the baseline has not become better for as many evaluations as its task waits."""
-    if run.contender.name not in BASELINES or task.patience is None or len(curve) <= task.patience:
-        return False
-    scores = [-point.score if task.score_falls else point.score for point in curve]
-    return max(scores[-task.patience :]) <= max(scores[: -task.patience])
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    torch.save(state, part)
-    part.replace(path)

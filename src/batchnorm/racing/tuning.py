@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from batchnorm.racing.metrics import rounded
-from batchnorm.racing.plan import Plan, best_rate
+from batchnorm.racing.plan import Plan
+from batchnorm.racing.rates import best_rate
 from batchnorm.racing.score import Record, curves_of
 
 

@@ -1,0 +1,47 @@
+"""Learning rates and budgets that were chosen on held-out examples, and how one is chosen.
+
+Comes from: ``tuned.json``, or a ``tuning.json`` of ``--tune``. Goes to: ``plan.py``, ``tuning.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+
+from batchnorm.racing.errors import RaceError
+
+TUNED_FILE = Path(__file__).with_name("tuned.json")
+
+
+def best_rate(scores: Mapping[str, Sequence[float]]) -> str:
+    """The rate with the best mean score; of equals, the one nearest to the middle of the sweep."""
+    rates = list(scores)
+    return max(rates, key=lambda rate: (mean(scores[rate]), -abs(rates.index(rate) - (len(rates) - 1) / 2)))
+
+
+def stored_speeds(task: str, mode: str) -> dict[str, float]:
+    """The budgets of contenders of a built-in task, as ``decay_speed``, chosen on held-out examples."""
+    stored = json.loads(TUNED_FILE.read_text()).get(task, {})
+    return dict(stored.get(mode, {}).get("speeds", {}))
+
+
+def read_tuned(task: str, mode: str, file: Path, batch_size: int) -> dict[str, float]:
+    """The learning rate of each tuned contender: the one with the best held-out score in the stored sweep.
+
+    What was not swept at a budget takes the rate of the default one. Sweeps in batches of another size do not count.
+    """
+    try:
+        stored = json.loads(file.read_text()).get(task, {})
+        sweeps = {
+            m: sweep
+            for m, sweep in stored.items()
+            if "scores" in sweep and sweep.get("batch_size", batch_size) == batch_size
+        }
+        scores = {name: rates for m in ("default", mode) if m in sweeps for name, rates in sweeps[m]["scores"].items()}
+        return {name: float(best_rate(rates)) for name, rates in scores.items()}
+    except OSError as error:
+        raise RaceError(f"the learning rates in {file} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RaceError(f"{file} is not a tuning.json written by `batchnorm race --tune`.") from None

@@ -1,0 +1,58 @@
+"""A step of every contender before any long work: mistakes in a task show here, in one line.
+
+Comes from: ``runner.py``. Goes to: the user, as a ``RaceError``.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+
+import torch
+
+from batchnorm.population.batches import placed
+from batchnorm.racing.errors import RaceError, UnreadableFile, one_line
+from batchnorm.racing.events import Run
+from batchnorm.racing.examples import Loader
+from batchnorm.racing.plan import Plan
+from batchnorm.racing.task import Task
+from batchnorm.racing.trainer import Trainer
+
+
+def try_contenders(task: Task, plan: Plan) -> None:
+    """One step and two scored examples of each contender, before any long work: mistakes in a task show here."""
+    for contender in plan.contenders:
+        brief = replace(contender, recalibrate=min(contender.recalibrate, task.batch_size))
+        run = Run(brief, 0, plan.learning_rates[contender.name], plan.steps, plan.evaluations)
+        try:
+            with closing(Trainer(task, run)) as trainer:
+                trainer.step()
+                _check_last_batch(trainer)
+                try:
+                    trainer.evaluate(most=2)
+                except Exception:  # of two examples some metrics cannot be: of all classes, say
+                    trainer.evaluate(run.scored)
+        except UnreadableFile:
+            raise
+        except Exception as error:
+            said = str(error) if isinstance(error, RaceError) else one_line(error)
+            raise RaceError(f"task {task.name!r} does not run as contender {contender.name!r}: {said}") from error
+    with torch.random.fork_rng(devices=[]):  # after the ones above, whose words are better where it cannot be made
+        one, other = (task.model(**plan.contenders[0].network) for _ in range(2))
+    trained = {id(p) for p in one.parameters() if p.requires_grad}
+    if any(id(p) in trained for p in other.parameters()):  # one run would go on where another ended
+        raise RaceError(f"task {task.name!r}: model must return a new network each time, and returned the same twice.")
+
+
+def _check_last_batch(trainer: Trainer) -> None:
+    """Of one example there are no batch statistics, which some layers need: now, and not at the end of an epoch."""
+    batch = trainer.examples.last_of_one() if isinstance(trainer.examples, Loader) else None
+    if batch is None:
+        return
+    try:
+        trainer.network(placed(batch, trainer.device))
+    except ValueError as error:
+        raise RaceError(
+            f"the last batch of each epoch has one example: {one_line(error)}. Give the DataLoader drop_last=True, or "
+            "another batch_size."
+        ) from error
