@@ -54,9 +54,9 @@ def test_one_seed_says_that_it_is_one_and_an_untuned_rate_that_it_is_untuned() -
     assert "8 seeds; intervals" in report.rules(make_plan(toy.task(), spec="racing.toy:task"))
 
 
-def results(*ends: float) -> tuple[Any, Any]:
-    """Of the baseline, and of two contenders that go as far as they are told, at twice and four times its speed."""
-    plan = make_plan(toy.task(), spec="racing.toy:task", contenders=["baseline", "sgd", "short"], seeds=3)
+def results(*ends: float, names: tuple[str, ...] = ("baseline", "sgd", "short")) -> tuple[Any, Any]:
+    """Of the baseline, and of two contenders that go as far as they are told, at four times its speed and twice."""
+    plan = make_plan(toy.task(), spec="racing.toy:task", contenders=names, seeds=3)
     records = {
         name: [
             {
@@ -70,7 +70,7 @@ def results(*ends: float) -> tuple[Any, Any]:
             }
             for seed in range(3)
         ]
-        for name, speed, end in zip(("baseline", "sgd", "short"), (1, 4, 2), ends, strict=True)
+        for name, speed, end in zip(names, (1, 4, 2), ends, strict=True)
     }
     times = {name: StepTime(0.1 if name == "baseline" else 0.2, (0.1, 0.2), 0.0, 9) for name in records}
     return score(plan, records, times), plan
@@ -86,6 +86,21 @@ def test_the_answer_comes_first_with_its_interval_and_its_control() -> None:
         "No contender reached the target (accuracy 80.00%): sgd came to 70.00% in 100 steps. Give it more: "
         "--contenders baseline,sgd@1."
     )
+
+
+def test_what_another_optimizer_adds_is_told_apart() -> None:
+    """BN with the baseline's own optimizer comes first, though the other is faster."""
+    told = report.sentence(*results(0.8, 0.9, 0.82, names=("baseline", "fast", "bn-x5")))
+    assert told.startswith("bn-x5: the accuracy of baseline (80.00%) in 48.8% ")
+    assert told.endswith(
+        " With another optimizer too, fast: 22.2% (95%: 22.2 to 22.2%) of its steps, 44.4% (95%: 44.4 to 44.4%) of its "
+        "seconds."
+    )
+    slower = report.sentence(*results(0.8, 0.9, 0.82, names=("baseline", "bn-x5", "fast")))
+    assert slower.startswith("bn-x5: ")
+    assert "fast" not in slower
+    alone = report.sentence(*results(0.8, 0.9, 0.7, names=("baseline", "fast", "bn-x5")))
+    assert alone.startswith("fast: the accuracy of baseline (80.00%) in 22.2% ")
 
 
 def test_a_control_that_is_there_too_soon_to_tell_is_not_one_that_never_is() -> None:

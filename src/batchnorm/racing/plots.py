@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.racing.plan import Plan
+from batchnorm.racing.report import answers
 from batchnorm.racing.score import Record, curves_of
 
 if TYPE_CHECKING:
@@ -153,10 +154,9 @@ def _as_percent(axis: Any, plan: Plan) -> None:
 
 def _message(results: Mapping[str, Any], plan: Plan, quantity: str) -> str:
     key = f"{quantity}_fraction"
-    rows = [row for row in results["contenders"] if row["name"] != plan.baseline and row[key] is not None]
-    if not rows:
+    if not any(row["name"] != plan.baseline and row[key] for row in results["contenders"]):
         return f"No contender reached what {plan.baseline} ends at"
-    first = min(rows, key=lambda row: row[key])
+    first, _ = answers(results, plan, quantity)
     ends = first[f"{key}_interval"]
     sure = "" if ends is None or ends[1] is None else f" (95%: {100 * ends[0]:.1f} to {ends[1]:.1%})"
     return f"{first['name']}: the {plan.metric} of {plan.baseline} in {first[key]:.1%} of its {quantity}{sure}"

@@ -22,23 +22,47 @@ from batchnorm.racing.score import REACHED, Record
 
 
 def sentence(results: Mapping[str, Any], plan: Plan) -> str:
-    """The answer: the contender with the fewest steps, and its control; or why there is none."""
+    """The answer: the contender with the fewest steps, and its control; or why there is none.
+
+    Optimizers apart: first what the baseline's own comes to, then what another one adds, where that is faster.
+    """
     if not _others(results, plan) and not results["warnings"]:
         return f"{plan.baseline} ends at {plan.metric} {plan.shown(results['target'])}, and nobody raced against it."
     if results["target"] is None or not any(row["steps_fraction"] for row in _others(results, plan)):
         return (results["warnings"] or [_nobody(results, plan)])[0]
-    best = min((row for row in _others(results, plan) if row["steps_fraction"]), key=lambda row: row["steps_fraction"])
+    best, other = answers(results, plan)
     goal = f"the {plan.metric} of {plan.baseline} ({plan.shown(results['target'])})"
-    words = f"{best['name']}: {goal} in {share(best, 'steps')} of its steps, {share(best, 'seconds')} of its seconds"
-    controls = (next((c.control for c in plan.contenders if c.name == best["name"]), None), "without-bn")
-    rows = {row["name"]: row for row in _others(results, plan)}
-    control = next((name for name in controls if name in rows and name != best["name"]), None)
-    row = rows.get(control)
-    if row is not None:
-        reached = "not reached" if row["steps_to_target"] is None else "evaluated too seldom to tell"
-        without = reached if row["steps_fraction"] is None else f"{share(row, 'steps')} of the steps"
-        words += f"; without batch normalization ({control}): {without}"
-    return f"{words}."
+    words = f"{best['name']}: {goal} in {_both(best)}{_without(best, results, plan)}."
+    if other is not None:
+        words += f" With another optimizer too, {other['name']}: {_both(other)}{_without(other, results, plan)}."
+    return words
+
+
+def answers(
+    results: Mapping[str, Any], plan: Plan, quantity: str = "steps"
+) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
+    """The row with the smallest share by the baseline's optimizer; and by another one, where that is smaller."""
+    key = f"{quantity}_fraction"
+    brings = {contender.name for contender in plan.contenders if contender.recipe.muon_lr}
+    rows = sorted((row for row in _others(results, plan) if row[key]), key=lambda row: row[key])
+    own = next((row for row in rows if row["name"] not in brings), rows[0])
+    return own, rows[0] if rows[0] is not own else None
+
+
+def _both(row: Mapping[str, Any]) -> str:
+    return f"{share(row, 'steps')} of its steps, {share(row, 'seconds')} of its seconds"
+
+
+def _without(row: Mapping[str, Any], results: Mapping[str, Any], plan: Plan) -> str:
+    """What its control came to."""
+    controls = (next((c.control for c in plan.contenders if c.name == row["name"]), None), "without-bn")
+    rows = {other["name"]: other for other in _others(results, plan)}
+    control = rows.get(next((name for name in controls if name in rows and name != row["name"]), None))
+    if control is None:
+        return ""
+    reached = "not reached" if control["steps_to_target"] is None else "evaluated too seldom to tell"
+    without = reached if control["steps_fraction"] is None else f"{share(control, 'steps')} of the steps"
+    return f"; without batch normalization ({control['name']}): {without}"
 
 
 def _nobody(results: Mapping[str, Any], plan: Plan) -> str:
