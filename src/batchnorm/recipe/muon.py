@@ -49,7 +49,7 @@ def orthogonalized(x: Tensor, steps: Sequence[Quintic] = STEPS) -> Tensor:
     X_KMN = X_KMN / torch.linalg.vector_norm(X_KMN, dim=(1, 2), keepdim=True).clamp(min=_TINY)
     X_KMN = X_KMN.bfloat16() if small else X_KMN
     for a, b, c in steps:
-        G_KMM = X_KMN @ X_KMN.mT
+        G_KMM = torch.bmm(X_KMN, X_KMN.mT)
         G_KMM = torch.baddbmm(G_KMM, G_KMM, G_KMM, beta=b, alpha=c)
         X_KMN = torch.baddbmm(X_KMN, G_KMM, X_KMN, beta=a)
     return (X_KMN if wide else X_KMN.mT).to(x.dtype).reshape(x.shape)
