@@ -131,6 +131,12 @@ def test_evaluation_leaves_training_as_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(often.model.parameters(), never.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["fast", "fast-without-bn"])
+def test_a_recipes_own_optimizer_clips_as_the_recipe_says_with_bn_and_without(name: str) -> None:
+    optimizer = Trainer(toy.task(), run_of(name)).optimizer
+    assert [group["clip"] for group in optimizer.param_groups] == [0, CONTENDERS[name].recipe.clip] == [0, 0.02]
+
+
 @pytest.mark.parametrize("name", ["baseline", "bn-x5", "sgd", "fast", "fast-without-bn"])
 def test_a_run_stopped_anywhere_goes_on_to_the_same_numbers(name: str, tmp_path: Path) -> None:
     run = run_of(name)

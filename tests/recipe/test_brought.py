@@ -195,12 +195,14 @@ def test_it_prints_what_it_brings() -> None:
         "recipe fast\n"
         "Muon, learning rate 0.03: weights before batch normalization    optimizer(model)\n"
         "SGD, learning rate 0.5, Nesterov momentum: all others           optimizer(model)\n"
+        "their gradients cut to 2% of what they move                     optimizer(model)\n"
         "no weight decay                                                 optimizer(model)\n"
         "learning rates up over 10% of the steps, then linearly to 0     scheduler(optimizer, steps)\n"
         "no dropout                                                      accelerate\n"
         "training examples reshuffled each epoch                         you: DataLoader(..., shuffle=True)"
     )
     assert "learning rates linearly to 0 " in str(replace(FAST, warm_up=0))
+    assert "their gradients" not in str(replace(FAST, clip=0))
     assert "learning-rate decay 6 times faster" in str(replace(FAST, decay_speed=6))
     assert replace(FAST, name="fast") == FAST
 
@@ -249,9 +251,11 @@ def test_refused() -> None:
     [
         ({"muon_lr": -1}, "muon_lr is a rate, so a finite number of at least 0"),
         ({"warm_up": -1}, "warm_up is a share, so a finite number of at least 0"),
+        ({"clip": -1}, "clip is a share, so a finite number of at least 0"),
         ({"warm_up": 1}, "warm_up is a share of the steps, so below 1"),
         ({"sgd_lr": 0}, "muon_lr is for weights before batch normalization alone: give sgd_lr too"),
         ({"muon_lr": 0}, "sgd_lr is of a recipe that brings its optimizer: give muon_lr too"),
+        ({"muon_lr": 0, "sgd_lr": 0}, "clip is of a recipe that brings its optimizer: give muon_lr too"),
         ({"nesterov": True}, "nesterov changes an optimizer of the user's, and with muon_lr the recipe brings its own"),
         ({"weight_decay": 0.2}, "weight_decay changes an optimizer of the user's"),
     ],

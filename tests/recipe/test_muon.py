@@ -116,7 +116,7 @@ def test_steps_are_the_equation_matrix_by_matrix_and_sgds(keep_norm: bool, last:
     if last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = muon(model, keep_norm=keep_norm)
-    optimizer.param_groups[1]["weight_decay"] = 0.01
+    optimizer.param_groups[1] |= {"weight_decay": 0.01, "clip": 0.0}
     twin = copy.deepcopy(model)
     sgd = torch.optim.SGD(twin.parameters(), lr=0.5, momentum=0.9, nesterov=True, weight_decay=0.01)
     before = {name: (p.detach().clone(), p.stride()) for name, p in model.named_parameters()}
@@ -267,7 +267,9 @@ def test_refused() -> None:
         ({"params": [vector]}, r"one of shape \(4,\) has shape \(4,\): put gamma, beta and biases in a group with"),
         ({"params": [("norm.weight", vector)]}, r"orthogonalizes matrices, and norm\.weight has"),
         ({"params": [matrix], "weight_decay": 0.1}, "weight decay changes the norm of a weight"),
+        ({"params": [matrix], "clip": 0.1}, r"clip is for groups with orthogonalize=False \(got 0.1\)"),
         ({"params": [matrix], "lr": -1.0}, r"lr must be at least 0 \(got -1.0\)"),
+        ({"params": [vector], "orthogonalize": False, "clip": -1.0}, r"clip must be at least 0 \(got -1.0\)"),
         ({"params": [matrix], "blocks": [3]}, r"has no 3 equal blocks"),
         ({"params": [matrix], "blocks": [1, 1]}, r"one number for each of 1 weights \(got 2\)"),
     ):

@@ -43,7 +43,7 @@ class Kind:
 def _muon(network: nn.Module, rate: float, batch_norm: bool) -> Optimizer:
     """All weights but the last layer's orthogonalized, which are those that BN follows where there is BN."""
     layers = [m for m in network.modules() if isinstance(m, nn.Linear)][:-1]
-    return Muon(parameter_groups(network, layers, keep_norm=batch_norm), lr=rate, sgd_lr=SGD_PER_MUON * rate)
+    return Muon(parameter_groups(network, layers, keep_norm=batch_norm), lr=rate, sgd_lr=SGD_PER_MUON * rate, clip=0)
 
 
 def _soap(network: nn.Module, rate: float, batch_norm: bool) -> Optimizer:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
+from batchnorm.recipe.clip import clipped
+
 Quintic = tuple[float, float, float]
 STEP: Quintic = (3.4445, -4.7750, 2.0315)  # steepest at 0; singular values end near 1, not at 1
 STEPS = (STEP,) * 5
@@ -49,7 +51,7 @@ def orthogonalized(x: Tensor, steps: Sequence[Quintic] = STEPS) -> Tensor:
     X_KMN = X_KMN / torch.linalg.vector_norm(X_KMN, dim=(1, 2), keepdim=True).clamp(min=_TINY)
     X_KMN = X_KMN.bfloat16() if small else X_KMN
     for a, b, c in steps:
-        G_KMM = X_KMN @ X_KMN.mT
+        G_KMM = torch.bmm(X_KMN, X_KMN.mT)
         G_KMM = torch.baddbmm(G_KMM, G_KMM, G_KMM, beta=b, alpha=c)
         X_KMN = torch.baddbmm(X_KMN, G_KMM, X_KMN, beta=a)
     return (X_KMN if wide else X_KMN.mT).to(x.dtype).reshape(x.shape)
@@ -69,6 +71,14 @@ class Muon(Optimizer):
     to a place's outputs; a transposed one a place's inputs to a patch, and is inputs x outputs. With groups
     the map is block diagonal, and its orthogonal factor that of each block: ``blocks``.
 
+    The rest has SGD of clipped gradients, a unit u (a row of a matrix, an element of gamma, beta or a bias) at a time:
+
+        G_u <- G_u min(1, clip max(|W_u|, 1) / |G_u|)
+
+    A rate is stable up to about 2 over the loss's curvature. Above that a loss with bounded gradients (cross-entropy)
+    swings; of a squared error they grow with the error, and training diverges. Clipped they are bounded for any loss
+    and any scale of the targets: what is too steep swings by a share of the weight that goes to 0 with the rate.
+
     Args:
         params: parameters, (name, parameter) or groups of them, as torch's optimizers take them. A group says by
             ``orthogonalize=False`` that it is SGD's, by ``keep_norm=False`` that norms are not put back (in a network
@@ -77,10 +87,11 @@ class Muon(Optimizer):
         sgd_lr: ``lr`` of the other groups.
         momentum: of both, Nesterov's.
         weight_decay: of the other groups, times the parameter, added to its gradient.
+        clip: of the other groups: a unit's gradient is at most this share of the unit; 0: not clipped.
 
     Raises:
         ValueError: a value that is negative; in a group that is orthogonalized, a parameter of fewer than two
-            dimensions, weight decay, or blocks that do not divide it; at the first step, a weight that is zero.
+            dimensions, weight decay, clip, or blocks that do not divide it; at the first step, a weight that is zero.
         RuntimeError: complex or sharded parameters; sparse gradients.
 
     Parameters without a gradient are left alone. State is a momentum per parameter and a norm per weight, in the
@@ -98,7 +109,7 @@ class Muon(Optimizer):
         >>> abs(layer.weight.norm().item() / before - 1) < 1e-6
         True
 
-    Source: Jordan et al. 2024; Ioffe & Szegedy 2015, Section 3.3.
+    Source: Jordan et al. 2024; Ioffe & Szegedy 2015, Section 3.3; of ``clip``: Brock et al. 2021.
     """
 
     def __init__(
@@ -109,9 +120,16 @@ class Muon(Optimizer):
         *,
         sgd_lr: float = 0.5,
         weight_decay: float = 0.0,
+        clip: float = 0.02,
     ) -> None:
         own = {"lr": lr, "momentum": momentum, "orthogonalize": True}
-        super().__init__(params, own | {"sgd_lr": sgd_lr, "weight_decay": weight_decay})
+        super().__init__(params, own | {"sgd_lr": sgd_lr, "weight_decay": weight_decay, "clip": clip})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's; what was saved when gradients were not clipped goes on without."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("clip", 0.0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; checks the group.
@@ -120,7 +138,8 @@ class Muon(Optimizer):
             ValueError: see the class.
             RuntimeError: complex or sharded parameters.
         """
-        own = {"weight_decay": 0.0} if param_group.get("orthogonalize", True) else {"lr": self.defaults["sgd_lr"]}
+        orthogonalize = param_group.get("orthogonalize", True)
+        own = {"weight_decay": 0.0, "clip": 0.0} if orthogonalize else {"lr": self.defaults["sgd_lr"]}
         super().add_param_group(own | param_group)
         self.param_groups[-1].pop("sgd_lr")
         try:
@@ -191,7 +210,7 @@ def _name(group: dict[str, Any], i: int) -> str:
 
 
 def _check(group: dict[str, Any]) -> None:
-    for key in ("lr", "momentum", "weight_decay"):
+    for key in ("lr", "momentum", "weight_decay", "clip"):
         if not group[key] >= 0:
             raise ValueError(f"Muon: {key} must be at least 0 (got {group[key]}).")
     if any(p.is_complex() for p in group["params"]):
@@ -206,6 +225,11 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(
             "Muon: weight decay changes the norm of a weight, which is put back: it is for groups with "
             f"orthogonalize=False (got {group['weight_decay']})."
+        )
+    if group["clip"]:
+        raise ValueError(
+            "Muon: the gradients of weights that are orthogonalized are not clipped, as their lengths do nothing: clip "
+            f"is for groups with orthogonalize=False (got {group['clip']})."
         )
     if len(blocks) != len(group["params"]):
         raise ValueError(f"Muon: blocks is one number for each of {len(group['params'])} weights (got {len(blocks)}).")
@@ -222,6 +246,8 @@ def _check(group: dict[str, Any]) -> None:
 def _step_by_sgd(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
     params = [p for p in group["params"] if p.grad is not None]
     grads: list[Any] = [p.grad for p in params]
+    if group["clip"]:
+        grads = clipped(params, grads, group["clip"])
     pairs = zip(params, grads, strict=True)
     alike = all(p.stride() == g.stride() and p.device.type in ("cpu", "cuda") for p, g in pairs)  # one kernel for all
     if params:

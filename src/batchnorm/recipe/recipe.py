@@ -3,7 +3,7 @@
 Goes to: ``accelerate.py``, which changes the network; ``apply.py``, which changes optimizer and scheduler; the race.
 Source of "paper": Ioffe & Szegedy 2015, Section 4.2.1, but for what its images and its network alone have (photometric
 distortions, local response normalization); that gamma, beta and biases do not decay is today's practice. Source of
-"sgd" and "fast": the race (docs/results.md); of Muon: Jordan et al. 2024.
+"sgd" and "fast": the race (docs/results.md); of Muon: Jordan et al. 2024; of ``clip``: Brock et al. 2021.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Recipe:
         muon_lr: learning rate of ``Muon`` on the weights that batch normalization follows, as a share of their norms;
             0: the recipe brings no optimizer.
         sgd_lr: learning rate of SGD on all other parameters, in a recipe that brings its optimizer.
+        clip: a gradient of those is at most this share of what it moves (``Muon``); 0: not clipped.
         warm_up: share of the steps over which both rates grow; from there they go to 0.
 
     Raises:
@@ -74,13 +75,15 @@ class Recipe:
     shuffle: bool = False
     muon_lr: float = 0.0
     sgd_lr: float = 0.0
+    clip: float = 0.0
     warm_up: float = 0.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "float" and not (isinstance(value, Real) and 0 <= float(value) < math.inf):
-                kind = "a rate" if field.name.endswith("_lr") else "a share" if field.name == "warm_up" else "a factor"
+                share = field.name in ("clip", "warm_up")
+                kind = "a rate" if field.name.endswith("_lr") else "a share" if share else "a factor"
                 raise ValueError(f"Recipe: {field.name} is {kind}, so a finite number of at least 0 (got {value!r}).")
         for name in ("learning_rate", "decay_speed"):
             if not getattr(self, name):
@@ -89,7 +92,7 @@ class Recipe:
             raise ValueError(f"Recipe: dropout multiplies probabilities, so it is at most 1 (got {self.dropout}).")
         if self.warm_up >= 1:
             raise ValueError(f"Recipe: warm_up is a share of the steps, so below 1 (got {self.warm_up}).")
-        names = ("weight_decay", "only_weights", "nesterov") if self.muon_lr else ("sgd_lr", "warm_up")
+        names = ("weight_decay", "only_weights", "nesterov") if self.muon_lr else ("sgd_lr", "clip", "warm_up")
         other = next((f for f in fields(self) if f.name in names and getattr(self, f.name) != f.default), None)
         if other is not None:
             changes = "changes an optimizer of the user's, and with muon_lr the recipe brings its own"
@@ -128,6 +131,7 @@ class Recipe:
         return [
             (f"Muon, learning rate {muon}: weights before batch normalization", "optimizer(model)"),
             (f"SGD, learning rate {sgd}, Nesterov momentum: all others", "optimizer(model)"),
+            (f"their gradients cut to {100 * self.clip:g}% of what they move" * (self.clip > 0), "optimizer(model)"),
             ("no weight decay", "optimizer(model)"),
             (f"learning rates {up}linearly to 0", "scheduler(optimizer, steps)"),
             (faster, "you: steps"),
@@ -178,7 +182,8 @@ class Recipe:
         """The optimizer that the recipe brings, of a model's parameters; make it before training.
 
         Weights whose outputs batch normalization alone reads are orthogonalized at constant norm, all other parameters
-        (gamma, beta, biases, the classifier) get SGD: two groups, ``orthogonalize`` True and False.
+        (gamma, beta, biases, the last layer) get SGD of clipped gradients, stable for any loss and any scale of the
+        targets: two groups, ``orthogonalize`` True and False.
 
         Args:
             model: what ``accelerate`` returned, wrapped or not; with ``example``, any with batch normalization.
@@ -205,7 +210,7 @@ class Recipe:
         self._must_bring("optimizer")
         groups = parameter_groups(model, normalized(model, example))
         muon, sgd = self.muon_lr * self.learning_rate, self.sgd_lr * self.learning_rate
-        return Muon(groups, lr=muon, sgd_lr=sgd, momentum=MOMENTUM)
+        return Muon(groups, lr=muon, sgd_lr=sgd, momentum=MOMENTUM, clip=self.clip)
 
     def scheduler(self, optimizer: Optimizer, steps: int) -> LambdaLR:
         """The scheduler that the recipe brings: ``scheduler.step()`` after each of so many steps of the optimizer.
@@ -244,5 +249,5 @@ PAPER = Recipe(
     "paper", learning_rate=5, weight_decay=1 / 5, only_weights=True, decay_speed=6, dropout=0, shuffle=True
 )  # fmt: skip
 SGD = replace(PAPER, name="sgd", weight_decay=1, nesterov=True)
-FAST = Recipe("fast", muon_lr=0.03, sgd_lr=0.5, warm_up=0.1, dropout=0, shuffle=True)
+FAST = Recipe("fast", muon_lr=0.03, sgd_lr=0.5, clip=0.02, warm_up=0.1, dropout=0, shuffle=True)
 RECIPES = {recipe.name: recipe for recipe in (PAPER, SGD, FAST)}
