@@ -83,8 +83,8 @@ def test_the_answer_comes_first_with_its_interval_and_its_control() -> None:
     )
     assert "without batch normalization (short): not reached" in report.sentence(*results(0.8, 0.9, 0.7))
     assert report.sentence(*results(0.8, 0.7, 0.6)) == (
-        "No contender reached the target (accuracy 80.00%): sgd came to 70.00% in 100 steps. Give it more: "
-        "--contenders baseline,sgd@1."
+        "No contender reached the target (accuracy 80.00%): sgd came to 70.00% in 33 steps. Give it more: "
+        "--contenders baseline,sgd@3."
     )
 
 
@@ -109,6 +109,13 @@ def test_a_control_that_is_there_too_soon_to_tell_is_not_one_that_never_is() -> 
     assert "without batch normalization (short): evaluated too seldom to tell." in report.sentence(found, plan)
 
 
+def test_who_diverged_before_the_first_evaluation_is_told_so() -> None:
+    found, plan = results(0.8, 0.7, 0.6)
+    for row in found["contenders"][1:]:
+        row["runs"] = [{"seed": 0, "status": "diverged at step 9", "steps": 0, "end": 0.0}]
+    assert report.sentence(found, plan) == "No contender reached the target (accuracy 80.00%): all diverged."
+
+
 def test_a_baseline_alone_is_no_race() -> None:
     found, plan = results(0.8, 0.9, 0.81)
     found["contenders"] = found["contenders"][:1]
@@ -128,9 +135,8 @@ def test_names_are_told_as_they_are_whatever_they_mean_to_a_terminal() -> None:
 
 
 def test_who_had_the_baselines_steps_already_is_not_told_to_take_them() -> None:
-    found, plan = results(0.8, 0.7, 0.6)
-    said = report.sentence(found, replace(plan, steps=100))
-    assert said.endswith("sgd came to 70.00% in 100 steps. Give all of them more: --steps 200.")
+    said = report.sentence(*results(0.8, 0.7, 0.6, names=("baseline", "bn", "short")))
+    assert said.endswith("bn came to 70.00% in 200 steps. Give all of them more: --steps 400.")
 
 
 @pytest.mark.parametrize("width", [80, 160])

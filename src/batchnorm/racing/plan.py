@@ -81,12 +81,16 @@ class Plan:
     def runs(self) -> list[Run]:
         """Every run, longest first, which packs best on several cores."""
         runs = [
-            Run(contender, seed, rate, max(1, round(contender.budget * self.steps)), self.evaluations, self.scored)
+            Run(contender, seed, rate, self.steps_of(contender), self.evaluations, self.scored)
             for contender in self.contenders
             for seed in range(self.first_seed, self.first_seed + self.seeds)
             for rate in self.rates_of(contender)
         ]
         return sorted(runs, key=lambda run: -run.steps)
+
+    def steps_of(self, contender: Contender) -> int:
+        """Its budget."""
+        return max(1, round(contender.budget * self.steps))
 
     def rates_of(self, contender: Contender) -> list[float]:
         rate = self.learning_rates[contender.name]

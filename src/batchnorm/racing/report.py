@@ -69,7 +69,9 @@ def _nobody(results: Mapping[str, Any], plan: Plan) -> str:
     """How near they came, and what to try."""
     words = f"No contender reached the target ({plan.metric} {plan.shown(results['target'])})"
     sign = -1 if plan.score_falls else 1
-    rows = [row for row in _others(results, plan) if row["end"] is not None]
+    rows = [
+        row for row in _others(results, plan) if any(not run["status"].startswith("diverged") for run in row["runs"])
+    ]
     if not rows:
         return f"{words}: all diverged."
     best = max(rows, key=lambda row: sign * row["end"])

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from batchnorm.racing import checks
+from batchnorm.racing.contenders import Contender
 from batchnorm.racing.plan import Plan
 from batchnorm.racing.timing import StepTime
 
@@ -107,9 +108,7 @@ def score(plan: Plan, records: Mapping[str, Sequence[Record]], times: Mapping[st
     faults = checks.of_baseline(plan, records[plan.baseline], base)
     target = base.target() if base is not None else None
     rows = [
-        _row(
-            plan, contender.name, records[contender.name], curves.get(contender.name), base, target, times, bool(faults)
-        )
+        _row(plan, contender, records[contender.name], curves.get(contender.name), base, target, times, bool(faults))
         for contender in plan.contenders
     ]
     sign = -1 if plan.score_falls else 1
@@ -125,7 +124,7 @@ def score(plan: Plan, records: Mapping[str, Sequence[Record]], times: Mapping[st
 
 def _row(
     plan: Plan,
-    name: str,
+    contender: Contender,
     records: Sequence[Record],
     own: Curves | None,
     base: Curves | None,
@@ -133,6 +132,7 @@ def _row(
     times: Mapping[str, StepTime],
     void: bool,
 ) -> dict[str, Any]:
+    name = contender.name
     time, sign = times[name], -1 if plan.score_falls else 1
     steps = own.steps_to(target) if own is not None and target is not None else float("inf")
     reference = base.steps_to(target) if base is not None and target is not None else float("inf")
@@ -161,7 +161,7 @@ def _row(
         "warnings": found,
         "end": None if own is None else sign * own.end(),
         "end_interval": None if own is None else _signed(interval(own.ends.tolist()), sign),
-        "budget": int(own.steps[-1]) if own is not None else 0,
+        "budget": plan.steps_of(contender),
         "epochs_to_target": steps * plan.batch_size / plan.examples if is_reached else None,
         "seconds_per_step": time.median,
         "seconds_per_step_quartiles": time.quartiles,
