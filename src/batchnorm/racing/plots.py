@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.racing.plan import Plan
-from batchnorm.racing.report import answers
+from batchnorm.racing.report import answers, share
 from batchnorm.racing.score import Record, curves_of
 
 if TYPE_CHECKING:
@@ -125,8 +125,8 @@ def _steps_to_each(
     if results["target"] is not None:
         axes.axvline(results["target"], color="black", linewidth=0.8, zorder=0)
         axes.annotate(
-            f" target {plan.shown(results['target'])}", (results["target"], 1), xycoords=("data", "axes fraction"),
-            ha="right", va="top", fontsize=9, rotation=90,
+            f" target {plan.shown(results['target'])}", (results["target"], 0.02), xycoords=("data", "axes fraction"),
+            ha="right", va="bottom", fontsize=9, rotation=90,
         )  # fmt: skip
     if plan.score_falls:
         axes.invert_xaxis()
@@ -157,6 +157,4 @@ def _message(results: Mapping[str, Any], plan: Plan, quantity: str) -> str:
     if not any(row["name"] != plan.baseline and row[key] for row in results["contenders"]):
         return f"No contender reached what {plan.baseline} ends at"
     first, _ = answers(results, plan, quantity)
-    ends = first[f"{key}_interval"]
-    sure = "" if ends is None or ends[1] is None else f" (95%: {100 * ends[0]:.1f} to {ends[1]:.1%})"
-    return f"{first['name']}: the {plan.metric} of {plan.baseline} in {first[key]:.1%} of its {quantity}{sure}"
+    return f"{first['name']}: the {plan.metric} of {plan.baseline} in {share(first, quantity)} of its {quantity}"
