@@ -30,7 +30,7 @@ from batchnorm.recipe.recipe import Recipe
 Mode = Literal["quick", "default", "full"]
 Asked = str | Recipe | Contender
 SEEDS: dict[str, int] = {"quick": 2, "default": 8, "full": 8}
-EVALUATIONS: dict[str, int] = {"quick": 10, "default": 24, "full": 40}  # of each run, ever more often towards its end
+EVALUATIONS: dict[str, int] = {"quick": 10, "default": 24, "full": 24}  # of each run, ever more often towards its end
 RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the task's rate: what --tune tries
 TUNED_GRID = (1 / 2, 1, 2)  # times a rate that a sweep at another budget has found
 
