@@ -1,6 +1,6 @@
 """Both measures of speed, steps and seconds, with torch's layers and with ours.
 
-Steps: the race's baseline and its ``fast`` on Fashion-MNIST (docs/race.md), the baseline for 7,500 steps (with
+Steps: the race's baseline and its ``fast`` on Fashion-MNIST (docs/race.md), the baseline for 5,000 steps (with
 --quick 700): steps until ``fast`` is as good as the baseline at its end, as a fraction of the baseline's. Seconds
 per step: alone on the machine, one thread, the networks taking turns: without BN, and with BN in torch's layers, ours,
 and ours fused with the nonlinearities; median of 10 turns of 10 steps (with --quick 5 of 8), one seed after the

@@ -1,7 +1,7 @@
 """The paper's second experiment: steps to the best accuracy of the network without BN.
 
 The race (docs/race.md) between the paper's own contenders, with its rules and its budgets: on Fashion-MNIST at 28 x 28,
-the baseline for 7,500 steps of 256 images, up to its plateau (with --quick 700).
+the baseline for 5,000 steps of 256 images, up to its plateau (with --quick 700).
 """
 
 from __future__ import annotations
