@@ -198,6 +198,14 @@ def test_samplers_are_told_the_epoch_and_a_stream_without_batches_ends() -> None
         next(stream(Loader("t", lambda: DataLoader(Nothing(), 1)), 0, 0))
 
 
+@pytest.mark.parametrize("kind", ["a loader of a stream", "a loader with its own batches", "loader with a generator"])
+def test_loaders_of_every_kind_pass_the_trial_before_a_race(kind: str, tmp_path: Path) -> None:
+    """Which asks for the last batch of an epoch, where there can be one of one example."""
+    task = replace(toy.task(), **KINDS[kind])
+    results = bn.race(task, ["baseline", "bn-x5"], seeds=1, steps=12, out=tmp_path / "o")
+    assert [row["name"] for row in results["contenders"]] == ["baseline", "bn-x5"]
+
+
 def test_a_test_loader_is_read_until_the_examples_are_there() -> None:
     trainer = Trainer(
         replace(toy.task(), test=DataLoader(toy.examples(500, 1), 64)), Run(CONTENDERS["baseline"], 0, 0.1, 9, 2)

@@ -195,7 +195,9 @@ class Loader:
         """The batch of one example that ends each epoch, where the loader has such; else None."""
         loader = self._made()
         sampler = getattr(loader, "batch_sampler", None)
-        if not (isinstance(loader, DataLoader) and type(sampler) is BatchSampler) or sampler.drop_last:
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return None
+        if type(sampler) is not BatchSampler or sampler.drop_last or not hasattr(sampler.sampler, "__len__"):
             return None
         if sampler.batch_size == 1 or len(sampler.sampler) % sampler.batch_size != 1:  # type: ignore[arg-type]
             return None
