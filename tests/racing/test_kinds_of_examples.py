@@ -1,6 +1,7 @@
 """racing/examples.py: every kind of examples, the same for every contender of a seed and for a resumed run."""
 
 import random
+import warnings
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,9 +18,11 @@ from batchnorm.racing.contenders import CONTENDERS
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Evaluation, Resumed, Run
 from batchnorm.racing.examples import Items, Loader, Whole, examples_of
+from batchnorm.racing.plan import make_plan
 from batchnorm.racing.reading import stream
 from batchnorm.racing.trainer import Trainer
 from batchnorm.racing.training import train
+from batchnorm.racing.trial import try_contenders
 
 
 class Noisy(Dataset[Any]):
@@ -321,3 +324,35 @@ def test_what_is_no_data_is_said_in_one_line(given: Any, message: str) -> None:
     with pytest.raises(RaceError, match=message) as error:
         examples_of("train", given)
     assert "\n" not in str(error.value)
+
+
+def test_some_of_a_loaders_examples_are_from_all_over_it() -> None:
+    """They may be sorted by class."""
+    data = TensorDataset(torch.arange(640.0)[:, None], torch.arange(640) // 64)
+    task = replace(toy.task(), test=DataLoader(data, 20))
+    trainer = Trainer(task, Run(CONTENDERS["baseline"], 0, 0.1, 10, 2))
+    labels = torch.cat([batch[1] for batch in trainer._test_batches(200)])
+    assert len(labels) == 200
+    assert {*labels.tolist()} == {*range(10)}
+
+
+@pytest.mark.parametrize("where", ["dataset", "sampler", None])
+def test_examples_that_are_others_each_time_are_told(where: str | None) -> None:
+    class Own(Noisy):
+        generator = np.random.default_rng()
+
+        def __getitem__(self, index: int) -> Any:
+            return self.x[index] + float(self.generator.normal()), int(self.y[index])
+
+    class Mine(torch.utils.data.Sampler[int]):
+        generator, __len__ = np.random.default_rng(), lambda self: 1000  # type: ignore[assignment]
+
+        def __iter__(self) -> Any:
+            return iter(self.generator.permutation(1000).tolist())
+
+    train: Any = {"dataset": Own(), "sampler": DataLoader(Noisy(), 20, sampler=Mine()), None: Noisy()}[where]
+    task = replace(toy.task(), train=train)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try_contenders(task, make_plan(task, spec="toy", contenders=["baseline"]))
+    assert ["read again from the same seed" in str(w.message) for w in caught] == [True] * (where is not None)

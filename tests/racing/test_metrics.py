@@ -1,5 +1,8 @@
 """racing/metrics.py: a score is that of all test examples, in whatever batches and on however many ranks they come."""
 
+from collections import UserDict
+from dataclasses import make_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,13 +197,16 @@ def test_a_batchs_examples_and_targets() -> None:
     x, y = torch.zeros(3, 2), torch.tensor([1, 2, 3])
     assert count_of((x, y)) == count_of({"a": "name", "b": x}) == count_of([torch.tensor(1.0), x]) == 3
     assert count_of("none") == 1
+    assert count_of(UserDict(ids=x)) == count_of((UserDict(ids=x), y)) == 3  # transformers' BatchEncoding is one
+    assert count_of(make_dataclass("Pair", ["a", "b"])("name", x)) == 3
+    assert count_of(SimpleNamespace(num_graphs=4, x=x)) == 4
     assert target_of((x, y)) is y
     assert target_of({"x": x, "label": y}) is y
     assert target_of((x, y, y)) == (y, y)
     assert target_of({"x": x, "labels": y, "y": x}) is y
 
 
-@pytest.mark.parametrize("value", [0.25, 3.25e-7, -1.5e-10, 1234.5, 0.0, 1.0])
+@pytest.mark.parametrize("value", [0.25, 3.25e-7, -1.5e-10, 1234.5, 0.0, 1.0, float("inf"), float("-inf")])
 def test_small_losses_are_not_rounded_away(value: float) -> None:
     metric = Mean(lambda output, target: torch.tensor(value))
     metric.update(torch.zeros(3), torch.zeros(3))

@@ -258,7 +258,7 @@ def test_a_contender_has_a_share_of_its_own_in_each_mode() -> None:
     assert shares(toy.task()) == {"quick": 1 / 2.5, "default": 1 / 6, "full": 1 / 6}
     own = shares(load_task("inception"))
     assert own["quick"] == 1 / 2.5
-    assert own["full"] == own["default"] == 1 / 5
+    assert own["full"] == own["default"] == 1 / 5.5
 
 
 def test_task_is_the_same_each_time_it_is_loaded_even_if_its_data_is_drawn_unseeded() -> None:

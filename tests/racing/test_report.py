@@ -54,21 +54,22 @@ def test_one_seed_says_that_it_is_one_and_an_untuned_rate_that_it_is_untuned() -
     assert "8 seeds; intervals" in report.rules(make_plan(toy.task(), spec="racing.toy:task"))
 
 
-def results(*ends: float, names: tuple[str, ...] = ("baseline", "sgd", "short")) -> tuple[Any, Any]:
+def results(*ends: float, names: tuple[str, ...] = ("baseline", "sgd", "short"), seeds: int = 6) -> tuple[Any, Any]:
     """Of the baseline, and of two contenders that go as far as they are told, at four times its speed and twice."""
-    plan = make_plan(toy.task(), spec="racing.toy:task", contenders=names, seeds=3)
+    plan = make_plan(toy.task(), spec="racing.toy:task", contenders=names, seeds=seeds)
     records = {
         name: [
             {
                 "seed": seed,
                 "learning_rate": 0.1,
                 "status": "finished",
+                "points": [*range(0, 101, 4)],
                 "curve": [
                     {"step": step, "score": end * min(1, step * speed / 80), "loss": 1 / (1 + step), "rate": 0.0}
                     for step in range(0, 101, 4)
                 ],
             }
-            for seed in range(3)
+            for seed in range(seeds)
         ]
         for name, speed, end in zip(names, (1, 4, 2), ends, strict=True)
     }
@@ -86,6 +87,14 @@ def test_the_answer_comes_first_with_its_interval_and_its_control() -> None:
         "No contender reached the target (accuracy 80.00%): sgd came to 70.00% in 33 steps. Give it more: "
         "--contenders baseline,sgd@3."
     )
+
+
+def test_of_few_seeds_the_range_is_no_interval_and_is_not_called_one() -> None:
+    told, (found, plan) = report.sentence(*results(0.8, 0.9, 0.81, seeds=2)), results(0.8, 0.9, 0.81, seeds=2)
+    assert "in 22.2% (2 seeds: 22.2 to 22.2%) of its steps" in told
+    assert "95%" not in told + str([column.header for column in report.table(found, plan).columns])
+    assert "what they span, not intervals of 95%" in report.rules(plan)
+    assert found["intervals"] == "2 seeds"
 
 
 def test_what_another_optimizer_adds_is_told_apart() -> None:

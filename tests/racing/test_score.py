@@ -9,6 +9,7 @@ from racing import toy
 
 from batchnorm.racing import score as rules
 from batchnorm.racing import tuning
+from batchnorm.racing.errors import RaceError
 from batchnorm.racing.plan import Plan, make_plan
 from batchnorm.racing.score import Curves, curves_of, interval, score
 from batchnorm.racing.timing import StepTime
@@ -22,7 +23,8 @@ def record(seed: int, *scores: float, status: str = "finished", rate: float = 0.
         {"step": 10 * i, "score": value, "loss": None if not i else 1 / i, "rate": rate}
         for i, value in enumerate((FRESH, *scores))
     ]
-    return {"seed": seed, "learning_rate": 0.1, "status": status, "curve": points}
+    steps = [10 * i for i in range(max(4, len(points)))]
+    return {"seed": seed, "learning_rate": 0.1, "status": status, "points": steps, "curve": points}
 
 
 def plan_of(seeds: int, **changes: Any) -> Plan:
@@ -82,9 +84,9 @@ def test_target_is_the_mean_end_less_its_standard_error_so_the_baseline_always_r
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of races with a known fraction, 95% and somewhat fewer (eight seeds); not much fewer."""
+    """Of races with a known fraction, 95%: with plain percentiles of eight seeds 89%."""
     monkeypatch.setattr(rules, "RESAMPLES", 400)
-    steps, hits, races = np.linspace(0, 100, 26), 0, 40
+    steps, hits, races = np.linspace(0, 100, 26), 0, 60
     generator = np.random.default_rng(1)
 
     def runs(speed: float, most: float) -> list[dict[str, Any]]:
@@ -100,7 +102,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch: pytest.Monke
         assert low <= bn["steps_fraction"] <= high
         hits += low <= 0.5 <= high
         assert baseline["steps_fraction"] == 1
-    assert 0.85 <= hits / races <= 1
+    assert hits / races >= 0.92
 
 
 def test_not_reached_comes_with_how_sure_that_is() -> None:
@@ -204,7 +206,7 @@ def test_a_target_below_the_untrained_score_is_none() -> None:
 
 def test_a_run_that_was_never_scored_counts_as_untrained() -> None:
     never = {**record(1, status="diverged at step 0"), "curve": []}
-    assert curves_of([record(0, 0.5, 0.9), never]).scores.tolist() == [[FRESH, 0.5, 0.9], [FRESH] * 3]
+    assert curves_of([record(0, 0.5, 0.8, 0.9), never]).scores.tolist() == [[FRESH, 0.5, 0.8, 0.9], [FRESH] * 4]
     _, _, bn = scored([record(seed, *GOOD) for seed in range(2)], [record(0, 0.5, 0.9, 0.95), never])
     assert bn["steps_to_target"] is None
     assert bn["status"].startswith("diverged at step 0 (seed 1); target not reached")
@@ -234,3 +236,54 @@ def test_a_sweep_tells_small_losses_apart_and_shows_scores_with_their_sign() -> 
     assert found["baseline"] == {"0.25": [-2.5e-07], "0.5": [-5e-07], "1": [-1e-06]}
     shown = tuning.table({"baseline": {"0.5": [3.5]}}, plan)  # a loss of -3.5, as a likelihood's may be
     assert [*shown.columns[2].cells] == ["-3.5"]
+
+
+def test_the_fewer_seeds_the_further_out_an_interval_ends() -> None:
+    assert rules.tail(8) == pytest.approx(0.0057, abs=1e-4)  # Phi(-2.364624 * sqrt(8 / 7))
+    assert rules.tail(10_000) == pytest.approx(0.025, abs=1e-4)
+    assert [rules.level(n) for n in (2, 5, 6, 8)] == ["2 seeds", "5 seeds", "95%", "95%"]
+    two = [record(0, 0.5, 0.6, 0.9), record(1, 0.5, 0.6, 0.9)]
+    _, _, bn = scored(two, [record(0, 0.5, 0.95, 0.95), record(1, 0.9, 0.95, 0.95)])
+    assert bn["steps_interval"] == pytest.approx([10, 10 + 10 * 0.4 / 0.45])  # of each seed alone
+
+
+def test_a_contender_of_which_no_run_got_to_its_end_has_not_reached_what_it_was_at_before() -> None:
+    gone = [record(seed, 0.9, status="diverged at step 15") for seed in range(2)]
+    _, _, bn = scored([record(seed, 0.3, 0.5, 0.6) for seed in range(2)], gone)
+    assert bn["steps_to_target"] is None
+    assert bn["end"] == FRESH
+
+
+def test_a_run_that_stopped_early_counts_with_its_end() -> None:
+    early = [record(0, *[0.5] * 9, 0.9, 0.7, status="stopped at step 110"), record(1, *[0.5] * 20)]
+    assert curves_of(early).scores[0, 12:].tolist() == pytest.approx([0.8] * 9)  # after 100 and 110 steps
+
+
+def test_a_sweep_takes_a_run_that_stopped_early_for_what_it_is_and_one_without_any_score_for_untrained() -> None:
+    plan = make_plan(toy.task(), spec="toy", contenders=["baseline"], seeds=1, steps=30, tune=True)
+    runs = [
+        {**record(0, 0.8, 0.9, status="stopped at step 20"), "learning_rate": 0.1},
+        {**record(0, status="diverged at step 0"), "curve": [], "learning_rate": 0.4},
+        {**record(0, 0.8, 0.8, 0.8), "learning_rate": 0.2},
+    ]
+    assert tuning.scores(plan, runs) == {"0.1": [0.9], "0.2": [0.8], "0.4": [FRESH]}
+    with pytest.raises(RaceError, match="accuracy is not finite, not even before the first step"):
+        tuning.scores(plan, runs[1:2])
+
+
+def test_a_sweep_goes_on_while_its_best_rate_is_at_an_edge() -> None:
+    plan = make_plan(toy.task(), spec="toy", contenders=["baseline", "sgd"], seeds=2, steps=30, tune=True)
+
+    def at(best: float, rates: list[float]) -> list[dict[str, Any]]:
+        return [{**record(s, *[1 / (1 + abs(r - best))] * 3), "learning_rate": r} for r in rates for s in range(2)]
+
+    rates = [0.1, 0.2, 0.4]
+    found = tuning.beyond(plan, {"baseline": at(0.4, rates), "sgd": at(0.2, rates)})
+    assert [(run.contender.name, run.seed, run.learning_rate) for run in found] == [
+        ("baseline", 0, 0.8),
+        ("baseline", 1, 0.8),
+    ]
+    (low, _) = tuning.beyond(plan, {"baseline": at(0.0, rates), "sgd": at(0.2, rates)})
+    assert low.learning_rate == 0.05
+    many = [0.1 * 2**i for i in range(9)]
+    assert not tuning.beyond(plan, {"baseline": at(0.0, many), "sgd": at(99.0, many)})

@@ -1,9 +1,11 @@
 """racing/trainer.py: the rules that make the race fair, and resuming to the same numbers."""
 
+import random
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from processes import on_ranks
@@ -167,6 +169,53 @@ def test_divergence_ends_the_run_and_says_where() -> None:
     events = list(train(toy.task(), replace(run_of("baseline", steps=200), learning_rate=1e20)))
     assert isinstance(events[-1], Diverged)
     assert 1 <= events[-1].step <= 10
+
+
+@pytest.mark.parametrize("where", ["loss", "metric", "statistics"])
+def test_a_training_that_raises_at_nan_has_diverged(where: str) -> None:
+    """As distributions do, decompositions in optimizers, and metrics."""
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if where == "loss":
+            return -torch.distributions.Categorical(logits=output).log_prob(target).mean()
+        return nn.functional.cross_entropy(output, target)
+
+    def metric(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+        assert outputs.isfinite().all()
+        return 0.5
+
+    task = replace(toy.task(), loss=loss, metric=metric if where == "metric" else "accuracy")
+    name = "bn" if where == "statistics" else "baseline"
+    events = list(train(task, Run(CONTENDERS[name], 0, 1e30, 60, 60)))
+    assert isinstance(events[-1], Diverged)
+
+    def mistake(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+        raise ArithmeticError("a mistake of the user's")
+
+    with pytest.raises(ArithmeticError, match="a mistake"):
+        list(train(replace(task, metric=mistake), run_of("baseline")))
+
+
+def test_a_test_loss_that_is_infinite_is_a_divergence() -> None:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(output, target) / (1.0 if output.requires_grad else 0.0)
+
+    events = list(train(replace(toy.task(), loss=loss), run_of("baseline")))
+    assert events == [Diverged(0, "loss")]
+
+
+def test_numpys_noise_in_a_network_is_seeded_too() -> None:
+    class Noisy(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + float(np.random.randn()) + random.random()
+
+    task = replace(toy.task(), model=lambda: Noisy(8, 4))
+    assert evaluations(list(train(task, run_of("baseline")))) == evaluations(list(train(task, run_of("baseline"))))
+
+
+def test_without_bn_the_norm_of_a_weight_means_something_and_is_free() -> None:
+    groups = {name: Trainer(toy.task(), run_of(name)).optimizer.param_groups for name in ("fast", "fast-without-bn")}
+    assert [some[0]["keep_norm"] for some in groups.values()] == [True, False]
 
 
 def test_mixed_precision_is_in_forwards_alone() -> None:

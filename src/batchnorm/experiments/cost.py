@@ -27,7 +27,6 @@ from batchnorm.racing.loading import load_task
 from batchnorm.racing.plan import make_plan
 from batchnorm.racing.score import curves_of
 from batchnorm.racing.trainer import Trainer
-from batchnorm.racing.training import train
 from batchnorm.surgery import from_torch, to_torch
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def measure(what: str, seed: int, mode: str, steps: int | None = None) -> Record
     plan = make_plan(task, spec="inception", contenders=CONTENDERS, mode=mode, seeds=seed + 1, steps=steps)  # type: ignore[arg-type]
     runs = {run.contender.name: run for run in plan.runs() if run.seed == seed}
     if what != "seconds":
-        return record_of(train(task, runs[what]))
+        return record_of(task, runs[what])
     trainers = {"without BN": Trainer(task, runs["baseline"])}
     for name, change in LAYERS.items():
         trainers[name] = trainer_with(change, Trainer(task, runs["fast"]), runs["fast"])

@@ -6,7 +6,6 @@ the baseline for 5,000 steps of 256 images, up to its plateau (with --quick 700)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from math import inf
 from typing import TYPE_CHECKING
@@ -14,11 +13,12 @@ from typing import TYPE_CHECKING
 from batchnorm.experiments import style
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
 from batchnorm.experiments.numbers import with_interval
-from batchnorm.racing.events import Diverged, Evaluation, Event
+from batchnorm.racing.events import Diverged, Evaluation, Run
 from batchnorm.racing.loading import load_task
 from batchnorm.racing.plan import make_plan
 from batchnorm.racing.plots import STYLES
 from batchnorm.racing.score import curves_of
+from batchnorm.racing.task import Task
 from batchnorm.racing.training import train
 
 if TYPE_CHECKING:
@@ -47,14 +47,15 @@ def measure(contender: str, seed: int, mode: str, steps: int | None = None) -> R
     task = load_task("inception")
     plan = make_plan(task, spec="inception", contenders=CONTENDERS, mode=mode, seeds=seed + 1, steps=steps)  # type: ignore[arg-type]
     run = next(run for run in plan.runs() if (run.contender.name, run.seed) == (contender, seed))
-    return record_of(train(task, run))
+    return record_of(task, run)
 
 
-def record_of(events: Iterable[Event]) -> Record:
+def record_of(task: Task, run: Run) -> Record:
     """A run's curve, and whether it diverged."""
-    happened = list(events)
+    happened = list(train(task, run))
     status = "diverged" if isinstance(happened[-1], Diverged) else "finished"
-    return {"curve": [asdict(event) for event in happened if isinstance(event, Evaluation)], "status": status}
+    curve = [asdict(event) for event in happened if isinstance(event, Evaluation)]
+    return {"curve": curve, "status": status, "points": run.points}
 
 
 def conclude(records: list[Record]) -> Result:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Protocol
 
@@ -164,8 +165,8 @@ class Loader:
                 loader.num_workers, loader.timeout = 0, 0
         return loader
 
-    def epoch(self, seed: int, epoch: int) -> Iterator[Any]:
-        """The batches of an epoch."""
+    def epoch(self, seed: int, epoch: int, most: int | None = None) -> Iterator[Any]:
+        """The batches of an epoch; of a map-style dataset those of about so many examples, all over the epoch."""
         with own_random_numbers() as seeded:
             seeded((seed, epoch))
             loader = self._made()
@@ -179,6 +180,8 @@ class Loader:
             if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
                 given = "sampler" if loader.batch_sampler is None else "batch_sampler"
                 order = [*islice(getattr(loader, given), self.batches)]  # reading processes make it begin twice
+                wanted = len(order) if most is None else min(len(order), math.ceil(most / self.batch_size))
+                order = [order[i * len(order) // wanted] for i in range(wanted)]  # they may be sorted by class
                 own = {"dataset": Seeded(loader.dataset, (seed, epoch)), "collate_fn": Collated(loader.collate_fn)}
                 loader.__dict__.update(own | {given: order})  # of a copy: a DataLoader refuses a new dataset
             batches = iter(loader)
@@ -205,6 +208,17 @@ class Loader:
 
     def fingerprint(self) -> str:
         return f"{self.batches} {_of_dataset(getattr(self._made(), 'dataset', None))}"
+
+
+def reads_the_same(examples: Examples | Loader) -> bool:
+    """Whether the first examples, read again from the same seed, are the same ones."""
+
+    def first() -> Any:
+        if isinstance(examples, Loader):
+            return next(examples.epoch(0, 0), None)
+        return examples.batch(torch.arange(min(2, len(examples))), (0, 0))
+
+    return bool(_told(first()) == _told(first()))
 
 
 def may_have_children() -> bool:
@@ -239,9 +253,11 @@ def _of_tensor(values: Any) -> str:
 
 
 def _told(value: Any) -> Any:
-    """What is the same in every process: numbers, texts, arrays, and lists of them; of other objects the class."""
+    """What is the same in every process: numbers, texts, arrays, lists and dicts of them; else the class."""
     if isinstance(value, tuple | list | range):
         return [_told(each) for each in value]
+    if isinstance(value, Mapping):
+        return {str(key): _told(each) for key, each in value.items()}
     if isinstance(value, Tensor) or hasattr(value, "__array__"):
         return _of_tensor(value)
     return value if isinstance(value, int | float | str) else type(value).__qualname__

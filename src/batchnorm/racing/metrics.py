@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -49,7 +49,9 @@ class Mean:
 
 def rounded(value: float, digits: int) -> float:
     """To so many decimals; below 1, as losses of small targets are, to so many significant digits."""
-    return round(value, digits - min(0, math.floor(math.log10(abs(value))) + 1)) if value else 0.0
+    if not value or not math.isfinite(value):
+        return value
+    return round(value, digits - min(0, math.floor(math.log10(abs(value))) + 1))
 
 
 class OfAll:
@@ -154,11 +156,27 @@ def name_of(given: Any) -> str:
 
 
 def count_of(batch: Any) -> int:
-    """Examples in a batch: the length of its first tensor, or of its list of an entry per example."""
+    """Examples in a batch: of graphs as it says, else the length of its first tensor or list of an entry per example.
+
+    Wherever that is: in mappings (those of transformers' collators), sequences and dataclasses.
+    """
+    return _count_of(batch) or 1
+
+
+def _count_of(batch: Any) -> int | None:
+    graphs = getattr(batch, "num_graphs", None)  # PyTorch Geometric's batches
+    if isinstance(graphs, int):
+        return graphs
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else None
     if _per_example(batch):
         return len(batch)
-    first = next((leaf for leaf in _pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), None)
-    return 1 if first is None else len(first)
+    parts: Any = batch if isinstance(batch, list | tuple) else ()
+    if isinstance(batch, Mapping):
+        parts = batch.values()
+    elif is_dataclass(batch):
+        parts = [getattr(batch, field.name) for field in fields(batch)]
+    return next(filter(None, map(_count_of, parts)), None)
 
 
 def logits_of(output: Any) -> Any:

@@ -179,7 +179,8 @@ def _muon(task: Task, contender: Contender, model: nn.Module, learning_rate: flo
         rows = insert(model, example).batchnorm_report.of("normalized")  # type: ignore[union-attr, operator]
         layers = [model.get_submodule(name) for name in rows]
     sgd_lr = recipe.sgd_lr * recipe.learning_rate
-    return Muon(parameter_groups(model, layers), lr=learning_rate, sgd_lr=sgd_lr, clip=recipe.clip)
+    groups = parameter_groups(model, layers, keep_norm=has_batch_norm(model))  # else it means something
+    return Muon(groups, lr=learning_rate, sgd_lr=sgd_lr, clip=recipe.clip)
 
 
 def _scale(optimizer: Optimizer, schedulers: list[Any], factor: float) -> None:

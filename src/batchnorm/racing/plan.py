@@ -80,13 +80,13 @@ class Plan:
 
     def runs(self) -> list[Run]:
         """Every run, longest first, which packs best on several cores."""
-        runs = [
-            Run(contender, seed, rate, self.steps_of(contender), self.evaluations, self.scored)
-            for contender in self.contenders
-            for seed in range(self.first_seed, self.first_seed + self.seeds)
-            for rate in self.rates_of(contender)
-        ]
-        return sorted(runs, key=lambda run: -run.steps)
+        runs = [run for c in self.contenders for rate in self.rates_of(c) for run in self.runs_at(c, rate)]
+        return sorted(runs, key=lambda run: (-run.steps, run.seed))
+
+    def runs_at(self, contender: Contender, rate: float) -> list[Run]:
+        """A contender's at a learning rate, one a seed."""
+        steps, seeds = self.steps_of(contender), range(self.first_seed, self.first_seed + self.seeds)
+        return [Run(contender, seed, rate, steps, self.evaluations, self.scored) for seed in seeds]
 
     def steps_of(self, contender: Contender) -> int:
         """Its budget."""

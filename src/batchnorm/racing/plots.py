@@ -85,7 +85,7 @@ def _curves(
     ends = []
     for row in results["contenders"]:
         some = records[row["name"]]
-        if not any(record["curve"] for record in some):
+        if not any(len(record["curve"]) > 1 for record in some):  # none was scored after a step
             continue
         color, dash = styles(list(records))[row["name"]]
         curves, unit = curves_of(some, plan.score_falls), 1.0 if quantity == "steps" else row["seconds_per_step"]
@@ -157,4 +157,4 @@ def _message(results: Mapping[str, Any], plan: Plan, quantity: str) -> str:
     if not any(row["name"] != plan.baseline and row[key] for row in results["contenders"]):
         return f"No contender reached what {plan.baseline} ends at"
     first, _ = answers(results, plan, quantity)
-    return f"{first['name']}: the {plan.metric} of {plan.baseline} in {share(first, quantity)} of its {quantity}"
+    return f"{first['name']}: the {plan.metric} of {plan.baseline} in {share(first, quantity, plan)} of its {quantity}"

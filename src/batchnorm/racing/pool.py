@@ -58,6 +58,7 @@ def run_here(task: Task, runs: Sequence[Run], directory: Path, *, write: bool = 
                 "seed": run.seed,
                 "learning_rate": run.learning_rate,
                 "status": status,
+                "points": run.points,
                 "curve": [asdict(e) for e in curve],
             }
             write_json(directory / f"{run.name}.json", record)
@@ -74,8 +75,10 @@ def run_in_processes(runs: Sequence[Run], directory: Path, workers: int) -> Iter
     jobs: Any = context.Queue()
     events: Any = context.Queue()
     known = {run.name: run for run in runs}
-    for job in [*known, *[None] * workers]:
-        jobs.put(job)
+    for run in runs:
+        jobs.put((run.contender.name, run.seed, run.learning_rate))
+    for _ in range(workers):
+        jobs.put(None)
     processes: list[Any] = []
     try:
         with deaf_to_ctrl_c():  # a worker hears of it from its parent, not while it imports
@@ -129,13 +132,15 @@ def _work(jobs: Any, events: Any, directory: Path) -> None:
     parent = multiprocessing.parent_process()
     try:
         plan = read_plan(directory.parent)
-        task, runs = task_of(plan), {run.name: run for run in plan.runs()}
+        task, contenders = task_of(plan), {contender.name: contender for contender in plan.contenders}
         check_same(plan, task, plan.processes)
-        while (name := jobs.get()) is not None:
-            for _, event in run_here(task, [runs[name]], directory):
+        while (job := jobs.get()) is not None:
+            name, seed, rate = job
+            run = next(run for run in plan.runs_at(contenders[name], rate) if run.seed == seed)
+            for _, event in run_here(task, [run], directory):
                 if parent is not None and not parent.is_alive():
                     os._exit(1)  # the parent was killed; a resumed race must find nobody else writing here
-                events.put((name, event))
+                events.put((run.name, event))
         events.put(None)
     except RaceError as error:
         events.put(str(error))

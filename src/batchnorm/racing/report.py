@@ -18,7 +18,7 @@ from rich.text import Text
 from batchnorm.racing.changes import CHANGES
 from batchnorm.racing.contenders import Contender
 from batchnorm.racing.plan import Plan
-from batchnorm.racing.score import REACHED, Record
+from batchnorm.racing.score import ENOUGH, REACHED, Record, level
 
 
 def sentence(results: Mapping[str, Any], plan: Plan) -> str:
@@ -32,9 +32,9 @@ def sentence(results: Mapping[str, Any], plan: Plan) -> str:
         return (results["warnings"] or [_nobody(results, plan)])[0]
     best, other = answers(results, plan)
     goal = f"the {plan.metric} of {plan.baseline} ({plan.shown(results['target'])})"
-    words = f"{best['name']}: {goal} in {_both(best)}{_without(best, results, plan)}."
+    words = f"{best['name']}: {goal} in {_both(best, plan)}{_without(best, results, plan)}."
     if other is not None:
-        words += f" With another optimizer too, {other['name']}: {_both(other)}{_without(other, results, plan)}."
+        words += f" With another optimizer too, {other['name']}: {_both(other, plan)}{_without(other, results, plan)}."
     return words
 
 
@@ -49,8 +49,8 @@ def answers(
     return own, rows[0] if rows[0] is not own else None
 
 
-def _both(row: Mapping[str, Any]) -> str:
-    return f"{share(row, 'steps')} of its steps, {share(row, 'seconds')} of its seconds"
+def _both(row: Mapping[str, Any], plan: Plan) -> str:
+    return f"{share(row, 'steps', plan)} of its steps, {share(row, 'seconds', plan)} of its seconds"
 
 
 def _without(row: Mapping[str, Any], results: Mapping[str, Any], plan: Plan) -> str:
@@ -61,7 +61,7 @@ def _without(row: Mapping[str, Any], results: Mapping[str, Any], plan: Plan) -> 
     if control is None:
         return ""
     reached = "not reached" if control["steps_to_target"] is None else "evaluated too seldom to tell"
-    without = reached if control["steps_fraction"] is None else f"{share(control, 'steps')} of the steps"
+    without = reached if control["steps_fraction"] is None else f"{share(control, 'steps', plan)} of the steps"
     return f"; without batch normalization ({control['name']}): {without}"
 
 
@@ -82,14 +82,14 @@ def _nobody(results: Mapping[str, Any], plan: Plan) -> str:
     return f"{words} Give it more: --contenders {plan.baseline},{best['name'].partition('@')[0]}@{speed:.2g}."
 
 
-def share(row: Mapping[str, Any], quantity: str) -> str:
+def share(row: Mapping[str, Any], quantity: str, plan: Plan) -> str:
     """ "6.6% (95%: 6.1 to 7.2%)"."""
     value, ends = row[f"{quantity}_fraction"], row[f"{quantity}_fraction_interval"]
-    return f"{value:.1%}" if ends is None else f"{value:.1%} (95%: {_range(ends)})"
+    return f"{value:.1%}" if ends is None else f"{value:.1%} ({level(plan.seeds)}: {_range(ends)})"
 
 
 def _range(ends: Sequence[Any]) -> str:
-    """Without an upper end: one in forty resamples does not reach the target."""
+    """Without an upper end: too many of the resamples do not reach the target."""
     return f"{ends[0]:.1%} or more" if ends[1] is None else f"{100 * ends[0]:.1f} to {ends[1]:.1%}"
 
 
@@ -99,7 +99,10 @@ def _others(results: Mapping[str, Any], plan: Plan) -> list[Mapping[str, Any]]:
 
 def rules(plan: Plan) -> str:
     """The rules in short, printed under every result; docs/race.md has them in full."""
-    seeds = "ONE seed: no intervals" if plan.seeds == 1 else f"{plan.seeds} seeds; intervals by resampling them"
+    seeds = f"{plan.seeds} seeds; intervals by resampling them"
+    if plan.seeds < ENOUGH:
+        few = f"{plan.seeds} seeds: the ranges are what they span, not intervals of 95%, which need {ENOUGH}"
+        seeds = few if plan.seeds > 1 else "ONE seed: no intervals"
     untuned = [c.name for c in plan.contenders if c.tuned and c.name not in plan.tuned]
     precision = "" if plan.mixed_precision == "False" else "forward and loss in 16 bits, "
     some = "the " if plan.scored is None else f"{plan.scored:,} of the "
@@ -132,7 +135,7 @@ def table(results: Mapping[str, Any], plan: Plan) -> Table:
     """Steps and seconds to the target, as shares of the baseline's; narrow enough for 80 columns."""
     view = Table(title=Text(title(results, plan)), title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     view.add_column("contender", no_wrap=True)
-    for heading in ("steps", "share", "95%", "seconds"):
+    for heading in ("steps", "share", level(plan.seeds), "seconds"):
         view.add_column(heading, justify="right", no_wrap=True)
     widest = max(len(_end(row, plan)) for row in results["contenders"])
     view.add_column(Text(f"{plan.metric} at end"), justify="right", min_width=widest)  # a long name may be wrapped

@@ -22,7 +22,9 @@ import torch.distributed as dist
 
 from batchnorm.racing import pool
 from batchnorm.racing.errors import RaceError
+from batchnorm.racing.events import Run
 from batchnorm.racing.plan import CONFIG, IN_PROCESS, Asked, Mode, Plan, check_same, make_plan, stored_in
+from batchnorm.racing.seeds import own_random_numbers
 from batchnorm.racing.task import Task
 from batchnorm.racing.trial import try_contenders
 
@@ -93,7 +95,7 @@ def race(
     different = [f"{name} was {stored.get(name)}, is {now[name]}" for name in now if stored.get(name) != now[name]]
     if different:
         raise RaceError(f"{directory} holds a race of another configuration: {'; '.join(different)}.")
-    with _one_thread(), torch.random.fork_rng():
+    with _one_thread(), torch.random.fork_rng(), own_random_numbers():
         return run_race(task, plan, directory, Console(), resume=resume, workers=0)
 
 
@@ -111,8 +113,12 @@ def run_race(
     if refusal is not None:
         raise RaceError(refusal)
     with _locked(directory, main):
-        _train(task, plan, directory, console, main, workers)
-        records = _records(plan, directory) if main else {}
+        runs = plan.runs()
+        _train(task, plan, runs, directory, console, main, workers)
+        while plan.tune and (more := _agreed(_beyond(plan, runs, directory, console) if main else [])):
+            _train(task, plan, more, directory, console, main, workers)
+            runs += more
+        records = _records(plan, runs, directory) if main else {}
         if plan.tune:
             return _report_tuning(task, plan, records, directory, console) if main else {}
         times = _times(task, plan, directory, console, main)
@@ -159,11 +165,13 @@ def _locked(directory: Path, main: bool) -> Iterator[None]:
         lock.release()
 
 
-def _train(task: Task, plan: Plan, directory: Path, console: Console, main: bool, workers: int) -> None:
-    """Every run that has left no record yet."""
+def _train(
+    task: Task, plan: Plan, runs: Sequence[Run], directory: Path, console: Console, main: bool, workers: int
+) -> None:
+    """Those of the runs that have left no record yet."""
     from batchnorm.racing.display import Display
 
-    runs, records = plan.runs(), directory / "runs"
+    records = directory / "runs"
     done = _agreed([run for run in runs if pool.finished(records, run)] if main else [])
     todo = [run for run in runs if run not in done]
     if workers and todo:
@@ -188,9 +196,9 @@ def _agreed(value: T) -> T:
     return box[0]
 
 
-def _records(plan: Plan, directory: Path) -> dict[str, list[dict[str, Any]]]:
+def _records(plan: Plan, runs: Sequence[Run], directory: Path) -> dict[str, list[dict[str, Any]]]:
     records: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in plan.contenders}
-    for run in sorted(plan.runs(), key=lambda run: run.seed):
+    for run in sorted(runs, key=lambda run: run.seed):
         record = pool.finished(directory / "runs", run)
         assert record is not None, f"{run.name} has left no record"
         records[run.contender.name].append(record)
@@ -234,13 +242,24 @@ def _report(
     pool.write_json(directory / "results.json", results)
     (directory / "curves.csv").write_text(report.curves_csv(records))
     (directory / "results.md").write_text(report.markdown(results, plan))
-    images = plots.plot(results, records, plan, directory)
     report.show(results, plan, console)
+    images = plots.plot(results, records, plan, directory)
     files = ["results.json", "curves.csv", "results.md", *(image.name for image in images)]
     console.print(
         f"Written: {directory}/{', '.join(files)}", markup=False, highlight=False, soft_wrap=not console.is_terminal
     )
     return results
+
+
+def _beyond(plan: Plan, runs: Sequence[Run], directory: Path, console: Console) -> list[Run]:
+    """The runs of a sweep whose best rate is at the edge of those tried, one rate further."""
+    from batchnorm.racing import tuning
+
+    found = tuning.beyond(plan, _records(plan, runs, directory))
+    if found:
+        rates = dict.fromkeys(f"{run.contender.name} at {run.learning_rate:g}" for run in found)
+        console.print(f"The best rate is at the edge of the sweep, so on to {', '.join(rates)} ...", highlight=False)
+    return found
 
 
 def _report_tuning(

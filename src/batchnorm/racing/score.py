@@ -7,8 +7,10 @@
 The standard error: within it of its end, a curve that flattens out is at its plateau (the one-standard-error rule,
 Breiman et al. 1984); without it noise decides when the baseline has reached what it ends at. Intervals: 95%, by
 resampling seeds with replacement (Efron 1979), the target computed anew each time, so that its own uncertainty is in
-them. Comes from: the records of ``pool.py`` and the times of ``timing.py``. Goes to: ``report.py`` and
-``results.json``. The rules are in docs/race.md; this is the only place that applies them.
+them; with percentiles that make up for few seeds (``tail``).
+
+Comes from: the records of ``pool.py`` and the times of ``timing.py``. Goes to: ``report.py`` and ``results.json``. The
+rules are in docs/race.md; this is the only place that applies them.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from batchnorm.racing.timing import StepTime
 REACHED = "reached the target"
 LAST = 0.9  # a run's end begins here, as a share of its steps
 RESAMPLES = 2_000
+ENOUGH = 6  # seeds for 95%: with 5 the mean lies beyond the lowest and the highest of them in 1 of 16 cases
 Record = Mapping[str, Any]  # of one run: seed, learning_rate, status, curve
 Array = Any  # numpy's
 
@@ -46,9 +49,9 @@ class Curves:
         some = self.scores if seeds is None else self.scores[seeds]
         return isotonic_regression(some.mean(0)).x
 
-    def end(self, seeds: Array | None = None) -> float:
-        """The mean over (some) seeds of the mean score in the last tenth of the steps."""
-        return float(self.ends.mean() if seeds is None else self.ends[seeds].mean())
+    def end(self) -> float:
+        """The mean over seeds of the mean score in the last tenth of the steps."""
+        return float(self.ends.mean())
 
     @property
     def ends(self) -> Array:
@@ -75,18 +78,23 @@ class Curves:
 
 
 def curves_of(records: Sequence[Record], falls: bool = False) -> Curves:
-    """A run that diverged counts with its untrained score from there on, one that stopped early with its last.
+    """A run that diverged counts with its untrained score from there on, one that stopped early with its end.
 
     One that diverged before it was ever scored counts with the others' worst untrained score.
     """
-    longest = max((record["curve"] for record in records), key=len)
-    untrained = [-r["curve"][0]["score"] if falls else r["curve"][0]["score"] for r in records if r["curve"]]
+    sign = -1 if falls else 1
+    curves = [[sign * point["score"] for point in record["curve"]] for record in records]
+    points = max(([point["step"] for point in record["curve"]] for record in records), key=len)
+    if any(record["status"].startswith("diverged") for record in records):
+        points = records[0]["points"]  # to the end of the budget, even where none of them got there
+    untrained = min(curve[0] for curve in curves if curve)
     rows = []
-    for record in records:
-        scores = [-point["score"] if falls else point["score"] for point in record["curve"]]
-        rest = scores[-1:] if record["status"].startswith("stopped") else scores[:1]
-        rows.append(scores + (rest or [min(untrained)]) * (len(longest) - len(scores)))
-    return Curves(np.array([point["step"] for point in longest], float), np.array(rows))
+    for record, curve in zip(records, curves, strict=True):
+        rest = curve[0] if curve else untrained
+        if record["status"].startswith("stopped"):
+            rest = Curves(np.array(points[: len(curve)], float), np.array([curve])).end()
+        rows.append(curve + [rest] * (len(points) - len(curve)))
+    return Curves(np.array(points, float), np.array(rows))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -116,6 +124,7 @@ def score(plan: Plan, records: Mapping[str, Sequence[Record]], times: Mapping[st
         "target": None if target is None else sign * target,
         "metric": plan.metric,
         "lower_is_better": plan.score_falls,
+        "intervals": level(plan.seeds),
         "warnings": faults + [w for row in rows for w in row["warnings"]],
         "contenders": rows,
         "steps_to_each": {} if target is None else steps_to_each(plan, curves),
@@ -141,6 +150,7 @@ def _row(
     is_reached = bool(np.isfinite(steps))
     found = checks.of_contender(plan, name, own, steps) if is_reached and not void else []
     fraction = steps / reference if is_reached and not void and not found else None
+    no_interval = fraction is None or name == plan.baseline
     per_step = time.median / times[plan.baseline].median
     seconds = steps * time.median + time.preparation if is_reached else None
     base_seconds = reference * times[plan.baseline].median + times[plan.baseline].preparation
@@ -148,14 +158,14 @@ def _row(
         "name": name,
         "learning_rate": plan.learning_rates[name],
         "steps_to_target": steps if is_reached else None,
-        "steps_interval": _percentiles(all_steps),
+        "steps_interval": _percentiles(all_steps, plan.seeds),
         "steps_fraction": fraction,
-        "steps_fraction_interval": None if fraction is None or name == plan.baseline else _percentiles(shares),
+        "steps_fraction_interval": None if no_interval else _percentiles(shares, plan.seeds),
         "seconds_to_target": seconds,
         "seconds_fraction": None if fraction is None or seconds is None else seconds / base_seconds,
         "seconds_fraction_interval": None
-        if fraction is None or name == plan.baseline
-        else _percentiles(shares * per_step + time.preparation / base_seconds),
+        if no_interval
+        else _percentiles(shares * per_step + time.preparation / base_seconds, plan.seeds),
         "probability_reached": reached,
         "status": _status(records, is_reached, reached),
         "warnings": found,
@@ -193,11 +203,29 @@ def _resampled(own: Curves | None, base: Curves | None) -> tuple[Array, Array]:
     return np.array(shares), np.array(steps)
 
 
-def _percentiles(values: Array) -> tuple[float, float | None] | None:
-    """95%. The upper end is None where one in forty resamples or more does not reach the target."""
+def tail(seeds: int) -> float:
+    """The share of the resamples beyond each end of a 95% interval: Phi(-t sqrt(n / (n - 1))), 0.6% with 8 seeds.
+
+    Resampled means spread by too little, by sqrt((n - 1) / n), and as if the spread of the seeds were known, where
+    Student's t is to be used: the "expanded percentile interval" of Hesterberg 2015, "What Teachers Should Know About
+    the Bootstrap". With fewer than ``ENOUGH`` seeds no percentile is far enough out.
+    """
+    from scipy import stats
+
+    return float(stats.norm.cdf(-stats.t.ppf(0.975, seeds - 1) * np.sqrt(seeds / (seeds - 1))))
+
+
+def level(seeds: int) -> str:
+    """What an interval is: 95%, or with too few seeds for that, what they span."""
+    return "95%" if seeds >= ENOUGH else f"{seeds} seeds"
+
+
+def _percentiles(values: Array, seeds: int) -> tuple[float, float | None] | None:
+    """``level(seeds)``. The upper end is None where the target is not reached in more resamples than lie beyond it."""
     if not len(values):
         return None
-    low, high = np.quantile(values, [0.025, 0.975], method="nearest")
+    beyond = tail(seeds) if seeds >= ENOUGH else 0.0
+    low, high = np.quantile(values, [beyond, 1 - beyond], method="nearest")
     return (float(low), float(high) if np.isfinite(high) else None) if np.isfinite(low) else None
 
 

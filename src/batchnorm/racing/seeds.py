@@ -74,21 +74,22 @@ def seed_of(*numbers: int) -> int:
     return found
 
 
+def seed_all(number: int, seed_torch: Callable[[int], Any] = torch.manual_seed) -> None:
+    """Torch's generators, Python's and, where it is there, NumPy's."""
+    seed_torch(number)
+    random.seed(number)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy:
+        numpy.random.seed(number)
+
+
 @contextmanager
 def own_random_numbers() -> Iterator[Callable[[Key], None]]:
     """What is drawn inside leaves torch's, Python's and NumPy's generators as they were; seeds them by a key."""
     numpy: Any = sys.modules.get("numpy")
     before = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-
-    def seeded(key: Key) -> None:
-        number = seed_of(*key)
-        torch.default_generator.manual_seed(number)
-        random.seed(number)
-        if numpy:
-            numpy.random.seed(number)
-
     try:
-        yield seeded
+        yield lambda key: seed_all(seed_of(*key), torch.default_generator.manual_seed)
     finally:
         torch.set_rng_state(before[0])
         random.setstate(before[1])

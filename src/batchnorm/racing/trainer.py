@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree
 
 from batchnorm.population import recalibrate
 from batchnorm.population.batches import placed
@@ -26,7 +27,7 @@ from batchnorm.racing.examples import Examples, Loader
 from batchnorm.racing.metrics import count_of
 from batchnorm.racing.optimization import prepared
 from batchnorm.racing.reading import Order, Wanted, read, stream
-from batchnorm.racing.seeds import seed_of
+from batchnorm.racing.seeds import seed_all, seed_of
 from batchnorm.racing.task import Task
 from batchnorm.recipe.accelerate import reduce_dropout
 
@@ -38,7 +39,7 @@ class Trainer:
 
     def __init__(self, task: Task, run: Run) -> None:
         self.task, self.run, self.step_count = task, run, 0
-        torch.manual_seed(run.seed)
+        seed_all(run.seed)
         self.device = device_of(task)
         self.model = network_of(task, run.contender).to(self.device)
         self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -61,7 +62,30 @@ class Trainer:
         self.last_rate = 0.0
 
     def step(self) -> float:
-        """One step of the optimizer on this rank's share of the next batch (or batches); the loss over all of it."""
+        """One step of the optimizer on this rank's share of the next batch (or batches); the loss over all of it.
+
+        NaN where the network is no longer finite.
+        """
+        return self._or_nan(self._step)
+
+    def _or_nan(self, act: Callable[..., float], *given: Any) -> float:
+        """What ``act`` gives; some networks, losses and optimizers raise once their values are not finite."""
+        try:
+            return act(*given)
+        except Exception:
+            if self._is_finite():
+                raise
+            return math.nan
+
+    def _is_finite(self) -> bool:
+        """Its weights, gradients and buffers, and what it makes of two examples."""
+        held: list[Any] = [*self.model.parameters(), *self.model.buffers()]
+        held += [p.grad for p in self.model.parameters() if p.grad is not None]
+        with suppress(Exception), torch.no_grad():
+            held += _pytree.tree_leaves(self.task.output(self.model, placed(self.task.first_batch(), self.device)))
+        return all(bool(value.isfinite().all()) for value in held if isinstance(value, Tensor))
+
+    def _step(self) -> float:
         task, parts = self.task, self.task.accumulate
         self.last_rate = max(float(group["lr"]) for group in self.optimizer.param_groups)  # of tensors too
         self.highest_rate = max(self.highest_rate, self.last_rate)
@@ -95,8 +119,12 @@ class Trainer:
     def evaluate(self, most: int | None = None) -> float:
         """The task's metric over the test examples (``most`` of them).
 
-        Each rank scores its share; all of them must call this, and get the same.
+        Each rank scores its share; all of them must call this, and get the same. NaN where the network is no longer
+        finite.
         """
+        return self._or_nan(self._evaluate, most)
+
+    def _evaluate(self, most: int | None) -> float:
         if self.ranks > 1:  # what layers keep of their rank's examples: rank 0's, as checkpoints hold it
             for buffer in filter(Tensor.is_contiguous, self.model.buffers()):  # others (expanded) are constants
                 dist.broadcast(buffer, 0)
@@ -139,7 +167,7 @@ class Trainer:
     def _test_batches(self, most: int | None) -> Iterator[Any]:
         examples = self.task.testing
         if isinstance(examples, Loader):
-            yield from _until(examples.epoch(0, 0), most)
+            yield from _until(examples.epoch(0, 0, most), most)
             return
         count = min(most or len(examples), len(examples))
         indices = self._share(torch.arange(count) * len(examples) // count)  # all over: they may be sorted by class
@@ -170,7 +198,7 @@ class Trainer:
 
     def seed_noise(self) -> None:
         """Dropout's random numbers depend on seed, rank and step alone, so a resumed run draws the same ones."""
-        torch.manual_seed(seed_of(self.run.seed * self.ranks + self.rank, self.step_count))
+        seed_all(seed_of(self.run.seed * self.ranks + self.rank, self.step_count))
 
     def state_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule", "scaler")}

@@ -5,6 +5,7 @@ Comes from: ``runner.py``. Goes to: the user, as a ``RaceError``.
 
 from __future__ import annotations
 
+import warnings
 from contextlib import closing
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ import torch
 from batchnorm.population.batches import placed
 from batchnorm.racing.errors import RaceError, UnreadableFile, one_line
 from batchnorm.racing.events import Run
-from batchnorm.racing.examples import Loader
+from batchnorm.racing.examples import Loader, reads_the_same
 from batchnorm.racing.plan import Plan
 from batchnorm.racing.task import Task
 from batchnorm.racing.trainer import Trainer
@@ -37,6 +38,13 @@ def try_contenders(task: Task, plan: Plan) -> None:
         except Exception as error:
             said = str(error) if isinstance(error, RaceError) else one_line(error)
             raise RaceError(f"task {task.name!r} does not run as contender {contender.name!r}: {said}") from error
+    if not reads_the_same(task.training):
+        warnings.warn(
+            f"task {task.name!r}: its training examples, read again from the same seed, are others, so that contenders "
+            "do not see the same ones: they, or their sampler, draw from a generator of their own. Draw from torch's, "
+            "Python's or NumPy's global ones, which the race seeds.",
+            stacklevel=2,
+        )
     with torch.random.fork_rng(devices=[]):  # after the ones above, whose words are better where it cannot be made
         one, other = (task.model(**plan.contenders[0].network) for _ in range(2))
     trained = {id(p) for p in one.parameters() if p.requires_grad}
