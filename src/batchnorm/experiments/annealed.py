@@ -22,6 +22,7 @@ from batchnorm.experiments.training import POPULATION, recalibrated, share_right
 from batchnorm.racing.data import load_images
 from batchnorm.recipe.muon import Muon
 from batchnorm.recipe.normalized import parameter_groups
+from batchnorm.recipe.warm_up import UpAndDown
 from batchnorm.surgery import insert
 
 WIDTH, PIXELS, CLASSES, HELD_OUT = 64, 14 * 14, 10, 5_000
@@ -122,9 +123,7 @@ def annealed(
     network: nn.Module, optimizer: Optimizer, *, steps: int, batch: int, seed: int, score: tuple[str, ...]
 ) -> dict[str, float]:
     """Train for ``steps``, the rate rising, then falling to zero; mean accuracy at ``ENDS``, chance if it diverged."""
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / math.ceil(WARM_UP * steps), (steps - step) / steps / (1 - WARM_UP))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, UpAndDown(steps, WARM_UP))
     images, labels = examples()["training"].tensors
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
