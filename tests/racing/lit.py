@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 import batchnorm as bn
 from batchnorm.racing.contenders import CONTENDERS
-from batchnorm.racing.events import Run
+from batchnorm.racing.events import Evaluation, Resumed, Run
 from batchnorm.racing.trainer import Trainer
+from batchnorm.racing.training import train
 
 
 class Plain(pl.LightningModule):
@@ -80,6 +81,16 @@ def raced(task: Any, run: Run) -> tuple[list[float], list[float], Trainer]:
             rates.append(trainer.last_rate)
         trainer.evaluate()
     return losses, rates, trainer
+
+
+def evaluations_of(task: Any, run: Run, checkpoint: Path | None = None, stop: int = 10**9) -> list[Any]:
+    """Step, loss, score and rate of each, those before a checkpoint too; the run is cut after so many steps."""
+    found: list[Any] = []
+    for event in train(task, run, checkpoint):
+        found += [e for e in (event.curve if isinstance(event, Resumed) else [event]) if isinstance(e, Evaluation)]
+        if event.step > stop:
+            break
+    return [(e.step, e.loss, e.score, e.rate) for e in found]
 
 
 class Noting(Callback):

@@ -15,6 +15,7 @@ from racing.lit import (
     Data,
     Plain,
     WithOwnData,
+    evaluations_of,
     loaders,
     one_cycle,
     own_schedule,
@@ -30,7 +31,8 @@ from torch.utils.data import DataLoader
 
 import batchnorm as bn
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.events import Evaluation, Resumed
+from batchnorm.racing.events import Evaluation
+from batchnorm.racing.trainer import Trainer
 from batchnorm.racing.training import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(many workers|`enable_checkp|logging interval|treespec).*")
@@ -99,44 +101,28 @@ def test_a_module_is_told_of_its_own_run_and_of_nothing_else() -> None:
         raced(task_of(factory=AsksMore), run_of(task))
 
 
-def test_hooks_and_modes_come_as_in_lightning(tmp_path: Path) -> None:
-    names = ("on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_zero_grad",
-             "on_after_backward", "on_before_optimizer_step", "on_train_batch_end", "on_train_epoch_end",
-             "on_after_batch_transfer")  # fmt: skip
-    lists: list[list[Any]] = []
-
-    def hook(name: str) -> Any:
-        def method(self: Any, *args: Any) -> Any:
-            self.called.append((name, self.global_step, self.current_epoch, self.net[0].training, self.training))
-            if name == "on_train_epoch_start":
-                self.net[0].eval()  # a frozen part
-            return args[0] if name == "on_after_batch_transfer" else None
-
-        return method
-
-    class Hooked(Plain):
-        def __init__(self) -> None:
-            super().__init__()
-            self.called = []
-            lists.append(self.called)
+def test_modes_are_the_modules_own_as_in_lightning_and_hooks_left_out_are_named() -> None:
+    class Frozen(Plain):
+        def on_train_epoch_start(self) -> None:
+            self.net[0].eval()
 
         def on_validation_model_train(self) -> None:
             self.trainer  # noqa: B018
 
-    for name in names:
-        setattr(Hooked, name, hook(name))
-    trained(Hooked, tmp_path, limit_val_batches=0)
-    expected = lists[-1]
-    with pytest.warns(UserWarning, match="the race leaves out on_validation_model_train"):
-        task = task_of(factory=Hooked)
+        def on_train_end(self) -> None:
+            self.trainer  # noqa: B018
+
+    with pytest.warns(UserWarning, match="the race leaves out on_train_end, on_validation_model_train"):
+        task = task_of(factory=Frozen)
     trainer = raced(task, run_of(task))[2]
-    called = [row for row in trainer.model.called if row[-1]]  # not of the evaluation
-    zero_grads = [[row for row in rows if row[0] == "on_before_zero_grad"] for rows in (called, expected)]
-    assert [row for row in called if row not in zero_grads[0]] == [row for row in expected if row not in zero_grads[1]]
-    assert len(zero_grads[0]) == len(zero_grads[1])  # Lightning has them between forward and backward
     assert not any(module.training for module in trainer.model.modules())
     trainer.step()
-    assert [m.training for m in (trainer.model, trainer.model.net[0], trainer.model.net[2])] == [True, False, True]
+    trainer.evaluate()
+    again = Trainer(task, run_of(task))  # within an epoch
+    again.load_state_dict(trainer.state_dict())
+    for one in (trainer, again):
+        one.step()
+        assert [m.training for m in (one.model, one.model.net[0], one.model.net[2])] == [True, False, True]
 
 
 @pytest.mark.parametrize("name", ["as-is", "fused", "paper", "without-bn", "ghost"])
@@ -144,20 +130,13 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(name: str, tmp_path: Path) ->
     def factory() -> Any:
         return Plain(two_schedulers, normalized=True)
 
-    def scores(checkpoint: Path | None, stop: int = 10**9) -> list[Any]:
-        found: list[Any] = []
-        for event in train(task, run_of(task, name, 1.5, 6), checkpoint):
-            found += [e for e in (event.curve if isinstance(event, Resumed) else [event]) if isinstance(e, Evaluation)]
-            if event.step > stop:
-                break
-        return [(e.step, e.loss, e.score, e.rate) for e in found]
-
     shuffled = DataLoader(toy.examples(200, 0), 20, shuffle=True), loaders()[1]
     task = task_of(factory=factory, data=shuffled)
-    whole = scores(None)
-    scores(tmp_path / "state.pt", stop=13)
+    run = run_of(task, name, 1.5, 6)
+    whole = evaluations_of(task, run)
+    evaluations_of(task, run, tmp_path / "state.pt", stop=13)
     assert (tmp_path / "state.pt").exists()
-    assert scores(tmp_path / "state.pt") == whole
+    assert evaluations_of(task, run, tmp_path / "state.pt") == whole
     assert whole[-1][2] > whole[0][2]
 
 

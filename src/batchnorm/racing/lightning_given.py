@@ -29,7 +29,10 @@ FALLS = re.compile(
     r"loss|error|perplexity|(^|[^a-z])(err|r?mse|r?msle|mae|mape|nll|bce|ppl|bpd|wer|cer|fid|ece|brier)([^a-z]|$)"
 )
 REFUSED = ("optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "backward", "configure_gradient_clipping")
-LEFT_OUT = ("on_before_backward", "on_validation_model_eval", "on_validation_model_train", "transfer_batch_to_device")
+LEFT_OUT = (
+    "on_before_backward", "on_train_end", "on_fit_end", "teardown", "on_validation_model_zero_grad",
+    "on_validation_model_eval", "on_validation_model_train", "transfer_batch_to_device",
+)  # fmt: skip
 
 
 def checked(module: Any, name: str | None) -> Any:
@@ -115,8 +118,9 @@ def metric_and_direction(task: LightningTask, asked: str | None) -> tuple[str, b
         with torch.no_grad():
             batch = placed(next(task.testing.epoch(0, 0)), "cpu")
             validation = Validation(module, trainer, [batch], "", who)
-            objects = dict(trainer.in_validation.metrics)
-            names = list(validation.logged())
+            objects = {name: entry.metric for name, entry in trainer.in_validation.entries.items()}
+            logged = validation.logged()
+            names = [name for name in logged if name.removesuffix("_epoch") not in logged.keys() - {name}]
     callbacks = module.configure_callbacks()
     callbacks = [*callbacks] if isinstance(callbacks, list | tuple) else [callbacks]
     _say_what_is_left_out(who, module, callbacks)

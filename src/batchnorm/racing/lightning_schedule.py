@@ -5,7 +5,6 @@ Comes from: ``lightning_task.py``. Goes to: ``optimization.py`` and ``trainer.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,27 +112,43 @@ class LightningSchedule(Schedule):
 
     def _due(self, row: Row) -> int:
         """How often it is stepped until now. Lightning's frequency of steps counts batches, from each epoch's first."""
-        parts, batches = self.trainer.accumulate_grad_batches, self.trainer.batches
+        epochs = self.trainer.epochs
         time = min(self.step, self.steps) * self.whole // self.steps
         if row.interval == "epoch":
-            return min(self.step, self.steps) * self.whole * parts // (self.steps * batches) // row.frequency
-        every = row.frequency // math.gcd(row.frequency, parts)  # steps
-        per_epoch = max(1, batches // parts)
-        return time // per_epoch * (per_epoch // every) + time % per_epoch // every
+            return time // epochs.steps // row.frequency
+        return epochs.stepped(time, row.frequency)
+
+    def after_training(self, interval: str, epoch_is_over: bool) -> None:
+        """Those on a plateau of what training logs: as often as others, but once where a short run owes several.
+
+        In the middle of an epoch of the run, where a shorter one has an epoch of the schedule, they look at what the
+        run's epoch comes to until now.
+        """
+        for row in self.rows:
+            if not row.on_plateau or row.interval != interval or row.monitor in self.trainer.of_validation:
+                continue
+            assert row.monitor is not None
+            due, known = self._due(row), self.trainer.known if epoch_is_over else {}
+            value = known.get(row.monitor, self.trainer.monitored(row.monitor, interval == "step"))
+            if due > row.done and value is not None:
+                row.scheduler.step(value)
+                row.done = due
 
     def after_evaluation(self, score: float) -> None:
-        """Those on a plateau."""
+        """Those on a plateau of what validation logs."""
         self.evaluations += 1
+        trainer = self.trainer
+        an_epoch_is_over = self.step >= min(trainer.epochs.steps, self.steps)  # until then its values are not known
         for row in self.rows:
-            if not row.on_plateau or self.evaluations % row.frequency:
+            if not row.on_plateau or row.monitor in trainer.of_training - trainer.of_validation:
                 continue
-            logged = self.trainer.callback_metrics
-            if row.monitor in logged:
-                row.scheduler.step(float(logged[row.monitor]))
-            elif row.strict:
+            if row.monitor in trainer.of_validation:
+                if self.evaluations % row.frequency == 0:
+                    row.scheduler.step(trainer.known[row.monitor])
+            elif row.strict and an_epoch_is_over:
                 raise RaceError(
                     f"{type(row.scheduler).__name__} looks at {row.monitor!r}, which the module does not log. It logs: "
-                    f"{', '.join(sorted(logged)) or 'nothing'}."
+                    f"{', '.join(sorted(trainer.known)) or 'nothing'}."
                 )
 
     def state_dict(self) -> dict[str, Any]:

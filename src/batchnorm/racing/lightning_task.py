@@ -21,9 +21,11 @@ from batchnorm.racing.calls import NotCalled, arguments_of
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.examples import Loader
 from batchnorm.racing.lightning_given import checked, loaders, metric_and_direction
+from batchnorm.racing.lightning_logged import Logged, see_again, seen_by_metrics
 from batchnorm.racing.lightning_loop import LightningLoop, Validation, called, transferred
 from batchnorm.racing.lightning_schedule import LightningSchedule, Row, changed_first, configured
-from batchnorm.racing.lightning_trainer import Logged, StandIn, attach, overridden
+from batchnorm.racing.lightning_steps import Epochs
+from batchnorm.racing.lightning_trainer import StandIn, attach, overridden
 from batchnorm.racing.metrics import Metric
 from batchnorm.racing.optimization import Schedule
 from batchnorm.racing.task import Task
@@ -78,15 +80,18 @@ class LightningTask(Task):
         if isinstance(schedule, LightningSchedule):
             schedule.trainer, trainer.lr_scheduler_configs = trainer, schedule.rows
         attach(model, trainer)
-        return LightningLoop(model, trainer)
+        return LightningLoop(model, trainer, schedule if isinstance(schedule, LightningSchedule) else None)
+
+    def batches_until(self, step: int) -> int:
+        """A step ends with its epoch."""
+        assert isinstance(self.training, Loader)
+        return Epochs(self.training.batches, self.accumulate).batches_until(step)
 
     def training_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """What ``training_step`` returns, or the ``"loss"`` in it."""
         module: Any = model
         trainer: StandIn = module.trainer
-        trainer.batch = batch
         trainer.output = called(module.training_step, batch, trainer.batch_idx)
-        trainer.batch = None
         loss = trainer.output.get("loss") if isinstance(trainer.output, dict) else trainer.output
         if not isinstance(loss, Tensor):
             raise RaceError(
@@ -98,12 +103,15 @@ class LightningTask(Task):
     def output(self, model: nn.Module, batch: Any) -> Any:
         """A training step's forward pass, for the population statistics: nothing is logged."""
         trainer: StandIn = model.trainer  # type: ignore[assignment]
-        kept = trainer.in_training, trainer.callback_metrics
-        trainer.in_training, trainer.callback_metrics = Logged(), {}
+        seen, kept = seen_by_metrics(model), (trainer.in_training, trainer.known, trainer.of_training)
+        trainer.in_training, trainer.known, trainer.of_training = Logged(), {}, set()
         try:
-            return self.training_loss(model, transferred(model, trainer, batch))
+            trainer.batch = transferred(model, trainer, batch)
+            return self.training_loss(model, trainer.batch)
         finally:
-            trainer.in_training, trainer.callback_metrics = kept
+            trainer.batch = None
+            trainer.in_training, trainer.known, trainer.of_training = kept
+            see_again(model, seen)
 
     def example(self, model: nn.Module) -> Any:
         """What ``training_step`` calls the module with; else its ``example_input_array``, else a batch's first part."""
@@ -116,9 +124,10 @@ class LightningTask(Task):
         batch = placed(self.first_batch(), "cpu")
         with torch.random.fork_rng(devices=[]):
             twin = copied(model)
-            self.loop(twin, *self.make_both(twin, self.steps), self.steps)  # training_step may ask for all of it
+            loop = self.loop(twin, *self.make_both(twin, self.steps), self.steps)  # training_step may ask for all of it
+            batch_of_its_own = loop.before_batch(batch, 0)
             with contextlib.suppress(NotCalled):
-                return arguments_of(twin, lambda: self.output(twin, batch))
+                return arguments_of(twin, lambda: self.training_loss(twin, batch_of_its_own))
         given = model.example_input_array
         if given is not None:
             return given
@@ -163,13 +172,13 @@ def from_lightning(
     if steps is None:
         if not (isinstance(max_epochs, int) and max_epochs > 0):
             raise RaceError(f"{who}: max_epochs must be a positive whole number (got {max_epochs!r}).")
-        steps = max(1, max_epochs * batches // accumulate)
+        steps = max_epochs * Epochs(batches, accumulate).steps
 
     def make(**changes: Any) -> Any:
         made = checked(module_factory(**changes), name)
         attach(made, _stand_in(task, batches, task.steps, datamodule))
-        made.configure_model()
         made.setup("fit")
+        made.configure_model()
         return made
 
     make.__wrapped__ = module_factory  # type: ignore[attr-defined]  # whose keywords the contenders may set

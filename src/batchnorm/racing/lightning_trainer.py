@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.metrics import count_of, is_object
+from batchnorm.racing.lightning_logged import Logged, on_device
+from batchnorm.racing.lightning_steps import Epochs
+from batchnorm.racing.metrics import count_of
 
 ALONE = {
     "world_size": 1, "num_nodes": 1, "num_devices": 1, "global_rank": 0, "local_rank": 0, "node_rank": 0,
@@ -28,52 +30,6 @@ ALONE = {
 
 class NoSuchAttribute(RaceError, AttributeError):
     """So that ``hasattr`` and ``getattr`` with a default are answered too."""
-
-
-class Logged:
-    """What is logged in an epoch: tensors averaged over batches by their size, torchmetrics as they are at its end."""
-
-    def __init__(self) -> None:
-        self.reductions: dict[str, tuple[Any, float, float]] = {}  # how, the sum (or highest, lowest), the weight
-        self.metrics: dict[str, Any] = {}
-
-    def add(self, name: str, value: Any, reduce: Any, weight: float) -> None:
-        if is_object(value):
-            self.metrics[name] = value
-            return
-        how = getattr(reduce, "__name__", reduce)
-        combine = {"mean": _weighed, "sum": _summed, "max": _highest, "min": _lowest, "amax": _highest, "amin": _lowest}
-        if how not in combine:
-            raise RaceError(f"self.log({name!r}, reduce_fx={how}): a race knows mean, sum, max and min.")
-        _, total, weights = self.reductions.get(name, (how, None, 0))
-        number = float(value)
-        self.reductions[name] = how, combine[how](total, number, weight), weights + weight
-
-    def values(self) -> dict[str, Any]:
-        """By name, at the epoch's end."""
-        means = {name: s / w if how == "mean" else s for name, (how, s, w) in self.reductions.items()}
-        return means | {name: metric.compute() for name, metric in self.metrics.items()}
-
-    def reset(self) -> None:
-        for metric in self.metrics.values():
-            metric.reset()
-        self.__init__()  # type: ignore[misc]
-
-
-def _weighed(total: float | None, value: float, weight: float) -> float:
-    return (total or 0.0) + value * weight
-
-
-def _summed(total: float | None, value: float, weight: float) -> float:
-    return (total or 0.0) + value
-
-
-def _highest(total: float | None, value: float, weight: float) -> float:
-    return value if total is None else max(total, value)
-
-
-def _lowest(total: float | None, value: float, weight: float) -> float:
-    return value if total is None else min(total, value)
 
 
 @dataclass
@@ -95,11 +51,13 @@ class StandIn:
     should_stop: bool = False
     optimizers: list[Any] = field(default_factory=list)
     lr_scheduler_configs: list[Any] = field(default_factory=list)
-    callback_metrics: dict[str, Any] = field(default_factory=dict)
     batch: Any = None  # that the module is called with; None in hooks of a whole epoch
     output: Any = None  # of its step
     in_training: Logged = field(default_factory=Logged)
-    in_validation: Logged = field(default_factory=Logged)
+    in_validation: Logged = field(default_factory=lambda: Logged(training=False))
+    known: dict[str, Any] = field(default_factory=dict)  # the last value of all that was logged
+    of_training: set[str] = field(default_factory=set)  # their names
+    of_validation: set[str] = field(default_factory=set)
 
     def __getattr__(self, name: str) -> Any:
         if name in ALONE:
@@ -124,6 +82,10 @@ class StandIn:
         return not self.training
 
     @property
+    def epochs(self) -> Epochs:
+        return Epochs(self.batches, self.accumulate_grad_batches)
+
+    @property
     def estimated_stepping_batches(self) -> int:
         return self.steps
 
@@ -133,7 +95,7 @@ class StandIn:
 
     @property
     def max_epochs(self) -> int:
-        return -(-self.steps * self.accumulate_grad_batches // self.batches)
+        return -(-self.steps // self.epochs.steps)
 
     @property
     def num_training_batches(self) -> int:
@@ -145,7 +107,7 @@ class StandIn:
 
     @property
     def global_step(self) -> int:
-        return (self.number + self.after) // self.accumulate_grad_batches
+        return self.epochs.steps_until(self.number + self.after)
 
     @property
     def batch_idx(self) -> int:
@@ -154,6 +116,20 @@ class StandIn:
     @property
     def is_last_batch(self) -> bool:
         return self.batch_idx == self.batches - 1
+
+    @property
+    def epoch_ends(self) -> bool:
+        """With this batch: it is the epoch's last, or the run's."""
+        return self.is_last_batch or self.epochs.batches_until(self.steps) == self.number + 1
+
+    @property
+    def callback_metrics(self) -> dict[str, Any]:
+        """The last values: of this step while there is a batch, of the epoch in hooks at its end."""
+        logged = self.in_training if self.training else self.in_validation
+        found = logged.values(of_step=self.batch is not None)
+        (self.of_training if self.training else self.of_validation).update(logged.entries, found)
+        self.known.update(found)
+        return self.known
 
     @property
     def logged_metrics(self) -> dict[str, Any]:
@@ -184,22 +160,39 @@ class StandIn:
         **_: Any,
     ) -> None:
         """In the place of the module's ``log``."""
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(f"self.log({name!r}, ...): the tensor must have a single element, or take its mean.")
-            value = value.detach().clone()
-        whole = self.batch is None  # a hook at an epoch's end
-        if self.training and not (on_epoch or whole or is_object(value)):
-            self.callback_metrics[name] = value
-            return
+        whole = self.batch is None  # a hook of a whole epoch
+        of_step = self.training and not whole
+        on_step, on_epoch = of_step if on_step is None else on_step, not of_step if on_epoch is None else on_epoch
         weight = 1 if whole else count_of(self.batch) if batch_size is None else batch_size
+        logged = self.in_training if self.training else self.in_validation
         with torch.no_grad():
-            (self.in_training if self.training else self.in_validation).add(name, value, reduce_fx, weight)
+            logged.add(name, value, on_step, on_epoch, reduce_fx, weight)
 
-    def end_of(self, logged: Logged) -> None:
-        """An epoch is over: what was logged in it is known, and forgotten."""
-        self.callback_metrics.update(logged.values())
+    def end_of_batch(self) -> None:
+        """What its step logged is known."""
+        _ = self.callback_metrics
+        self.batch = None
+
+    def end_of_epoch(self) -> dict[str, Any]:
+        """What was logged in it, which is known from now on; the next one begins anew."""
+        logged = self.in_training if self.training else self.in_validation
+        found = logged.values()
+        _ = self.callback_metrics
         logged.reset()
+        return found
+
+    def monitored(self, name: str, of_step: bool) -> Any:
+        """What training logged under that name: in this step, or in this epoch until now. None: nothing."""
+        return (self.in_training.values(not of_step) | self.in_training.values(of_step)).get(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        names = {"of_training": sorted(self.of_training), "of_validation": sorted(self.of_validation)}
+        return {"number": self.number, "known": self.known, **names, "logged": self.in_training.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.number, self.known = state["number"], on_device(state["known"], device)
+        self.of_training, self.of_validation = {*state["of_training"]}, {*state["of_validation"]}
+        self.in_training.load_state_dict(state["logged"], device)
 
 
 def attach(module: nn.Module, trainer: StandIn) -> None:

@@ -5,6 +5,7 @@ Comes from: ``Task.loop``. Goes to: ``trainer.py``, which calls it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -25,15 +26,33 @@ class Loop:
         """Before the network is scored."""
         self.model.eval()
 
-    def before_zero_grad(self, optimizer: Optimizer) -> None:
-        """Before each step."""
+    def before_forward(self, optimizer: Optimizer) -> None:
+        """Before a step's first forward pass, which has the gradients' memory where they are cleared here."""
+        optimizer.zero_grad()
 
     def before_batch(self, batch: Any, number: int) -> Any:
         """The batch that is trained on, of one that is on its device."""
         return batch
 
+    def before_backward(self, optimizer: Optimizer) -> None:
+        """Before a step's first backward pass: until here its gradients must have been cleared."""
+
+    def after_backward(self) -> None:
+        """After each batch's."""
+
+    def to_clip(self, optimizer: Optimizer) -> Iterable[nn.Parameter]:
+        """Whose gradients' norm is clipped."""
+        return self.model.parameters()
+
     def before_step(self, optimizer: Optimizer) -> None:
-        """When the gradients are there."""
+        """When the gradients are there, as they are without a scaler, before they are clipped."""
 
     def after_batch(self) -> None:
         """After the step, where the batch was a step's last."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before the model's."""

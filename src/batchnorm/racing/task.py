@@ -241,6 +241,10 @@ class Task:
         size = self.training.batch_size if isinstance(self.training, Loader) else self.batch_size
         return size * self.accumulate
 
+    def batches_until(self, step: int) -> int:
+        """Batches that so many steps have taken."""
+        return step * self.accumulate
+
     @property
     def scored_by(self) -> Any:
         """The metric, the default one decided."""

@@ -33,6 +33,8 @@ from batchnorm.recipe.accelerate import reduce_dropout
 
 EVALUATION_BATCH = 250  # examples; small enough for a core's cache, so faster than large ones on a CPU
 
+STATEFUL = ("loop", "model", "optimizer", "schedule", "scaler")
+
 
 class Trainer:
     """The network of one run, its optimizer and schedule; knows the next step, not where the run ends."""
@@ -86,35 +88,42 @@ class Trainer:
         return all(bool(value.isfinite().all()) for value in held if isinstance(value, Tensor))
 
     def _step(self) -> float:
-        task, parts = self.task, self.task.accumulate
+        task, loop = self.task, self.loop
+        first, end = task.batches_until(self.step_count), task.batches_until(self.step_count + 1)
         self.last_rate = max(float(group["lr"]) for group in self.optimizer.param_groups)  # of tensors too
         self.highest_rate = max(self.highest_rate, self.last_rate)
-        self.loop.to_train()
-        self.loop.before_zero_grad(self.optimizer)
-        self.optimizer.zero_grad()
+        loop.to_train()
+        loop.before_forward(self.optimizer)
         total = torch.zeros((), device=self.device)
-        for part in range(parts):
-            if part:
-                self.loop.after_batch()
-            batch = self.loop.before_batch(placed(next(self.stream), self.device), self.step_count * parts + part)
+        for number in range(first, end):
+            if number > first:
+                loop.after_batch()
+            batch = loop.before_batch(placed(next(self.stream), self.device), number)
             with self._precision():
                 loss = self.network(batch)
-            self.scaler.scale(loss / parts if parts > 1 else loss).backward()
-            total += loss.detach() / parts
-        self.loop.before_step(self.optimizer)
+            if number == first:
+                loop.before_backward(self.optimizer)
+            self.scaler.scale(loss / task.accumulate if task.accumulate > 1 else loss).backward()
+            loop.after_backward()
+            total += loss.detach() / (end - first)
+        self.scaler.unscale_(self.optimizer)
+        loop.before_step(self.optimizer)
         if task.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), task.clip_grad_norm)
+            nn.utils.clip_grad_norm_(loop.to_clip(self.optimizer), task.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step_count += 1
-        done, per_epoch = self.step_count * parts, self.batches_per_epoch
         if self.step_count <= self.run.steps:  # timed beyond its end, where some schedulers refuse
-            self.schedule.after_step(done // per_epoch - (done - parts) // per_epoch)
-        self.loop.after_batch()
+            self.schedule.after_step(end // self.batches_per_epoch - first // self.batches_per_epoch)
+        loop.after_batch()
         if self.ranks > 1:
             dist.all_reduce(total)
         return total.item() / self.ranks
+
+    @property
+    def epochs(self) -> float:
+        """Of the training's batches, until now."""
+        return self.task.batches_until(self.step_count) / self.batches_per_epoch
 
     def evaluate(self, most: int | None = None) -> float:
         """The task's metric over the test examples (``most`` of them).
@@ -179,7 +188,7 @@ class Trainer:
 
     def _stream(self) -> Generator[Any]:
         """This rank's share of every batch from the next one on."""
-        number = self.step_count * self.task.accumulate
+        number = self.task.batches_until(self.step_count)
         if isinstance(self.examples, Loader):
             return stream(self.examples, self.run.seed, number)
         return self._read(self.examples, self.order.shares(number, self.rank, self.ranks))
@@ -201,15 +210,16 @@ class Trainer:
         seed_all(seed_of(self.run.seed * self.ranks + self.rank, self.step_count))
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule", "scaler")}
+        parts = {name: getattr(self, name).state_dict() for name in STATEFUL}
         return {"step": self.step_count, "highest_rate": self.highest_rate, **parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.close()
         self.step_count, self.highest_rate = state["step"], state["highest_rate"]
         self.stream = self._stream()
-        for name in ("model", "optimizer", "schedule", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
+        for name in STATEFUL:
+            if name in state:  # checkpoints of former versions have no loop
+                getattr(self, name).load_state_dict(state[name])
 
 
 def _until(batches: Iterator[Any], count: int | None) -> Iterator[Any]:

@@ -77,7 +77,7 @@ def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
         curve.append(
             Evaluation(
                 trainer.step_count,
-                trainer.step_count * task.accumulate / trainer.batches_per_epoch,
+                trainer.epochs,
                 sum(losses) / len(losses) if losses else None,
                 score,
                 trainer.last_rate / trainer.highest_rate if trainer.highest_rate else 0.0,
