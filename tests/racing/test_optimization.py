@@ -40,7 +40,7 @@ FEWER = Contender("fewer", recipe=bn.Recipe(decay_speed=2))
 
 def task(**changes: Any) -> bn.Task:
     """Without dropout, so that a loop written by hand draws nothing else."""
-    return replace(toy.no_dropout(), **changes)
+    return replace(toy.no_dropout(), **{"steps": 20} | changes)
 
 
 class Halving(LRScheduler):
@@ -87,10 +87,10 @@ def rates(made: tuple[Optimizer, Any], steps: int) -> Tensor:
     """The learning rates of all groups before each step: (steps, groups)."""
     optimizer, schedule = made
     found = []
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         found.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
-        schedule.after_step(epochs_ended=0)
+        schedule.after_step(step)
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -207,7 +207,7 @@ def test_a_schedule_by_epochs_is_stepped_after_each_pass_over_the_examples(accum
 
     data = toy.examples(120, 0)  # 6 batches
     trainer = Trainer(
-        task(train=data, optimizer=lambda p: SGD(p, lr=1.0), scheduler=steps, accumulate=accumulate),
+        task(train=data, optimizer=lambda p: SGD(p, lr=1.0), scheduler=steps, accumulate=accumulate, steps=12),
         Run(BASELINE, 0, 1.0, 12, 2),
     )
     seen = []
@@ -386,7 +386,9 @@ def test_what_a_race_cannot_do_is_refused_in_one_line(changes: Any, message: str
 
 def test_a_step_that_accumulates_several_epochs_steps_a_schedule_of_epochs_as_often() -> None:
     """1,000 examples in batches of 20: an epoch of 50 batches, in steps of 120."""
-    of = task(scheduler=lambda o, n: {"scheduler": StepLR(o, 1, gamma=0.5), "interval": "epoch"}, accumulate=120)
+    of = task(
+        scheduler=lambda o, n: {"scheduler": StepLR(o, 1, gamma=0.5), "interval": "epoch"}, accumulate=120, steps=5
+    )
     trainer = Trainer(of, Run(BASELINE, 0, 0.1, 5, 2))
     found = []
     for _ in range(3):

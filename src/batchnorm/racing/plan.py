@@ -157,7 +157,7 @@ def make_plan(
             f"{rates} holds no learning rates for task {task.name!r} at the {mode} (or default) budget, in batches of "
             f"{task.batch_size}."
         )
-    baseline = tuned.get("baseline", task.base_rate)
+    baseline = tuned.get("baseline", task.asked_rate)
     speeds = stored_speeds(task.name, mode) if built_in else {}
     chosen = [c if "@" in c.name else c.at_speed(speeds.get(c.name, c.speeds.get(mode))) for c in chosen]
     learning_rates = {
@@ -208,6 +208,11 @@ def task_of(plan: Plan) -> Task:
 def as_planned(task: Task, batch_size: int | None, tune: bool) -> Task:
     """A loaded task in steps of so many examples, where a number is given; for a sweep without its test examples."""
     if batch_size is not None and batch_size != task.examples_per_step:
+        if batch_size > 0 and batch_size % task.accumulate:
+            raise RaceError(
+                f"--batch-size {batch_size} does not divide among the {task.accumulate} batches that a step "
+                "accumulates."
+            )
         task = task.with_batch_size(batch_size // task.accumulate)
     return task.for_tuning() if tune else task
 
