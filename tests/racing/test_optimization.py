@@ -141,6 +141,25 @@ def test_a_contenders_factor_is_on_normalized_layers_alone_all_the_way(name: str
     torch.testing.assert_close(own, torch.cat([4 * plain, plain], dim=1))
 
 
+def inserted(model: nn.Module, example: Any) -> nn.Module:
+    return bn.insert(model, example)
+
+
+@pytest.mark.parametrize("change", ["with-bn", inserted, lambda m, x: bn.accelerate(m, x)])
+def test_a_change_that_is_a_function_has_the_same_recipe_as_one_by_name(change: Any) -> None:
+    """The classifier, which has no batch normalization, keeps its rate, whoever put batch normalization in."""
+    of = task(scheduler=SCHEDULERS["none"])
+    trainer = Trainer(of, Run(Contender("own", change, recipe=bn.RECIPES["paper"]), 0, 0.05, 20, 2))
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert [rates[id(layer.weight)] for layer in (trainer.model[0], trainer.model[-1])] == pytest.approx([0.05, 0.01])
+
+
+def test_without_a_report_of_who_is_normalized_a_recipe_is_on_all_layers() -> None:
+    of = task(scheduler=SCHEDULERS["none"])
+    trainer = Trainer(of, Run(Contender("own", lambda m, x: m, recipe=bn.RECIPES["paper"]), 0, 0.05, 20, 2))
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.05}
+
+
 @pytest.mark.parametrize(
     "name", [name for name in SCHEDULERS if name not in ("a class of the user's", "not one of torch's", "none")]
 )
