@@ -154,6 +154,13 @@ def test_a_change_that_is_a_function_has_the_same_recipe_as_one_by_name(change: 
     assert [rates[id(layer.weight)] for layer in (trainer.model[0], trainer.model[-1])] == pytest.approx([0.05, 0.01])
 
 
+def test_a_network_that_has_batch_normalization_keeps_its_classifiers_rate_too() -> None:
+    of = replace(toy.normalized(), scheduler=SCHEDULERS["none"])
+    trainer = Trainer(of, Run(CONTENDERS["paper"], 0, 0.05, 20, 2))
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert [rates[id(layer.weight)] for layer in (trainer.model[0], trainer.model[-1])] == pytest.approx([0.05, 0.01])
+
+
 def test_without_a_report_of_who_is_normalized_a_recipe_is_on_all_layers() -> None:
     of = task(scheduler=SCHEDULERS["none"])
     trainer = Trainer(of, Run(Contender("own", lambda m, x: m, recipe=bn.RECIPES["paper"]), 0, 0.05, 20, 2))
