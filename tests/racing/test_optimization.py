@@ -40,7 +40,7 @@ FEWER = Contender("fewer", recipe=bn.Recipe(decay_speed=2))
 
 def task(**changes: Any) -> bn.Task:
     """Without dropout, so that a loop written by hand draws nothing else."""
-    return replace(toy.no_dropout(), **changes)
+    return replace(toy.no_dropout(), **{"steps": 20} | changes)
 
 
 class Halving(LRScheduler):
@@ -87,10 +87,10 @@ def rates(made: tuple[Optimizer, Any], steps: int) -> Tensor:
     """The learning rates of all groups before each step: (steps, groups)."""
     optimizer, schedule = made
     found = []
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         found.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
-        schedule.after_step(epochs_ended=0)
+        schedule.after_step(step)
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -139,6 +139,32 @@ def test_a_contenders_factor_is_on_normalized_layers_alone_all_the_way(name: str
     assert kinds == [{False}, {True}]
     own, plain = rates((optimizer, schedule), 20), by_hand(of, toy.model(), 20)
     torch.testing.assert_close(own, torch.cat([4 * plain, plain], dim=1))
+
+
+def inserted(model: nn.Module, example: Any) -> nn.Module:
+    return bn.insert(model, example)
+
+
+@pytest.mark.parametrize("change", ["with-bn", inserted, lambda m, x: bn.accelerate(m, x)])
+def test_a_change_that_is_a_function_has_the_same_recipe_as_one_by_name(change: Any) -> None:
+    """The classifier, which has no batch normalization, keeps its rate, whoever put batch normalization in."""
+    of = task(scheduler=SCHEDULERS["none"])
+    trainer = Trainer(of, Run(Contender("own", change, recipe=bn.RECIPES["paper"]), 0, 0.05, 20, 2))
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert [rates[id(layer.weight)] for layer in (trainer.model[0], trainer.model[-1])] == pytest.approx([0.05, 0.01])
+
+
+def test_a_network_that_has_batch_normalization_keeps_its_classifiers_rate_too() -> None:
+    of = replace(toy.normalized(), scheduler=SCHEDULERS["none"])
+    trainer = Trainer(of, Run(CONTENDERS["paper"], 0, 0.05, 20, 2))
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert [rates[id(layer.weight)] for layer in (trainer.model[0], trainer.model[-1])] == pytest.approx([0.05, 0.01])
+
+
+def test_without_a_report_of_who_is_normalized_a_recipe_is_on_all_layers() -> None:
+    of = task(scheduler=SCHEDULERS["none"])
+    trainer = Trainer(of, Run(Contender("own", lambda m, x: m, recipe=bn.RECIPES["paper"]), 0, 0.05, 20, 2))
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.05}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +233,7 @@ def test_a_schedule_by_epochs_is_stepped_after_each_pass_over_the_examples(accum
 
     data = toy.examples(120, 0)  # 6 batches
     trainer = Trainer(
-        task(train=data, optimizer=lambda p: SGD(p, lr=1.0), scheduler=steps, accumulate=accumulate),
+        task(train=data, optimizer=lambda p: SGD(p, lr=1.0), scheduler=steps, accumulate=accumulate, steps=12),
         Run(BASELINE, 0, 1.0, 12, 2),
     )
     seen = []
@@ -386,7 +412,9 @@ def test_what_a_race_cannot_do_is_refused_in_one_line(changes: Any, message: str
 
 def test_a_step_that_accumulates_several_epochs_steps_a_schedule_of_epochs_as_often() -> None:
     """1,000 examples in batches of 20: an epoch of 50 batches, in steps of 120."""
-    of = task(scheduler=lambda o, n: {"scheduler": StepLR(o, 1, gamma=0.5), "interval": "epoch"}, accumulate=120)
+    of = task(
+        scheduler=lambda o, n: {"scheduler": StepLR(o, 1, gamma=0.5), "interval": "epoch"}, accumulate=120, steps=5
+    )
     trainer = Trainer(of, Run(BASELINE, 0, 0.1, 5, 2))
     found = []
     for _ in range(3):

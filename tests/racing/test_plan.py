@@ -365,7 +365,7 @@ def test_a_race_in_this_process_goes_on_or_says_what_is_different(tmp_path: Path
 def test_other_batches_take_as_many_examples_and_rates_in_proportion() -> None:
     task = replace(toy.task(), full_steps=801, learning_rate=0.01)
     smaller = task.with_batch_size(5)
-    assert (smaller.batch_size, smaller.learning_rate) == (5, 0.0025)
+    assert (smaller.batch_size, smaller.base_rate, smaller.asked_rate) == (5, 0.01, 0.0025)
     assert (smaller.steps, smaller.full_steps, smaller.quick_steps) == (800, 3204, None)
     assert as_planned(task, 5, tune=False) == smaller
     assert as_planned(task, None, tune=False) is as_planned(task, 20, tune=False) is task

@@ -1,35 +1,63 @@
 """racing/report.py and racing/display.py: what a person reads."""
 
 import io
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from racing import toy
 from rich.console import Console
 from torch import nn
+from torch.optim import SGD, AdamW
 
 import batchnorm as bn
 from batchnorm.racing import report
 from batchnorm.racing.contenders import CONTENDERS, NORMALIZED, PLAIN
 from batchnorm.racing.display import Display
 from batchnorm.racing.events import Diverged, Evaluation, Progress, Resumed
-from batchnorm.racing.plan import make_plan
+from batchnorm.racing.plan import make_plan, read_plan
 from batchnorm.racing.plots import STYLES, styles
 from batchnorm.racing.score import score
 from batchnorm.racing.timing import StepTime
 
 
 def test_each_contender_says_what_it_changes() -> None:
-    assert report.changes(CONTENDERS["baseline"]) == "nothing"
-    assert report.changes(CONTENDERS["bn"]) == (
-        "BN before the nonlinearities (bn.insert), statistics re-estimated on 2,000 training examples"
-    )
-    x5 = report.changes(CONTENDERS["bn-x5"])
-    assert "learning rate x5, weight decay x0.2, none on gamma, beta and biases, learning-rate decay 6 times" in x5
-    assert "activation=sigmoid" in report.changes(CONTENDERS["sigmoid"])
     mine = bn.Contender("mine", doubled, recipe=bn.Recipe(learning_rate=3))
-    assert report.changes(mine) == "doubled, learning rate x3"
+    told = changes(toy.task(), "baseline", "bn", "bn-x5", "sigmoid", mine)
+    assert told["baseline"] == "nothing"
+    assert told["bn"] == "BN before the nonlinearities (bn.insert), statistics re-estimated on 2,000 training examples"
+    assert told["bn-x5"] == (
+        "BN before the nonlinearities (bn.insert), learning rate x5, weight decay x0.2, none on gamma, beta and biases"
+        ", learning-rate decay 6 times faster, for 1/6 of the steps, no dropout, statistics re-estimated on 2,000 "
+        "training examples"
+    )
+    assert "activation=sigmoid" in told["sigmoid"]
+    assert told["mine"] == "doubled, learning rate x3"
+
+
+def changes(task: bn.Task, *names: Any, **options: Any) -> dict[str, str]:
+    plan = make_plan(task, spec="racing.toy:task", contenders=names, **options)
+    return {contender.name: report.changes(contender, plan) for contender in plan.contenders}
+
+
+@pytest.mark.parametrize(("optimizer", "has"), [(None, True), (AdamW, False), (lambda p: SGD(p, lr=0.1), False)])
+def test_what_an_optimizer_cannot_have_is_not_told(optimizer: Any, has: bool, tmp_path: Path) -> None:
+    """Nesterov's momentum; a resumed race, which reads its plan, says the same."""
+    task = replace(toy.task(), optimizer=optimizer)
+    plan = make_plan(task, spec="racing.toy:task", contenders=["baseline", "sgd"])
+    assert ("Nesterov" in report.changes(plan.contenders[1], plan)) is has
+    (tmp_path / "config.json").write_text(json.dumps(plan.values()))
+    assert read_plan(tmp_path) == plan
+
+
+def test_the_rate_of_a_recipes_own_optimizer_is_the_runs(tmp_path: Path) -> None:
+    assert "Muon, learning rate 0.03:" in changes(toy.task(), "baseline", "fast")["fast"]
+    file = tmp_path / "tuning.json"
+    file.write_text('{"toy": {"default": {"scores": {"fast": {"0.06": [0.5]}}}}}')
+    told = changes(toy.task(), "baseline", "fast", rates=file)["fast"]
+    assert "own tuned learning rate, Muon, learning rate 0.06: weights before batch normalization, SGD" in told
 
 
 def doubled(model: nn.Module, example: Any) -> nn.Module:
@@ -43,14 +71,19 @@ def test_a_control_differs_by_bn_alone(name: str) -> None:
     assert replace(with_bn, name=without.name, change="without-bn", recalibrate=0, control=None) == without
 
 
-def test_one_seed_says_that_it_is_one_and_an_untuned_rate_that_it_is_untuned() -> None:
+def test_one_seed_says_that_it_is_one_and_an_untuned_rate_that_it_is_untuned(tmp_path: Path) -> None:
     names = ["baseline", "bn-x5", "sgd"]
     rules = report.rules(make_plan(toy.task(), spec="racing.toy:task", seeds=1, contenders=names))
     assert "ONE seed" in rules
     assert "NOT TUNED for this task: the learning rate of baseline, sgd;" in rules
-    assert "own tuned" not in report.changes(CONTENDERS["sgd"], tuned=False)
-    assert "learning rate x" in report.changes(CONTENDERS["sgd"], tuned=False)
-    assert "own tuned learning rate" in report.changes(CONTENDERS["sgd"])
+    untuned = changes(toy.task(), *names)["sgd"]
+    assert "own tuned" not in untuned
+    assert "learning rate x" in untuned
+    file = tmp_path / "tuning.json"
+    file.write_text('{"toy": {"default": {"scores": {"sgd": {"0.1": [0.5]}}}}}')
+    tuned = changes(toy.task(), *names, rates=file)["sgd"]
+    assert "own tuned learning rate" in tuned
+    assert "learning rate x" not in tuned
     assert "8 seeds; intervals" in report.rules(make_plan(toy.task(), spec="racing.toy:task"))
 
 

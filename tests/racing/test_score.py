@@ -55,6 +55,21 @@ def test_steps_seconds_and_fractions() -> None:
     assert bn["end"] == pytest.approx(1.0)
 
 
+def test_who_ends_at_a_high_rate_where_the_baseline_does_not_is_told() -> None:
+    """A schedule that does not end with a contender's steps: its number stays, as it can only be better."""
+    baseline = [record(0, 0.5, 0.6, 0.9, rate=0.067)]
+    for rate, status, told in ((1.0, "finished", True), (0.1, "finished", False), (1.0, "diverged at step 30", False)):
+        results, _, bn = scored(baseline, [record(0, 0.5, 0.9, 0.9, rate=rate, status=status)])
+        assert bn["steps_fraction"] is not None
+        said = [
+            "bn ends while its learning rate is at 100% of its highest, that of baseline at 7%: its schedule does not "
+            "end with its steps; with one that does it would come further."
+        ]
+        assert results["warnings"] == said * told
+    high = [record(0, 0.5, 0.9, 0.9, rate=1.0)]
+    assert scored(high, high)[0]["warnings"] == []
+
+
 def test_steps_are_interpolated_on_the_mean_curve_made_monotone() -> None:
     curves = Curves(np.array([0.0, 10, 20, 30, 40]), np.array([[0.0, 0.4, 0.6, 0.4, 1.0], [0.0, 0.4, 0.8, 0.4, 1.0]]))
     assert curves.mean().tolist() == pytest.approx([0, 0.4, 0.55, 0.55, 1.0])  # 0.7 and 0.4 pooled

@@ -50,6 +50,19 @@ def test_dropout_goes_where_it_can_be_reached_and_the_rest_is_named() -> None:
     assert not hasattr(model, "batchnorm_report")
 
 
+def test_a_dropout_that_was_changed_is_not_told_as_left_alone() -> None:
+    """Though with half of its probability it still calls dropout()."""
+    report = bn.accelerate(Network(), X, bn.Recipe(dropout=0.5)).batchnorm_report
+    rows = [(row.layer, row.why) for row in report if row.done == "dropout" or "itself" in row.why]
+    assert rows == [
+        ("drop", "0.4 becomes 0.2"),
+        ("drop1d", "0.2 becomes 0.1"),
+        ("attention", "0.1 becomes 0.05"),
+        ("lstm", "0.3 becomes 0.15"),
+        ("the model", "it calls dropout() itself: set its probability there"),
+    ]
+
+
 def test_without_dropout_training_passes_are_alike() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 2))
     accelerated = bn.accelerate(model, X[0])

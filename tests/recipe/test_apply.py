@@ -84,6 +84,7 @@ MAKERS = {
     "PolynomialLR": lambda o, k: schedulers.PolynomialLR(o, 240 // k, 2),
     "LambdaLR": lambda o, k: schedulers.LambdaLR(o, lambda step: 1 / (1 + k * step)),
     "OneCycleLR": lambda o, k: schedulers.OneCycleLR(o, 0.4, 240 // k),
+    "CyclicLR": lambda o, k: schedulers.CyclicLR(o, 0.1, 0.4, 60 // k, 30 // k, mode="triangular2"),
     "SequentialLR": lambda o, k: schedulers.SequentialLR(
         o, [schedulers.LinearLR(o, 0.2, 1, 60 // k), schedulers.CosineAnnealingLR(o, 180 // k)], [60 // k]
     ),
@@ -314,7 +315,9 @@ def test_refused_before_anything_is_changed() -> None:
         assert optimizer.state_dict() == state
 
     refuse(
-        TypeError, "does not know what a CyclicLR counts in steps. Known: StepLR", at=schedulers.CyclicLR(sgd(), 0.1, 1)
+        TypeError,
+        "does not know what a MultiplicativeLR counts in steps. Known: StepLR",
+        at=schedulers.MultiplicativeLR(sgd(), float),
     )
     refuse(ValueError, "the StepLR stands on another optimizer", at=schedulers.StepLR(sgd(), 6))
     refuse(ValueError, "a scheduler stands on this optimizer: pass it too", at=None)
@@ -394,16 +397,20 @@ REFUSED: dict[str, tuple[Any, Any, bn.Recipe, str]] = {
         r"SGD has weight_decay=None",
     ),
     "scheduler unknown": (
-        sgd, lambda o: schedulers.CyclicLR(o, 0.1, 1), PAPER, "does not know what a CyclicLR counts",
+        sgd, lambda o: schedulers.MultiplicativeLR(o, float), PAPER, "does not know what a MultiplicativeLR counts",
     ),
     "a part unknown": (
-        sgd, lambda o: schedulers.ChainedScheduler([schedulers.StepLR(o, 6), schedulers.CyclicLR(o, 0.1, 1)]), PAPER,
-        "does not know what a CyclicLR counts",
+        sgd, lambda o: schedulers.ChainedScheduler([schedulers.StepLR(o, 6), schedulers.MultiplicativeLR(o, float)]),
+        PAPER, "does not know what a MultiplicativeLR counts",
+    ),
+    "a function of iterations": (
+        sgd, lambda o: schedulers.CyclicLR(o, 0.1, 1, mode="exp_range", gamma=0.9), PAPER,
+        "does not know what a CyclicLR scaled by iterations counts in steps",
     ),
     "another's scheduler": (sgd, lambda o: schedulers.StepLR(sgd(), 6), PAPER, "stands on another optimizer"),
     "not passed": (lambda m: schedulers.StepLR(sgd(m), 6).optimizer, None, PAPER, "pass it too"),
     "a scheduler unknown, in the same time": (
-        sgd, lambda o: schedulers.CyclicLR(o, 0.1, 1), bn.Recipe(learning_rate=5),
+        sgd, lambda o: schedulers.MultiplicativeLR(o, float), bn.Recipe(learning_rate=5),
         r"ChainedScheduler\. Apply the recipe to the optimizer, before the scheduler is made",
     ),
     "the model second": (sgd, lambda o: network(), PAPER, r"a scheduler second, got a Sequential: .*model=model\)"),

@@ -104,5 +104,25 @@ def of_contender(plan: Plan, name: str, curves: Curves | None, steps: float) -> 
     return []
 
 
+def of_schedules(plan: Plan, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Who ends at a high learning rate where the baseline's has come down: its number counts, and could be better.
+
+    A schedule does that which hangs on the steps in part (500 steps of warm-up, of 300), or waits for a plateau.
+    """
+    ends = {
+        name: max((run["curve"][-1]["rate"] for run in some if run["status"] == "finished"), default=0.0)
+        for name, some in records.items()
+    }
+    low = ends[plan.baseline]
+    if low > FALLEN or any(run["status"] != "finished" for run in records[plan.baseline]):
+        return []
+    return [
+        f"{name} ends while its learning rate is at {rate:.0%} of its highest, that of {plan.baseline} at {low:.0%}: "
+        "its schedule does not end with its steps; with one that does it would come further."
+        for name, rate in ends.items()
+        if rate > FALLEN
+    ]
+
+
 def _shown(plan: Plan, score: float) -> str:
     return plan.shown(-score if plan.score_falls else score)

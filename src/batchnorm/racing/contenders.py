@@ -30,7 +30,7 @@ class Contender:
         tuned: its learning rate is its own, chosen by ``--tune``; the recipe's holds until then.
         speeds: the recipe's ``decay_speed`` in a mode where it is another; of built-in tasks ``tuned.json`` has some.
         recalibrate: training examples for the population statistics, re-estimated before each evaluation; 0: none.
-        control: name of the contender that is the same without batch normalization.
+        control: name of the contender without batch normalization that it is held against (docs/race.md, rule 9).
 
     Raises:
         RaceError: (a ValueError) an unknown change.

@@ -1,4 +1,4 @@
-"""The optimizer and schedule that a training has unless its task brings others, and what a contender makes of them.
+"""The optimizer that a training has unless its task brings another, and what a contender makes of it and its schedule.
 
 Comes from: ``Task.optimizer``, ``Task.scheduler``, a contender's recipe. Goes to: ``trainer.py``.
 """
@@ -7,34 +7,33 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from batchnorm.racing.calls import keywords_of
 from batchnorm.racing.changes import has_batch_norm
 from batchnorm.racing.errors import RaceError
+from batchnorm.racing.schedule import Schedule, mean_rates
 from batchnorm.recipe.apply import RATES
 from batchnorm.recipe.muon import Muon
 from batchnorm.recipe.normalized import normalized, parameter_groups
+from batchnorm.recipe.recipe import MOMENTUM, Recipe
 from batchnorm.recipe.schedules import TIMES, family
 from batchnorm.recipe.schedules import Schedule as InTime
-from batchnorm.recipe.warm_up import UpAndDown
 from batchnorm.surgery import insert
+from batchnorm.surgery.places import HAS_ONE
 
 if TYPE_CHECKING:
     from batchnorm.racing.contenders import Contender
     from batchnorm.racing.task import Task
 
-MOMENTUM = 0.9
-WARM_UP = 0.3  # of a run's budget: where its learning rate has risen linearly to the initial one
-
 
 def optimizer_of(task: Task, model: nn.Module) -> Optimizer:
-    """The task's own, over a network's parameters, at the task's learning rate.
+    """The task's own, over a network's parameters, at the learning rate that it has itself.
 
     Raises:
         RaceError: what it returned is no optimizer that a race can step, or it has no learning rate.
@@ -50,9 +49,6 @@ def optimizer_of(task: Task, model: nn.Module) -> Optimizer:
     first = next(iter(inspect.signature(made_by).parameters), None)
     made: Any = made_by(model if first == "model" else model.parameters(), **given)
     _check_optimizer(f"Task {task.name!r}: optimizer returned", made)
-    factor = 1.0 if rate is None or given else rate / made.param_groups[0]["lr"]
-    for group in made.param_groups if factor != 1 else ():
-        group["lr"] *= factor
     return made
 
 
@@ -68,69 +64,24 @@ def _check_optimizer(who: str, made: Any) -> None:
 
 
 def decay_of_weights(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
-    """SGD with momentum; weight decay on weights, not on biases, gamma and beta."""
+    """SGD with momentum; weight decay on weights, not on biases, gamma and beta.
+
+    Nor on embeddings with sparse gradients, which torch cannot; nor can its fused step.
+    """
+    sparse = {id(p) for m in model.modules() if getattr(m, "sparse", False) for p in m.parameters(recurse=False)}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    kinds = [[p for p in parameters if (p.ndim > 1) is weight] for weight in (True, False)]
+    kinds = [[p for p in parameters if (p.ndim > 1 and id(p) not in sparse) is decays] for decays in (True, False)]
     groups = [
         {"params": some, "weight_decay": decay}
         for some, decay in zip(kinds, (weight_decay, 0.0), strict=True) if some
     ]  # fmt: skip
-    return SGD(groups, lr, MOMENTUM, fused=True)
+    return SGD(groups, lr, MOMENTUM, fused=not sparse)
 
 
-def linear(optimizer: Optimizer, steps: int, warm_up: float = WARM_UP) -> LambdaLR:
-    """The learning rate rises linearly over a share of the steps, and falls linearly to zero at their end."""
-    return LambdaLR(optimizer, UpAndDown(steps, warm_up))
-
-
-@dataclass
-class Schedule:
-    """A scheduler of the user's, stepped when it wants to be: after each step, epoch or evaluation."""
-
-    scheduler: Any
-    interval: str = "step"
-
-    @classmethod
-    def of(cls, made: Any) -> Schedule:
-        """Of what ``Task.scheduler`` returned.
-
-        Raises:
-            RaceError: it is no scheduler, nor a dict of one and its interval.
-        """
-        row = made if isinstance(made, dict) else {"scheduler": made}
-        own = cls(row.get("scheduler"), row.get("interval", "step"))
-        if (
-            "scheduler" not in row
-            or not row.keys() <= {"scheduler", "interval"}
-            or own.interval not in ("step", "epoch")
-        ):
-            raise RaceError(f'scheduler= gives a scheduler, or {{"scheduler": ..., "interval": "epoch"}} (got {made}).')
-        if own.scheduler is not None and not callable(getattr(own.scheduler, "step", None)):
-            raise RaceError(f"scheduler= must give one scheduler or None (got a {type(own.scheduler).__name__}).")
-        return own
-
-    @property
-    def schedulers(self) -> list[Any]:
-        """Torch's, none or several."""
-        return [] if self.scheduler is None else [self.scheduler]
-
-    def after_step(self, epochs_ended: int) -> None:
-        """``epochs_ended``: by this step; more than one where a step accumulates several."""
-        if self.scheduler is None or isinstance(self.scheduler, ReduceLROnPlateau):
-            return
-        for _ in range(1 if self.interval == "step" else epochs_ended):
-            self.scheduler.step()
-
-    def after_evaluation(self, score: float) -> None:
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(score)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.scheduler is None else self.scheduler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state)
+def as_applied(recipe: Recipe, optimizer: Optimizer) -> Recipe:
+    """What of a recipe this optimizer can have: Nesterov's momentum is what only SGD with momentum has."""
+    able = all("nesterov" in g and g["momentum"] and not g["dampening"] for g in optimizer.param_groups)
+    return replace(recipe, nesterov=recipe.nesterov and able)
 
 
 def prepared(
@@ -147,25 +98,63 @@ def prepared(
         return optimizer, Schedule(recipe.scheduler(optimizer, steps))
     optimizer, schedule = task.make_both(model, steps)
     scale = learning_rate / recipe.learning_rate / task.base_rate
-    able = all("nesterov" in g and g["momentum"] and not g["dampening"] for g in optimizer.param_groups)
-    # The schedule is made over the contender's own budget; Nesterov's momentum is what only SGD has.
-    changes = replace(recipe, decay_speed=1.0, nesterov=recipe.nesterov and able)
-    told = model if contender.normalizes and recipe.learning_rate != 1 else None
+    scale = 1.0 if math.isclose(scale, 1, rel_tol=1e-5) else scale  # a plan has rates in six digits
+    changes = replace(as_applied(recipe, optimizer), decay_speed=1.0)  # the schedule ends with the run already
+    told = model if recipe.learning_rate != 1 and _tells_normalized(model) else None
     if scale == 1 and not changes.changes():
         return optimizer, schedule
     parts = [member for each in schedule.schedulers for member in family(each)]
-    if not all(type(each) in TIMES for each in parts):  # of a class of the user's: it takes the rates that it finds
 
-        def change(optimizer: Optimizer) -> None:
-            _scale(optimizer, [], scale)
-            if changes.changes():
-                changes.apply(optimizer, model=told)
+    def change(optimizer: Optimizer, schedulers: list[Any], parts: list[Any]) -> None:
+        _scale(optimizer, parts, scale)
+        if changes.changes():
+            changes.apply(optimizer, schedulers, told)
 
-        return task.make_both(model, steps, change)
-    _scale(optimizer, parts, scale)
-    if changes.changes():
-        changes.apply(optimizer, schedule.schedulers, told)
+    strange = [type(each).__name__ for each in parts if type(each) not in TIMES]
+    if strange:
+        return _changed_first(task, model, steps, lambda optimizer: change(optimizer, [], []), " and ".join(strange))
+    change(optimizer, schedule.schedulers, parts)
     return optimizer, schedule
+
+
+def _changed_first(
+    task: Task, model: nn.Module, steps: int, change: Callable[[Optimizer], None], strange: str
+) -> tuple[Optimizer, Schedule]:
+    """The optimizer changed before its schedulers are made, which are of strange classes: they take what they find.
+
+    Raises:
+        RaceError: they do not.
+    """
+    factors: dict[int, float] = {}  # by parameter
+
+    def noted(optimizer: Optimizer) -> None:
+        before = _by_parameter(optimizer)
+        change(optimizer)
+        factors.update({p: rate / before[p] for p, rate in _by_parameter(optimizer).items() if before[p]})
+
+    plain, own = (mean_rates(*task.make_both(model, steps, how), steps) for how in (None, noted))
+    most = max((abs(math.log(factor)) for factor in factors.values()), default=0.0)
+    if most and any(not _about(own[p], plain[p] * factor, 0.2 * most) for p, factor in factors.items()):
+        raise RaceError(
+            f"{strange} sets learning rates whatever the optimizer's are, so this contender's cannot be set: let it "
+            "multiply those that it finds when it is made, as torch's schedulers do (base_lrs)."
+        )
+    return task.make_both(model, steps, change)
+
+
+def _tells_normalized(model: nn.Module) -> bool:
+    """Whether its report tells which layers have batch normalization, as that of ``insert`` does."""
+    report = getattr(model, "batchnorm_report", ())
+    return any(row.done == "normalized" or HAS_ONE in row.why for row in report)
+
+
+def _by_parameter(optimizer: Optimizer) -> dict[int, float]:
+    return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _about(rate: float, expected: float, tolerance: float) -> bool:
+    """Whether two rates are alike, but for a floor or a first rate that is not multiplied; ``tolerance``: of logs."""
+    return rate == expected or (rate > 0 < expected and abs(math.log(rate / expected)) <= tolerance + 1e-6)
 
 
 def _muon(task: Task, contender: Contender, model: nn.Module, learning_rate: float) -> Optimizer:

@@ -9,26 +9,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from batchnorm.racing import tabular, zoo
-from batchnorm.racing.calls import keywords_of
-from batchnorm.racing.changes import has_batch_norm
-from batchnorm.racing.contenders import BASELINES, CONTENDERS, NORMALIZED, PLAIN, Contender, name_of_function
+from batchnorm.racing.choice import Asked, Mode, as_applied_to, choose
+from batchnorm.racing.contenders import BASELINES, Contender, name_of_function
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Run
 from batchnorm.racing.loading import load_contender, load_task
 from batchnorm.racing.rates import TUNED_FILE, read_tuned, stored_speeds
 from batchnorm.racing.task import Task
-from batchnorm.recipe.recipe import Recipe
 
-Mode = Literal["quick", "default", "full"]
-Asked = str | Recipe | Contender
 SEEDS: dict[str, int] = {"quick": 2, "default": 8, "full": 8}
 EVALUATIONS: dict[str, int] = {"quick": 10, "default": 24, "full": 24}  # of each run, ever more often towards its end
 RATE_GRID = (1 / 4, 1 / 2, 1, 2, 4)  # times the task's rate: what --tune tries
@@ -37,6 +31,7 @@ TUNED_GRID = (1 / 2, 1, 2)  # times a rate that a sweep at another budget has fo
 CONFIG = "config.json"
 IN_PROCESS = "bn.race(...)"  # the command of a race that no command can repeat
 SCORED: dict[str, int | None] = {"quick": 2_500, "default": None, "full": None}  # of the test examples
+DECIDED = ("decay_speed", "nesterov")  # of a contender's recipe: by mode and task
 FORMAT = 2  # of what a race leaves in its directory
 BUILT_IN = (zoo.inception, zoo.mlp, tabular.deep_mlp)
 
@@ -132,7 +127,7 @@ def make_plan(
     """Decide everything; raises ``RaceError`` where it cannot be done as asked."""
     if mode not in SEEDS:
         raise RaceError(f"unknown mode {mode!r}. Known: {', '.join(SEEDS)}.")
-    specs, chosen, left_out = _choose(task, contenders, mode, tune)
+    specs, chosen, left_out = choose(task, contenders, mode, tune)
     for name, value in (("seeds", seeds), ("steps", steps)):
         if value is not None and not (isinstance(value, int) and value >= 1):
             raise RaceError(f"--{name} must be a whole number of at least 1 (got {value!r}).")
@@ -157,9 +152,10 @@ def make_plan(
             f"{rates} holds no learning rates for task {task.name!r} at the {mode} (or default) budget, in batches of "
             f"{task.batch_size}."
         )
-    baseline = tuned.get("baseline", task.base_rate)
+    baseline = tuned.get("baseline", task.asked_rate)
     speeds = stored_speeds(task.name, mode) if built_in else {}
     chosen = [c if "@" in c.name else c.at_speed(speeds.get(c.name, c.speeds.get(mode))) for c in chosen]
+    chosen = as_applied_to(task, chosen)
     learning_rates = {
         c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{_untuned(c, baseline):.6g}") for c in chosen
     }
@@ -208,6 +204,11 @@ def task_of(plan: Plan) -> Task:
 def as_planned(task: Task, batch_size: int | None, tune: bool) -> Task:
     """A loaded task in steps of so many examples, where a number is given; for a sweep without its test examples."""
     if batch_size is not None and batch_size != task.examples_per_step:
+        if batch_size > 0 and batch_size % task.accumulate:
+            raise RaceError(
+                f"--batch-size {batch_size} does not divide among the {task.accumulate} batches that a step "
+                "accumulates."
+            )
         task = task.with_batch_size(batch_size // task.accumulate)
     return task.for_tuning() if tune else task
 
@@ -222,9 +223,9 @@ def read_plan(directory: Path) -> Plan:
         )
     try:
         loaded = [load_contender(spec) for spec in stored["specs"]]
-        speeds = [row["recipe"]["decay_speed"] for row in stored["contenders"]]
+        decided = [{name: row["recipe"][name] for name in DECIDED} for row in stored["contenders"]]
         lists = {name: tuple(stored[name]) for name in ("tuned", "left_out", "specs")}
-        now = tuple(c.at_speed(speed) for c, speed in zip(loaded, speeds, strict=True))
+        now = tuple(replace(c, recipe=replace(c.recipe, **own)) for c, own in zip(loaded, decided, strict=True))
         plan = Plan(**{**stored, **lists, "contenders": now})
     except (KeyError, TypeError):
         raise RaceError(f"{directory} holds no race of this version to resume (no readable {CONFIG}).") from None
@@ -262,50 +263,3 @@ def check_same(plan: Plan, task: Task, processes: int) -> None:
     for name, now in (same | {"torch": version("torch")}).items():
         if getattr(plan, name) != now:
             raise RaceError(f"the race was started with {name} = {getattr(plan, name)}, and this is {now}.")
-
-
-def _choose(
-    task: Task, asked: Sequence[Asked] | None, mode: Mode, tune: bool
-) -> tuple[list[str], list[Contender], list[str]]:
-    """How the contenders were named, the contenders, and the names of those left out, which this model cannot run."""
-    taken = keywords_of(task.model)
-    left_out: list[str] = []
-    if asked is None:
-        table = NORMALIZED if _has_batch_norm(task) else PLAIN
-        known = [*table["full" if tune else mode]]
-        if tune:
-            known = [name for name in known if CONTENDERS[name].tuned]
-        if taken is not None:  # a model function without an activation= has no sigmoid variants
-            left_out = [name for name in known if not taken.issuperset(CONTENDERS[name].network)]
-        asked = [name for name in known if name not in left_out]
-    if isinstance(asked, str | Recipe | Contender):
-        raise RaceError(f"contenders must be a list of names or Contenders (got {asked!r}).")
-    chosen = [load_contender(each) for each in asked]
-    names = [contender.name for contender in chosen]
-    for contender in chosen:
-        missing = set(contender.network) - taken if taken is not None else set()
-        if missing:
-            raise RaceError(
-                f"contender {contender.name!r} changes {', '.join(sorted(missing))}, which the model function of task "
-                f"{task.name!r} does not take (it takes {', '.join(sorted(taken or ())) or 'nothing'})."
-            )
-        if tune and not contender.tuned:
-            raise RaceError(
-                f"contender {contender.name!r} has no rate of its own: it takes a multiple of the baseline's."
-            )
-    if len(set(names)) < len(names):
-        raise RaceError(f"a contender is named twice: {', '.join(names)}.")
-    if not names:
-        raise RaceError(f"no contenders. Known: {', '.join(CONTENDERS)}.")
-    if not any(name in BASELINES for name in names) and not tune:
-        raise RaceError(f"the baseline sets the target, so it must run: --contenders baseline,{','.join(names)}.")
-    return [each if isinstance(each, str) else c.name for each, c in zip(asked, chosen, strict=True)], chosen, left_out
-
-
-def _has_batch_norm(task: Task) -> bool:
-    """Whether the network of the task has batch normalization already."""
-    with torch.random.fork_rng(devices=[]):
-        try:
-            return has_batch_norm(task.model())
-        except Exception:  # said where it is trained, with the contender's name
-            return False

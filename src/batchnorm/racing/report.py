@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.box import SIMPLE
@@ -116,13 +117,15 @@ def rules(plan: Plan) -> str:
     )
 
 
-def changes(contender: Contender, tuned: bool = True) -> str:
-    """What a contender changes against the training as it is. ``tuned``: its rate, on this task, if it has its own."""
-    recipe = contender.recipe
+def changes(contender: Contender, plan: Plan) -> str:
+    """What a contender changes in this race against the training as it is; examples are reshuffled for all alike."""
+    recipe = replace(contender.recipe, shuffle=False)
+    if recipe.muon_lr:
+        recipe = replace(recipe, muon_lr=plan.learning_rates[contender.name] / recipe.learning_rate)
     change = contender.change
     parts = [CHANGES[change].words if isinstance(change, str) else contender.values()["change"]]
     parts += [f"{key}={value}" for key, value in contender.network.items()]
-    rate = contender.tuned and tuned
+    rate = contender.name in plan.tuned
     parts += ["own tuned learning rate"] if rate else []
     parts += [what for what, _ in recipe.changes() if not (rate and what.startswith("learning rate x"))]
     if contender.recalibrate:
@@ -174,7 +177,7 @@ def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
     for contender, row in zip(plan.contenders, results["contenders"], strict=True):
         ended = "" if row["status"] == REACHED else f". Outcome: {row['status']}"
         rate = f" (rate {row['learning_rate']:g})"
-        what = changes(contender, contender.name in plan.tuned)
+        what = changes(contender, plan)
         lines.append(
             f"{contender.name}{rate}: {what}{ended}" if what != "nothing" else f"{contender.name}{rate}{ended}"
         )

@@ -238,7 +238,7 @@ def _report(
     results = score(plan, records, {name: StepTime(**time) for name, time in times["times"].items()})
     results |= {"environment": times["environment"], "command": plan.command, "plan": plan.values()}
     for row, contender in zip(results["contenders"], plan.contenders, strict=True):
-        row["changes"] = report.changes(contender, contender.name in plan.tuned)
+        row["changes"] = report.changes(contender, plan)
     pool.write_json(directory / "results.json", results)
     (directory / "curves.csv").write_text(report.curves_csv(records))
     (directory / "results.md").write_text(report.markdown(results, plan))

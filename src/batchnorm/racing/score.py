@@ -125,7 +125,7 @@ def score(plan: Plan, records: Mapping[str, Sequence[Record]], times: Mapping[st
         "metric": plan.metric,
         "lower_is_better": plan.score_falls,
         "intervals": level(plan.seeds),
-        "warnings": faults + [w for row in rows for w in row["warnings"]],
+        "warnings": faults + [w for row in rows for w in row["warnings"]] + checks.of_schedules(plan, records),
         "contenders": rows,
         "steps_to_each": {} if target is None else steps_to_each(plan, curves),
     }

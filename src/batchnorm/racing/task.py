@@ -10,7 +10,8 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,8 @@ from batchnorm.racing.errors import RaceError, one_line
 from batchnorm.racing.examples import Examples, Loader, examples_of
 from batchnorm.racing.loop import Loop
 from batchnorm.racing.metrics import Metric, check_metric, logits_of, metric_of, name_of
-from batchnorm.racing.optimization import Schedule, linear, optimizer_of
+from batchnorm.racing.optimization import optimizer_of
+from batchnorm.racing.schedule import Schedule, linear, schedule_of
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ class Task:
             gets ``lr=learning_rate`` and ``weight_decay=weight_decay``. Default: SGD with momentum 0.9, weight decay on
             weights alone.
         scheduler: ``scheduler(optimizer, steps)``, stepped after each step (``ReduceLROnPlateau``: after each
-            evaluation, with the metric); a dict ``{"scheduler": ..., "interval": "epoch"}``: after each epoch. Default:
-            30% warm-up, then linear to zero.
-        learning_rate: of the optimizer. Default: where ``optimizer`` is a function what that sets, else 0.01.
+            evaluation, with the metric); a dict ``{"scheduler": ..., "interval": "epoch"}``: after each epoch. One that
+            does not use ``steps`` (``T_max=30``) is as for this task's ``steps``, and a run with a sixth of them goes
+            through it six times as fast. Default: 30% warm-up, then linear to zero.
+        learning_rate: of the optimizer, and where that is a function a factor on all of its rates and its schedule's.
+            Default: where ``optimizer`` is a function what that sets, else 0.01.
         weight_decay: of the optimizer, where ``optimizer`` is not a function.
         clip_grad_norm: as ``torch.nn.utils.clip_grad_norm_`` has it; default: none.
         accumulate: batches per step, whose gradients are averaged.
@@ -112,6 +116,7 @@ class Task:
     forward: Callable[[nn.Module, Any], Any] | None = None
     metric_name: str | None = None
     lower_is_better: bool | None = None
+    batch_ratio: Fraction = field(default=Fraction(1), kw_only=True, repr=False)  # to the training's: with_batch_size
 
     def __post_init__(self) -> None:
         who = f"Task {self.name!r}"
@@ -246,6 +251,12 @@ class Task:
         return step * self.accumulate
 
     @property
+    def batches_per_epoch(self) -> int:
+        """Whole ones."""
+        given = self.training
+        return given.batches if isinstance(given, Loader) else len(given) // self.batch_size
+
+    @property
     def scored_by(self) -> Any:
         """The metric, the default one decided."""
         return self.metric if self.metric is not None else "accuracy" if self.loss is None else "loss"
@@ -322,7 +333,7 @@ class Task:
         optimizer = self.make_optimizer(model)
         if change is not None:
             change(optimizer)
-        return optimizer, Schedule.of(self.make_scheduler(optimizer, steps))
+        return optimizer, schedule_of(self, model, optimizer, steps)
 
     def loop(self, model: nn.Module, optimizer: Optimizer, schedule: Schedule, steps: int) -> Loop:
         """What is to be done around a run's batches."""
@@ -341,8 +352,8 @@ class Task:
 
     @functools.cached_property
     def base_rate(self) -> float:
-        """The learning rate of the training as it is: of its optimizer's first group."""
-        if self.learning_rate is not None or self.optimizer is None or isinstance(self.optimizer, type):
+        """The learning rate that the training's optimizer is made with, in its first group."""
+        if self.optimizer is None or isinstance(self.optimizer, type):
             return self.learning_rate or 0.01
         with torch.random.fork_rng(devices=[]):
             try:
@@ -353,6 +364,14 @@ class Task:
                 raise RaceError(
                     f"Task {self.name!r}: its model and optimizer cannot be made: {one_line(error)}"
                 ) from error
+
+    @property
+    def asked_rate(self) -> float:
+        """The baseline's learning rate: ``learning_rate`` where that is given, in proportion to the batch.
+
+        What it is over ``base_rate`` multiplies all rates of optimizer and schedule.
+        """
+        return float((self.learning_rate or self.base_rate) * self.batch_ratio)
 
     def for_tuning(self) -> Task:
         """The same task scored on training examples that are held out; the test examples are not looked at."""
@@ -378,17 +397,17 @@ class Task:
             raise RaceError(f"--batch-size must be a whole number of at least 1 (got {batch_size!r}).")
         if isinstance(self.training, Loader):
             raise RaceError(f"Task {self.name!r}: its DataLoader has its own batch size.")
-        ratio = batch_size / self.batch_size
+        ratio = Fraction(batch_size, self.batch_size)
         steps = {
             name: max(1, round(value / ratio))
             for name in ("steps", "full_steps", "quick_steps")
             if (value := getattr(self, name)) is not None
         }
-        return replace(self, batch_size=batch_size, learning_rate=float(f"{self.base_rate * ratio:.6g}"), **steps)
+        return replace(self, batch_size=batch_size, batch_ratio=self.batch_ratio * ratio, **steps)
 
     def fingerprint(self) -> str:
         """Tells two tasks apart by what the numbers hang on: sizes, weight decay, and some of the data itself."""
-        own = (len(self.training), len(self.testing), self.examples_per_step, self.weight_decay, self.base_rate)
+        own = (len(self.training), len(self.testing), self.examples_per_step, self.weight_decay, self.asked_rate)
         digest = hashlib.sha256(repr((*own, self.clip_grad_norm, self.accumulate, self.score_name)).encode())
         for examples in (self.training, self.testing):
             digest.update(examples.fingerprint().encode())

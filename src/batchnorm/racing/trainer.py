@@ -52,13 +52,11 @@ class Trainer:
         half = task.mixed_precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.examples = task.training
-        if isinstance(self.examples, Loader):
-            if self.ranks > 1:
-                raise RaceError(f"task {task.name!r}: under torchrun train must be a dataset, which ranks share out.")
-            self.batches_per_epoch = self.examples.batches
-        else:
-            self.batches_per_epoch = len(self.examples) // task.batch_size
+        if not isinstance(self.examples, Loader):
             self.order = Order(run.seed, len(self.examples), task.batch_size)
+        elif self.ranks > 1:
+            raise RaceError(f"task {task.name!r}: under torchrun train must be a dataset, which ranks share out.")
+        self.batches_per_epoch = task.batches_per_epoch
         self.stream = self._stream()
         self.highest_rate = 0.0
         self.last_rate = 0.0
@@ -114,7 +112,7 @@ class Trainer:
         self.scaler.update()
         self.step_count += 1
         if self.step_count <= self.run.steps:  # timed beyond its end, where some schedulers refuse
-            self.schedule.after_step(end // self.batches_per_epoch - first // self.batches_per_epoch)
+            self.schedule.after_step(self.step_count)
         loop.after_batch()
         if self.ranks > 1:
             dist.all_reduce(total)

@@ -1,10 +1,11 @@
-"""A step of every contender before any long work: mistakes in a task show here, in one line.
+"""A step and a checkpoint of every contender before any long work: mistakes in a task show here, in one line.
 
 Comes from: ``runner.py``. Goes to: the user, as a ``RaceError``.
 """
 
 from __future__ import annotations
 
+import io
 import warnings
 from contextlib import closing
 from dataclasses import replace
@@ -21,10 +22,10 @@ from batchnorm.racing.trainer import Trainer
 
 
 def try_contenders(task: Task, plan: Plan) -> None:
-    """One step and two scored examples of each contender, before any long work: mistakes in a task show here."""
+    """A step, two scored examples and a checkpoint of each contender, before any long work: mistakes show here."""
     for contender in plan.contenders:
         brief = replace(contender, recalibrate=min(contender.recalibrate, task.batch_size))
-        run = Run(brief, 0, plan.learning_rates[contender.name], plan.steps, plan.evaluations)
+        run = Run(brief, 0, plan.rates_of(contender)[0], plan.steps_of(contender), plan.evaluations)
         try:
             with closing(Trainer(task, run)) as trainer:
                 trainer.step()
@@ -33,6 +34,7 @@ def try_contenders(task: Task, plan: Plan) -> None:
                     trainer.evaluate(most=2)
                 except Exception:  # of two examples some metrics cannot be: of all classes, say
                     trainer.evaluate(run.scored)
+                _check_checkpoint(trainer)
         except UnreadableFile:
             raise
         except Exception as error:
@@ -63,4 +65,18 @@ def _check_last_batch(trainer: Trainer) -> None:
         raise RaceError(
             f"the last batch of each epoch has one example: {one_line(error)}. Give the DataLoader drop_last=True, or "
             "another batch_size."
+        ) from error
+
+
+def _check_checkpoint(trainer: Trainer) -> None:
+    """What is saved after each evaluation, and read again where a run goes on."""
+    file = io.BytesIO()
+    try:
+        torch.save(trainer.state_dict(), file)
+        file.seek(0)
+        trainer.load_state_dict(torch.load(file, weights_only=False))
+    except Exception as error:
+        raise RaceError(
+            f"its state cannot be saved and read again, as a race does after each evaluation ({one_line(error)}): what "
+            "model, optimizer and scheduler give as state_dict() must be picklable, and load_state_dict() take it."
         ) from error

@@ -102,7 +102,10 @@ def reduce_dropout(model: nn.Module, factor: float, example: Any) -> Report:
             if before:
                 setattr(module, attribute, before * factor)
                 report.append(Row(name, "dropout", f"{before:g} becomes {before * factor:g}"))
+    changed = report.of("dropout")  # whose own calls have the new probability
     for owner, function in _dropout_calls(model, example):
+        if owner in changed:
+            continue
         report.append(Row(owner or "the model", LEFT, f"it calls {function}() itself: set its probability there"))
     return report
 

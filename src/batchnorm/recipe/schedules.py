@@ -77,6 +77,7 @@ TIMES: dict[type, dict[str, Change]] = {
     lr_scheduler.PolynomialLR: {"total_iters": _shorter},
     lr_scheduler.LambdaLR: {"lr_lambdas": _faster},
     lr_scheduler.OneCycleLR: {"total_steps": _shorter, "_schedule_phases": _phases},
+    lr_scheduler.CyclicLR: {"total_size": lambda size, speed: size / speed},
     lr_scheduler.ReduceLROnPlateau: {
         "patience": partial(_shorter, least=0),
         "cooldown": partial(_shorter, least=0),
@@ -84,7 +85,9 @@ TIMES: dict[type, dict[str, Change]] = {
     lr_scheduler.SequentialLR: {"_milestones": lambda at, speed: [_shorter(m, speed) for m in at]},
     lr_scheduler.ChainedScheduler: {},
 }
-PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "lr_lambdas")  # a scheduler's lists, one entry per group
+# A scheduler's lists, one entry per group: of rates, and of what is no rate.
+RATES_PER_GROUP = ("base_lrs", "_last_lr", "min_lrs", "max_lrs")
+PER_GROUP = (*RATES_PER_GROUP, "lr_lambdas", "base_momentums", "max_momentums")
 
 
 class _FloorPerGroup:
@@ -136,8 +139,9 @@ class Schedule:
                 if name in vars(each):
                     values = vars(each)[name]
                     longer = [*values, *(values[origin] for origin in origins)]
-                    scaled = [v * f for v, f in zip(longer, factors, strict=True)] if name != "lr_lambdas" else longer
-                    self.lists[id(values)] = (values, scaled)
+                    rates = name in RATES_PER_GROUP
+                    new = [v * f for v, f in zip(longer, factors, strict=True)] if rates else longer
+                    self.lists[id(values)] = (values, new)
         for each in schedulers:
             self.values.extend(self._floors(each, factors))
             self.values.extend(self._times(each, speed))
@@ -174,13 +178,14 @@ def check_schedule(scheduler: Any, optimizer: Optimizer, speed: float) -> None:
         TypeError: no scheduler, or none that is known.
         ValueError: it has stepped, or stands on another optimizer.
     """
-    kind = type(scheduler).__name__
+    by_iterations = speed != 1 and getattr(scheduler, "scale_mode", "cycle") == "iterations"  # CyclicLR's function
+    kind = f"{type(scheduler).__name__}{' scaled by iterations' * by_iterations}"
     if isinstance(scheduler, nn.Module | Optimizer | str):
         raise TypeError(
             f"apply takes a scheduler second, got a {kind}: apply(optimizer, scheduler, model); without a scheduler, "
             "apply(optimizer, model=model)."
         )
-    if type(scheduler) not in TIMES:
+    if type(scheduler) not in TIMES or by_iterations:
         known = ", ".join(t.__name__ for t in TIMES)
         faster = f"{speed:g} times shorter" if speed > 1 else f"{1 / speed:g} times longer"
         raise TypeError(
