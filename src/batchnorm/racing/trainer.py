@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 from batchnorm.population import recalibrate
 from batchnorm.population.batches import placed
+from batchnorm.population.estimate import NoStatistics
 from batchnorm.racing.changes import CHANGES
 from batchnorm.racing.contenders import Contender
 from batchnorm.racing.errors import RaceError
@@ -72,6 +73,8 @@ class Trainer:
         """What ``act`` gives; some networks, losses and optimizers raise once their values are not finite."""
         try:
             return act(*given)
+        except NoStatistics:  # which tells the same already, on all ranks
+            raise
         except Exception:
             if self._is_finite():
                 raise
@@ -81,8 +84,10 @@ class Trainer:
         """Its weights, gradients and buffers, and what it makes of two examples."""
         held: list[Any] = [*self.model.parameters(), *self.model.buffers()]
         held += [p.grad for p in self.model.parameters() if p.grad is not None]
-        with suppress(Exception), torch.no_grad():
-            held += _pytree.tree_leaves(self.task.output(self.model, placed(self.task.first_batch(), self.device)))
+        if self.ranks == 1:  # of several, layers may wait for each other
+            with suppress(Exception), torch.no_grad():
+                batch = placed(self.task.first_batch(), self.device)
+                held += _pytree.tree_leaves(self.task.output(self.model, batch))
         return all(bool(value.isfinite().all()) for value in held if isinstance(value, Tensor))
 
     def _step(self) -> float:
