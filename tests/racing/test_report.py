@@ -122,6 +122,12 @@ def test_the_answer_comes_first_with_its_interval_and_its_control() -> None:
     )
 
 
+def test_that_nobody_is_there_is_the_answer_also_where_a_schedule_did_not_end() -> None:
+    found, plan = results(0.8, 0.7, 0.6)
+    found["warnings"] = ["short ends while its learning rate is at 100% of its highest"]
+    assert report.sentence(found, plan).startswith("No contender reached the target")
+
+
 def test_of_few_seeds_the_range_is_no_interval_and_is_not_called_one() -> None:
     told, (found, plan) = report.sentence(*results(0.8, 0.9, 0.81, seeds=2)), results(0.8, 0.9, 0.81, seeds=2)
     assert "in 22.2% (2 seeds: 22.2 to 22.2%) of its steps" in told

@@ -29,7 +29,11 @@ def sentence(results: Mapping[str, Any], plan: Plan) -> str:
     """
     if not _others(results, plan) and not results["warnings"]:
         return f"{plan.baseline} ends at {plan.metric} {plan.shown(results['target'])}, and nobody raced against it."
-    if results["target"] is None or not any(row["steps_fraction"] for row in _others(results, plan)):
+    others = _others(results, plan)
+    if results["target"] is None or not any(row["steps_fraction"] for row in others):
+        sound = any(row["name"] == plan.baseline and row["steps_fraction"] for row in results["contenders"])
+        if sound and all(row["steps_to_target"] is None for row in others):
+            return _nobody(results, plan)
         return (results["warnings"] or [_nobody(results, plan)])[0]
     best, other = answers(results, plan)
     goal = f"the {plan.metric} of {plan.baseline} ({plan.shown(results['target'])})"
