@@ -213,11 +213,6 @@ def test_numpys_noise_in_a_network_is_seeded_too() -> None:
     assert evaluations(list(train(task, run_of("baseline")))) == evaluations(list(train(task, run_of("baseline"))))
 
 
-def test_without_bn_the_norm_of_a_weight_means_something_and_is_free() -> None:
-    groups = {name: Trainer(toy.task(), run_of(name)).optimizer.param_groups for name in ("fast", "fast-without-bn")}
-    assert [some[0]["keep_norm"] for some in groups.values()] == [True, False]
-
-
 def test_mixed_precision_is_in_forwards_alone() -> None:
     """Weights, their optimizer and population statistics stay in float32; losses agree to bfloat16's digits."""
     seen: list[torch.dtype] = []

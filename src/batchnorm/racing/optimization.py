@@ -168,7 +168,7 @@ def _muon(task: Task, contender: Contender, model: nn.Module, learning_rate: flo
         rows = insert(model, example).batchnorm_report.of("normalized")  # type: ignore[union-attr, operator]
         layers = [model.get_submodule(name) for name in rows]
     sgd_lr = recipe.sgd_lr * recipe.learning_rate
-    groups = parameter_groups(model, layers, keep_norm=has_batch_norm(model))  # else it means something
+    groups = parameter_groups(model, layers)  # at constant norm without BN too, where that is better (docs/results.md)
     return Muon(groups, lr=learning_rate, sgd_lr=sgd_lr, clip=recipe.clip)
 
 
