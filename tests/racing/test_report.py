@@ -68,7 +68,7 @@ def doubled(model: nn.Module, example: Any) -> nn.Module:
 def test_a_control_differs_by_bn_alone(name: str) -> None:
     """What is BN itself worth? Same optimizer, schedule and budget in every mode; its rate is its own."""
     with_bn, without = CONTENDERS[name], CONTENDERS[f"{name}-without-bn"]
-    assert replace(with_bn, name=without.name, change="without-bn", recalibrate=0, control=None) == without
+    assert replace(with_bn, name=without.name, change="without-bn", recalibrate=0, control=without.control) == without
 
 
 def test_one_seed_says_that_it_is_one_and_an_untuned_rate_that_it_is_untuned(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_one_seed_says_that_it_is_one_and_an_untuned_rate_that_it_is_untuned(tmp
 
 
 def results(*ends: float, names: tuple[str, ...] = ("baseline", "sgd", "short"), seeds: int = 6) -> tuple[Any, Any]:
-    """Of the baseline, and of two contenders that go as far as they are told, at four times its speed and twice."""
+    """Of the baseline, and of contenders that go as far as they are told, at four times its speed and twice."""
     plan = make_plan(toy.task(), spec="racing.toy:task", contenders=names, seeds=seeds)
     records = {
         name: [
@@ -104,7 +104,7 @@ def results(*ends: float, names: tuple[str, ...] = ("baseline", "sgd", "short"),
             }
             for seed in range(seeds)
         ]
-        for name, speed, end in zip(names, (1, 4, 2), ends, strict=True)
+        for name, speed, end in zip(names, (1, 4, 2, 2), ends, strict=False)
     }
     times = {name: StepTime(0.1 if name == "baseline" else 0.2, (0.1, 0.2), 0.0, 9) for name in records}
     return score(plan, records, times), plan
@@ -120,6 +120,13 @@ def test_the_answer_comes_first_with_its_interval_and_its_control() -> None:
         "No contender reached the target (accuracy 80.00%): sgd came to 70.00% in 33 steps. Give it more: "
         "--contenders baseline,sgd@3."
     )
+
+
+def test_where_a_control_was_too_short_the_longer_one_is_told() -> None:
+    names = ("baseline", "fast", "fast-without-bn", "muon-without-bn")
+    told = report.sentence(*results(0.8, 0.9, 0.7, 0.85, names=names))
+    assert "; without batch normalization (muon-without-bn): 47" in told
+    assert "(fast-without-bn): not reached" in report.sentence(*results(0.8, 0.9, 0.7, names=names[:3]))
 
 
 def test_that_nobody_is_there_is_the_answer_also_where_a_schedule_did_not_end() -> None:

@@ -30,7 +30,8 @@ class Contender:
         tuned: its learning rate is its own, chosen by ``--tune``; the recipe's holds until then.
         speeds: the recipe's ``decay_speed`` in a mode where it is another; of built-in tasks ``tuned.json`` has some.
         recalibrate: training examples for the population statistics, re-estimated before each evaluation; 0: none.
-        control: name of the contender without batch normalization that it is held against (docs/race.md, rule 9).
+        control: name of the contender without batch normalization that it is held against (docs/race.md, rule 9); of
+            such a one, the same in more steps.
 
     Raises:
         RaceError: (a ValueError) an unknown change.
@@ -102,7 +103,7 @@ CONTENDERS = {
         Contender("bn-x5-sigmoid", **ESTIMATED, **SIGMOID, recipe=PAPER),
         Contender("sgd", **ESTIMATED, **OWN, recipe=SGD, control="short"),
         Contender("fast", **ESTIMATED, **OWN, recipe=MUON, control="fast-without-bn"),
-        Contender("fast-without-bn", "without-bn", **OWN, recipe=MUON),
+        Contender("fast-without-bn", "without-bn", **OWN, recipe=MUON, control="muon-without-bn"),
         Contender("muon-without-bn", "without-bn", recipe=replace(MUON, decay_speed=1), tuned=True),
         # Of a network that has batch normalization already.
         Contender("as-is", tuned=True),

@@ -59,10 +59,13 @@ def _both(row: Mapping[str, Any], plan: Plan) -> str:
 
 
 def _without(row: Mapping[str, Any], results: Mapping[str, Any], plan: Plan) -> str:
-    """What its control came to."""
-    controls = (next((c.control for c in plan.contenders if c.name == row["name"]), None), "without-bn")
+    """What its control came to; where that was too short, the next one."""
+    controls = {contender.name: contender.control for contender in plan.contenders}
     rows = {other["name"]: other for other in _others(results, plan)}
-    control = rows.get(next((name for name in controls if name in rows and name != row["name"]), None))
+    name = controls.get(row["name"])
+    control = rows.get("without-bn" if name not in rows and row["name"] != "without-bn" else name)
+    while control is not None and control["steps_to_target"] is None and controls[control["name"]] in rows:
+        control = rows[controls[control["name"]]]
     if control is None:
         return ""
     reached = "not reached" if control["steps_to_target"] is None else "evaluated too seldom to tell"
