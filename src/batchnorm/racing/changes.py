@@ -73,4 +73,3 @@ CHANGES = {
     "layer-norm": Row("LayerNorm in BN's place", _exchange(exchange.layer_norm, gone=True)),
     "fused": Row("BN, activations and additions in one kernel (bn.from_torch)", lambda m, x: from_torch(m, example=x)),
 }
-WITH = ("with-bn",)

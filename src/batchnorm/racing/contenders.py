@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from batchnorm.racing.changes import CHANGES, WITH
+from batchnorm.racing.changes import CHANGES
 from batchnorm.racing.errors import RaceError
 from batchnorm.recipe.recipe import FAST, PAPER, SGD, Recipe
 
@@ -62,11 +62,6 @@ class Contender:
     def budget(self) -> float:
         """Steps, as a share of the baseline's; the learning rate decays over them."""
         return 1 / self.recipe.decay_speed
-
-    @property
-    def normalizes(self) -> bool:
-        """Whether batch normalization is in its network for sure."""
-        return self.change in WITH
 
     def at_speed(self, decay_speed: float | None) -> Contender:
         """The same, decaying faster or slower; None: as it is."""

@@ -160,7 +160,7 @@ def _about(rate: float, expected: float, tolerance: float) -> bool:
 def _muon(task: Task, contender: Contender, model: nn.Module, learning_rate: float) -> Optimizer:
     """The recipe's own. Without batch normalization the same layers are orthogonalized: those that would have it."""
     recipe, example = contender.recipe, task.example(model)
-    if contender.normalizes:
+    if _tells_normalized(model):
         layers = normalized(model)
     elif has_batch_norm(model):
         layers = normalized(model, example)
