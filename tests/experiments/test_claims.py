@@ -252,3 +252,13 @@ def test_cells_that_take_times_come_last_and_alone(tmp_path: Path, monkeypatch: 
         ({"cost", "scale"}, {"baseline", "fast", "None"}, 2),
         ({"throughput", "cost"}, {"seconds", "None"}, 1),
     ]
+
+
+def test_a_log_is_told_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "SECONDS_BETWEEN_LINES", 0)
+    cells = len(load("scale").cells(True, 2))
+    list(runner.run_all(["scale"], quick=True, seeds=2, out=tmp_path, workers=1, console=Console()))
+    told = capsys.readouterr().out.split("\n")
+    assert [line.strip() for line in told if line.strip()] == [f"scale: {i + 1} of {cells} cells" for i in range(cells)]

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +27,8 @@ from batchnorm.racing.pool import deaf_to_ctrl_c
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+SECONDS_BETWEEN_LINES = 10.0  # of a log
 
 
 def run(name: str, *, quick: bool = False, seeds: int = 3) -> Result:
@@ -51,6 +54,7 @@ def run_all(
 
     experiments = {name: load(name) for name in names}
     cells = {name: experiment.cells(quick, seeds) for name, experiment in experiments.items()}
+    done, printed = dict.fromkeys(names, 0), time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bars = {name: progress.add_task(name, total=len(cells[name])) for name in names}
@@ -58,6 +62,10 @@ def run_all(
             jobs = [(n, cell) for n in names for cell in cells[n] if experiments[n].alone(cell) is alone]
             for name, _ in measured(jobs, out, 1 if alone else workers):
                 progress.advance(bars[name])
+                done[name] += 1
+                if not console.is_terminal and time.monotonic() > printed + SECONDS_BETWEEN_LINES:
+                    printed = time.monotonic()
+                    console.print(f"{name}: {done[name]} of {len(cells[name])} cells", highlight=False)
     for name in names:
         yield name, experiments[name].conclude([read(out, name, cell) for cell in cells[name]])
 
