@@ -262,3 +262,10 @@ def test_a_log_is_told_how_far_it_is(
     list(runner.run_all(["scale"], quick=True, seeds=2, out=tmp_path, workers=1, console=Console()))
     told = capsys.readouterr().out.split("\n")
     assert [line.strip() for line in told if line.strip()] == [f"scale: {i + 1} of {cells} cells" for i in range(cells)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_threshold_is_said(name: str) -> None:
+    """A number, or a comparison, in words."""
+    said = load(name).claim.confirmed_if
+    assert len(said.split()) > 6
