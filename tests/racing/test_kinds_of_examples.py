@@ -345,7 +345,10 @@ def test_examples_that_are_others_each_time_are_told(where: str | None) -> None:
             return self.x[index] + float(self.generator.normal()), int(self.y[index])
 
     class Mine(torch.utils.data.Sampler[int]):
-        generator, __len__ = np.random.default_rng(), lambda self: 1000  # type: ignore[assignment]
+        generator = np.random.default_rng()
+
+        def __len__(self) -> int:
+            return 1000
 
         def __iter__(self) -> Any:
             return iter(self.generator.permutation(1000).tolist())

@@ -182,7 +182,7 @@ def test_stored_plan_is_read_back_and_a_strange_one_refused(tmp_path: Path) -> N
     stored = json.loads(config.read_text())
     config.write_text(json.dumps({k: v for k, v in stored.items() if k != "format"}))
     with pytest.raises(
-        RaceError, match=r"of another version of batchnorm \(format 1, this is 2\), whose rules were others"
+        RaceError, match=r"of another version of batchnorm \(format 1, this is 3\), whose rules were others"
     ):
         read_plan(tmp_path / "out")
     stored["contenders"][1]["recipe"]["learning_rate"] = 7.0

@@ -57,12 +57,7 @@ def rates(of: bn.Task, contender: Contender = BASELINE, steps: int = STEPS, rate
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what is tried beforehand is not the user's to hear of
         optimizer, schedule = prepared(of, contender, model, steps, rate)
-    found = []
-    for step in range(1, steps + 1):
-        found.append([group["lr"] for group in optimizer.param_groups])
-        optimizer.step()
-        schedule.after_step(step)
-    return torch.tensor(found, dtype=torch.float64)
+    return toy.rates(optimizer, schedule, steps)
 
 
 class Absolute(LRScheduler):

@@ -196,6 +196,25 @@ def test_a_training_that_raises_at_nan_has_diverged(where: str) -> None:
         list(train(replace(task, metric=mistake), run_of("baseline")))
 
 
+def test_an_error_of_the_users_is_shown_also_where_gradients_are_sparse() -> None:
+    def mistake(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("a mistake of the user's")
+
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.later = nn.Embedding(9, 4, sparse=True), nn.LazyLinear(4)
+            self.table.weight.grad = torch.sparse_coo_tensor([[0]], [[1.0] * 4], (9, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.table(x[:, 0].long() % 9)
+
+    trainer = Trainer(toy.task(), run_of("baseline"))
+    trainer.model, trainer.task = Sparse(), replace(toy.task(), loss=mistake)
+    with pytest.raises(ArithmeticError, match="a mistake"):
+        trainer.evaluate()
+
+
 def test_a_test_loss_that_is_infinite_is_a_divergence() -> None:
     def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(output, target) / (1.0 if output.requires_grad else 0.0)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,16 @@ import batchnorm as bn
 def model(*, activation: str = "relu", dropout: float = 0.2) -> nn.Module:
     nonlinearity = nn.ReLU if activation == "relu" else nn.Sigmoid
     return nn.Sequential(nn.Linear(8, 16), nonlinearity(), nn.Dropout(dropout), nn.Linear(16, 4))
+
+
+def rates(optimizer: torch.optim.Optimizer, schedule: Any, steps: int) -> torch.Tensor:
+    """The learning rates of all groups before each step: (steps, groups)."""
+    found = []
+    for step in range(1, steps + 1):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.after_step(step)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def examples(n: int, seed: int) -> TensorDataset:

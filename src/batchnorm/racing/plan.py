@@ -32,7 +32,7 @@ CONFIG = "config.json"
 IN_PROCESS = "bn.race(...)"  # the command of a race that no command can repeat
 SCORED: dict[str, int | None] = {"quick": 2_500, "default": None, "full": None}  # of the test examples
 DECIDED = ("decay_speed", "nesterov")  # of a contender's recipe: by mode and task
-FORMAT = 2  # of what a race leaves in its directory
+FORMAT = 3  # of what a race leaves in its directory
 BUILT_IN = (zoo.inception, zoo.mlp, tabular.deep_mlp)
 
 

@@ -81,14 +81,18 @@ class Trainer:
             return math.nan
 
     def _is_finite(self) -> bool:
-        """Its weights, gradients and buffers, and what it makes of two examples."""
+        """Weights, gradients, buffers, and what it makes of two examples; what torch cannot tell counts as finite."""
         held: list[Any] = [*self.model.parameters(), *self.model.buffers()]
         held += [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.ranks == 1:  # of several, layers may wait for each other
             with suppress(Exception), torch.no_grad():
                 batch = placed(self.task.first_batch(), self.device)
                 held += _pytree.tree_leaves(self.task.output(self.model, batch))
-        return all(bool(value.isfinite().all()) for value in held if isinstance(value, Tensor))
+        for value in held:
+            with suppress(Exception):  # of sparse gradients and lazy parameters; the first error is the one to show
+                if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+                    return False
+        return True
 
     def _step(self) -> float:
         task, loop = self.task, self.loop
