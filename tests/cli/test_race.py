@@ -155,13 +155,17 @@ def test_workers_end_when_the_parent_alone_is_killed(tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
-def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["ctrl-c", "a scheduler"])
+def test_a_stopped_race_says_how_to_resume(tmp_path: Path, how: str) -> None:
     directory = tmp_path / "stopped"
     process = start("--task", "racing.toy:slow", "--workers", "1", "--out", str(directory))
     wait_for(lambda: list((directory / "runs").glob("*.pt")), process)
-    os.killpg(process.pid, signal.SIGINT)
+    if how == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        os.kill(process.pid, signal.SIGTERM)
     _, err = finish(process, 130)
-    assert f"batchnorm race --resume {directory}" in err
+    assert err.strip().endswith(f"batchnorm race --resume {directory}")
     assert "Traceback" not in err
 
 

@@ -84,7 +84,7 @@ def test_a_claim_that_fails_is_a_result(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "the parent alone", "a worker"])
+@pytest.mark.parametrize("how", ["ctrl-c", "a scheduler", "the parent alone", "a worker"])
 def test_what_is_stopped_leaves_nobody_behind(tmp_path: Path, how: str) -> None:
     process = start(tmp_path, "ensemble", "--quick", "--seeds", "2", "--workers", "2")  # cells of a minute
     workers = set()
@@ -98,9 +98,9 @@ def test_what_is_stopped_leaves_nobody_behind(tmp_path: Path, how: str) -> None:
     if how == "a worker":
         os.kill(workers.pop(), signal.SIGKILL)
         assert "The same command goes on from here." in finish(process, 1)
-    elif how == "ctrl-c":
-        os.killpg(process.pid, signal.SIGINT)
-        assert "Stopped. The same command goes on from here." in finish(process, 130)
+    elif how in ("ctrl-c", "a scheduler"):
+        os.killpg(process.pid, signal.SIGINT) if how == "ctrl-c" else os.kill(process.pid, signal.SIGTERM)
+        assert finish(process, 130).endswith("Stopped. The same command goes on from here.\n")
     else:
         process.kill()
         process.communicate()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from importlib.metadata import version
 
@@ -42,4 +44,6 @@ def main() -> None:
     app.command()(recalibrate)
     app.command()(fold)
     app.command()(reproduce)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun ends its processes itself
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's scheduler ends a run as Ctrl-C does
     app()
