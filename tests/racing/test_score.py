@@ -262,6 +262,12 @@ def test_the_fewer_seeds_the_further_out_an_interval_ends() -> None:
     assert bn["steps_interval"] == pytest.approx([10, 10 + 10 * 0.4 / 0.45])  # of each seed alone
 
 
+def test_the_range_of_few_seeds_is_that_of_all_resamples_there_are() -> None:
+    draws = rules.resamples(5)
+    assert len({tuple(draw) for draw in draws}) == 5**5
+    assert len(rules.resamples(rules.ENOUGH)) == rules.RESAMPLES
+
+
 def test_a_contender_of_which_no_run_got_to_its_end_has_not_reached_what_it_was_at_before() -> None:
     gone = [record(seed, 0.9, status="diverged at step 15") for seed in range(2)]
     _, _, bn = scored([record(seed, 0.3, 0.5, 0.6) for seed in range(2)], gone)

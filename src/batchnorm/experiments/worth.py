@@ -39,14 +39,14 @@ import numpy as np
 from batchnorm.experiments import style
 from batchnorm.experiments.annealed import OPTIMIZERS, annealed, chosen, network_of
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
-from batchnorm.racing.score import Curves
+from batchnorm.racing.score import Curves, resamples
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEPTHS, DIVISORS, STEPS, QUICK_STEPS, BATCH = (6, 12, 26, 50), (16, 8, 4, 2, 1), 1_024, 256, 128
 OTHER_DEPTH, OTHER_ACTIVATIONS, OTHER_BATCHES = 12, ("tanh", "sigmoid"), (32, 512)
-AT_CHANCE, DEEPEST, RESAMPLES = 0.25, 0.5, 1_000
+AT_CHANCE, DEEPEST = 0.25, 0.5
 LOOKS = {
     "SGD": ("#444444", "--", "s"),
     "AdamW": ("#b0a060", ":", "D"),
@@ -157,7 +157,7 @@ def conclude(records: list[Record]) -> Result:
         number = len(without.scores)
         shares[key] = share_of(without, with_bn, np.arange(number))
         if number > 1:
-            found = sorted((share_of(without, with_bn, seeds) for seeds in _resamples(number)), key=_by_value)
+            found = sorted((share_of(without, with_bn, seeds) for seeds in resamples(number)), key=_by_value)
             intervals[key] = (found[int(0.025 * len(found))], found[math.ceil(0.975 * len(found)) - 1])
     depths = sorted({case[0] for case, _ in cases if case[2:] == ("relu", BATCH)})
     holds = {o: _holds(shares, o, depths) for o in optimizers}
@@ -213,12 +213,6 @@ def _has(shares: dict[Key, Share], activation: str) -> bool:
 def _by_value(share: Share) -> float:
     """What is unknown, as neither side trains, comes last."""
     return math.inf if math.isnan(share.value) else share.value
-
-
-def _resamples(number: int) -> Any:
-    if number <= 4:
-        return [np.array(seeds) for seeds in product(range(number), repeat=number)]
-    return np.random.default_rng(0).integers(number, size=(RESAMPLES, number))
 
 
 def _name(case: Case) -> str:

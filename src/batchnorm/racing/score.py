@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -193,14 +194,20 @@ def _resampled(own: Curves | None, base: Curves | None) -> tuple[Array, Array]:
     same ones of the contender's, which begin with the same weights and see the same batches."""
     if own is None or base is None or len(base.scores) < 2:
         return np.empty(0), np.empty(0)
-    generator = np.random.default_rng(0)
     shares, steps = [], []
-    for seeds in generator.integers(len(base.scores), size=(RESAMPLES, len(base.scores))):
+    for seeds in resamples(len(base.scores)):
         target = base.target(seeds)
         steps.append(own.steps_to(target, seeds))
         reference = base.steps_to(target, seeds)  # 0 of a baseline that learns nothing, which has no fraction then
         shares.append(steps[-1] / reference if reference else float("inf"))
     return np.array(shares), np.array(steps)
+
+
+def resamples(seeds: int) -> list[Array]:
+    """Draws of as many seeds with replacement; where they are too few for percentiles, all that there are."""
+    if seeds < ENOUGH:
+        return [np.array(draw) for draw in product(range(seeds), repeat=seeds)]
+    return list(np.random.default_rng(0).integers(seeds, size=(RESAMPLES, seeds)))
 
 
 def tail(seeds: int) -> float:
