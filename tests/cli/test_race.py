@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_curves_and_plots_are_written(whole: Path) -> None:
     runs = [json.loads(file.read_text()) for file in (whole / "runs").glob("*.json")]
     assert len(runs) == 6  # from two seeds
     assert len(numbers(whole)) == sum(len(run["curve"]) for run in runs)
-    for name in ("accuracy-steps.png", "accuracy-seconds.png", "steps-to-each.png"):
+    for name in ("score-steps.png", "score-seconds.png", "steps-to-each.png"):
         assert (whole / name).read_bytes().startswith(b"\x89PNG")
     assert "| fast |" in (whole / "results.md").read_text()
 
@@ -315,3 +316,13 @@ def test_resume_of_a_finished_race_reports_the_same_again(whole: Path) -> None:
     run_here("--resume", str(whole))
     after = json.loads((whole / "results.json").read_text())
     assert after["contenders"] == before["contenders"]
+
+
+def test_a_baseline_that_sets_no_target_is_said_before_the_others_have_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = replace(toy.task(), learning_rate=1e-12, steps=20)
+    bn.race(task, ["baseline", "short"], seeds=1, out=tmp_path / "o")
+    said, rest = capsys.readouterr().out.split("NOTE: baseline is no better at its end than at its beginning", 1)
+    assert "short (seed 0" not in said
+    assert "Timing steps" in rest

@@ -232,7 +232,7 @@ def test_fingerprint_is_the_same_in_another_process_whatever_a_dataset_holds() -
 
     first, second, other = (replace(toy.task(), train=data) for data in (Pictures(), Pictures(), Pictures(49)))
     assert isinstance(first.training, Items)
-    assert first.fingerprint() == second.fingerprint() != other.fingerprint()
+    assert first.facts() == second.facts() != other.facts()
 
 
 @pytest.mark.parametrize("kind", ["items", "dicts", "loader", "loader with a generator"])
@@ -278,12 +278,12 @@ def test_fingerprint_reads_nothing_that_is_augmented_and_tells_data_apart() -> N
     data = Noisy()
     task = replace(toy.task(), train=data)
     data.read = 0
-    first = task.fingerprint()
+    first = task.facts()
     assert data.read == 0
-    assert first == replace(toy.task(), train=Noisy()).fingerprint()
+    assert first == replace(toy.task(), train=Noisy()).facts()
     changed = Noisy()
     changed.x = changed.x + 1
-    prints = {replace(toy.task(), train=train).fingerprint() for train in (
+    prints = {replace(toy.task(), train=train).facts()["training data"] for train in (
         data, changed, Subset(Noisy(), range(500)), Subset(Noisy(), range(500, 1000)), LOADERS["loader"],
     )}  # fmt: skip
     assert len(prints) == 5

@@ -11,6 +11,7 @@ import pytest
 import torch
 from racing import toy
 from torch import nn
+from torch.optim import Adam
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
@@ -21,6 +22,7 @@ from batchnorm.racing.loading import load_task
 from batchnorm.racing.plan import as_planned, check_same, make_plan, read_plan
 from batchnorm.racing.rates import TUNED_FILE, read_tuned
 from batchnorm.racing.trainer import device_of
+from batchnorm.racing.trial import try_contenders
 
 MODES: tuple[Any, ...] = ("quick", "default", "full")
 
@@ -36,7 +38,8 @@ def test_default_contenders_hang_on_the_mode_and_on_whether_the_network_has_bn(m
     assert made.baseline == "baseline"
     assert made.seeds == (2 if mode == "quick" else 8)
     assert len(made.runs()) == made.seeds * len(PLAIN[mode])
-    assert made.steps == (25 if mode == "quick" else 200)
+    assert made.steps == 200  # a small training is quick as it is
+    assert plan(replace(toy.task(), steps=8_000), mode=mode).steps == (1_000 if mode == "quick" else 8_000)
     normalized = plan(toy.normalized(), mode=mode)
     assert [c.name for c in normalized.contenders] == list(NORMALIZED[mode])
     assert normalized.baseline == "as-is"
@@ -123,12 +126,12 @@ def test_tuned_rate_is_the_one_with_the_best_mean_score(tmp_path: Path) -> None:
     file = tmp_path / "tuning.json"
     scores = {"baseline": {"0.1": [0.8, 0.9], "0.2": [0.95, 0.7]}, "sgd": {"0.5": [0.7]}}
     file.write_text(json.dumps({"toy": {"default": {"scores": scores}}}))
-    assert read_tuned("toy", "default", file, 20) == {"baseline": 0.1, "sgd": 0.5}
-    assert read_tuned("toy", "full", file, 20)["baseline"] == 0.1  # not swept: the default budget's
-    assert read_tuned("other", "default", file, 20) == {}
+    assert read_tuned("toy", "default", file, 20) == ({"baseline": 0.1, "sgd": 0.5}, {})
+    assert read_tuned("toy", "full", file, 20)[0]["baseline"] == 0.1  # not swept: the default budget's
+    assert read_tuned("other", "default", file, 20) == ({}, {})
     tied = {"scores": {"baseline": {"0.1": [0.9], "0.2": [0.9], "0.4": [0.8]}}}
     file.write_text(json.dumps({"toy": {"default": {"scores": scores}, "full": tied}}))
-    assert read_tuned("toy", "full", file, 20) == {"baseline": 0.2, "sgd": 0.5}  # of equals, not the edge
+    assert read_tuned("toy", "full", file, 20)[0] == {"baseline": 0.2, "sgd": 0.5}  # of equals, not the edge
     file.write_text(json.dumps({"toy": {"default": {"scores": scores}}}))
     assert plan(rates=file, contenders=["baseline", "bn-x5", "sgd"]).learning_rates == {
         "baseline": 0.1,
@@ -182,7 +185,7 @@ def test_stored_plan_is_read_back_and_a_strange_one_refused(tmp_path: Path) -> N
     stored = json.loads(config.read_text())
     config.write_text(json.dumps({k: v for k, v in stored.items() if k != "format"}))
     with pytest.raises(
-        RaceError, match=r"of another version of batchnorm \(format 1, this is 3\), whose rules were others"
+        RaceError, match=r"of another version of batchnorm \(format 1, this is 4\), whose rules were others"
     ):
         read_plan(tmp_path / "out")
     stored["contenders"][1]["recipe"]["learning_rate"] = 7.0
@@ -196,7 +199,7 @@ def test_stored_plan_is_read_back_and_a_strange_one_refused(tmp_path: Path) -> N
     ("spec", "message"),
     [
         ("resnet", r"unknown task 'resnet'. Known: inception, mlp, covertype, imagenet, imagenet-resnet50; or a fu"),
-        ("racing.toy:nothing", "racing.toy has no function nothing"),
+        ("racing.toy:nothing", "racing.toy has no nothing"),
         ("racing.nowhere:task", "importing racing.nowhere from .* failed: ModuleNotFoundError"),
         ("racing.toy:returns_a_model", r"must return a batchnorm.Task \(got Sequential\)"),
         ("racing.toy:negative", r"steps must be a positive whole number \(got -1\)"),
@@ -264,9 +267,9 @@ def test_a_contender_has_a_share_of_its_own_in_each_mode() -> None:
 def test_task_is_the_same_each_time_it_is_loaded_even_if_its_data_is_drawn_unseeded() -> None:
     """Every process of a race calls the function for itself, and so does a resumed race."""
     tasks = [load_task("racing.toy:unseeded") for _ in range(2)]
-    assert tasks[0].fingerprint() == tasks[1].fingerprint()
-    assert tasks[0].fingerprint() != toy.task().fingerprint()
-    assert replace(tasks[0], weight_decay=1.0).fingerprint() != tasks[0].fingerprint()
+    assert tasks[0].facts() == tasks[1].facts()
+    assert tasks[0].facts() != toy.task().facts()
+    assert replace(tasks[0], weight_decay=1.0).facts() != tasks[0].facts()
 
 
 def test_race_on_another_task_or_torch_is_refused() -> None:
@@ -369,7 +372,7 @@ def test_other_batches_take_as_many_examples_and_rates_in_proportion() -> None:
     assert (smaller.steps, smaller.full_steps, smaller.quick_steps) == (800, 3204, None)
     assert as_planned(task, 5, tune=False) == smaller
     assert as_planned(task, None, tune=False) is as_planned(task, 20, tune=False) is task
-    assert smaller.fingerprint() != task.fingerprint()
+    assert smaller.facts() != task.facts()
     with pytest.raises(RaceError, match=r"--batch-size must be a whole number of at least 1 \(got -2\)"):
         task.with_batch_size(-2)
 
@@ -393,3 +396,35 @@ def test_each_process_of_a_machine_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     assert device_of(replace(toy.task(), device="cuda")) == torch.device("cuda", 3)
     assert taken == [torch.device("cuda", 3)]
     assert device_of(toy.task()) == torch.device("cpu")
+
+
+def test_by_default_nobody_runs_twice_under_two_names() -> None:
+    """Of Adam ``sgd`` and ``bn-x5`` are one and the same, until they are tuned."""
+    adam = replace(toy.task(), optimizer=lambda parameters: Adam(parameters, 1e-3))
+    made = plan(adam)
+    assert [c.name for c in made.contenders] == [name for name in PLAIN["default"] if name != "sgd"]
+    assert made.left_out == ("sgd (here the same as bn-x5)",)
+    assert [c.name for c in plan(adam, contenders=["baseline", "bn-x5", "sgd"]).contenders][2] == "sgd"  # as asked
+
+
+def test_what_changed_of_a_task_is_named() -> None:
+    made = plan(replace(toy.task(), clip_grad_norm=1.0))
+    with pytest.raises(RaceError, match=r"when the race was planned: clip_grad_norm was 1.0, is 0.1\.$"):
+        check_same(made, replace(toy.task(), clip_grad_norm=0.1), 1)
+    with pytest.raises(RaceError, match=r"training examples was 1000, is 900; other training data\. A task function"):
+        check_same(plan(), replace(toy.task(), train=toy.examples(900, 0)), 1)
+
+
+def test_a_metric_that_is_no_number_is_refused_before_any_long_work() -> None:
+    wrong = replace(toy.task(), metric=lambda outputs, targets: float("nan"), metric_name="mine")
+    with pytest.raises(RaceError, match=r"as contender 'baseline': its mine is nan after the first step, and must be"):
+        try_contenders(wrong, plan(wrong))
+
+
+def test_an_error_in_the_users_code_comes_with_its_place() -> None:
+    def metric(outputs: Any, targets: Any) -> float:
+        return outputs.foo
+
+    wrong = replace(toy.task(), metric=metric)
+    with pytest.raises(RaceError, match=r"no attribute 'foo' \(test_plan\.py, line \d+, in metric\)$"):
+        try_contenders(wrong, plan(wrong))

@@ -27,10 +27,10 @@ def test_each_contender_says_what_it_changes() -> None:
     mine = bn.Contender("mine", doubled, recipe=bn.Recipe(learning_rate=3))
     told = changes(toy.task(), "baseline", "bn", "bn-x5", "sigmoid", mine)
     assert told["baseline"] == "nothing"
-    assert told["bn"] == "BN before the nonlinearities (bn.insert), statistics re-estimated on 2,000 training examples"
+    assert told["bn"] == "BN before the nonlinearities (bn.insert), statistics re-estimated on 1,000 training examples"
     assert told["bn-x5"] == (
         "BN before the nonlinearities (bn.insert), learning rate x5, weight decay x0.2, none on gamma, beta and biases"
-        ", learning-rate decay 6 times faster, for 1/6 of the steps, no dropout, statistics re-estimated on 2,000 "
+        ", learning-rate decay 6 times faster, for 1/6 of the steps, no dropout, statistics re-estimated on 1,000 "
         "training examples"
     )
     assert "activation=sigmoid" in told["sigmoid"]
@@ -180,7 +180,7 @@ def test_a_baseline_alone_is_no_race() -> None:
 def test_names_are_told_as_they_are_whatever_they_mean_to_a_terminal() -> None:
     found, plan = results(0.8, 0.9, 0.7)
     found["contenders"][1]["name"] = "sgd[/b]"
-    plan, out = replace(plan, task="net[small]", metric="a long name of a metric[b]"), io.StringIO()
+    plan, out = replace(plan, name="net[small]", metric="a long name of a metric[b]"), io.StringIO()
     Console(file=out, width=80).print(report.table(found, plan))
     assert "net[small]: target" in out.getvalue()
     assert "sgd[/b] " in out.getvalue()
@@ -229,3 +229,27 @@ def test_progress_is_readable_when_piped() -> None:
     assert lines[0].startswith(f"[{200 / sum(run.steps for run in runs):4.0%}]")
     assert "bn-x5 (seed 0, rate 0.05)" in lines[1]
     assert "diverged at step 13" in lines[1]
+
+
+def test_who_changes_kernels_alone_is_not_the_answer_and_who_is_slower_is_said_to_be() -> None:
+    """Its steps are the baseline's but for noise, so what it saves is time per step."""
+    told = report.sentence(*results(0.8, 0.82, 0.9, 0.9, names=("as-is", "fused", "fast", "ghost")))
+    assert told.startswith("ghost: the accuracy of as-is (80.00%) in ")
+    assert told.endswith(" fused: the same steps, each in 100.0% of the time.")
+    found, plan = results(0.8, 0.9, names=("as-is", "without-bn"))
+    found["contenders"][1]["steps_fraction"] = 1.1
+    assert report.sentence(found, plan).startswith(
+        "No contender needs fewer steps than as-is. without-bn: the accuracy"
+    )
+
+
+def test_a_race_whose_code_was_changed_says_so_and_so_do_rates_of_another_budget() -> None:
+    found, plan = results(0.8, 0.9, 0.7)
+    assert not any("code" in note for note in report.notes(found, plan))
+    changed = replace(plan, sources=("one", "another"), tuned_at={"sgd": 60})
+    assert report.notes(found, changed)[0].startswith("NOTE: the code of toy was changed while it raced")
+    assert "The rate of sgd was tuned at 60 steps." in report.rules(changed)
+
+
+def test_networks_that_have_batch_normalization_keep_it_and_are_not_said_to_get_it() -> None:
+    assert changes(toy.normalized(), "as-is", "fast")["fast"].startswith("BN as it is, Muon")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from racing import toy
 
+from batchnorm.racing import checks, tuning
 from batchnorm.racing import score as rules
-from batchnorm.racing import tuning
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.plan import Plan, make_plan
 from batchnorm.racing.score import Curves, curves_of, interval, score
@@ -66,6 +66,9 @@ def test_who_ends_at_a_high_rate_where_the_baseline_does_not_is_told() -> None:
             "end with its steps; with one that does it would come further."
         ]
         assert results["warnings"] == said * told
+    few = [record(0, 0.5, 0.9, 0.9, rate=0.25)]  # of 30 steps here; of 5 that is what the last has
+    few[0]["curve"][-1]["step"] = 5
+    assert checks.of_schedules(plan_of(1), {"baseline": baseline, "bn": few}) == []
     high = [record(0, 0.5, 0.9, 0.9, rate=1.0)]
     assert scored(high, high)[0]["warnings"] == []
 
@@ -175,7 +178,11 @@ GOOD = (0.5, 0.7, 0.8, 0.9, 0.9, 0.9)
         ([record(0, *[0.5 + 0.01 * i for i in range(40)])], (0.9, 0.9, 0.9), "evaluated too seldom to tell"),
         ([record(0, 0.9, 0.9, 0.9, 0.9)], (0.2, 0.3, 0.4, 0.9), "baseline is at the target within 10 steps"),
         ([record(0, 0.09, 0.06, 0.03, 0.01, 0.01)], GOOD, "If it did get better: lower_is_better=True."),
-        ([record(0, 0.5, 0.6, status="diverged at step 30 (accuracy)")], GOOD, "accuracy is not finite, from seed 0 ("),
+        (
+            [record(0, 0.5, 0.6, status="diverged at step 30 (accuracy)")],
+            GOOD,
+            "accuracy is not finite after step 30, from seed 0, while",
+        ),
     ],
 )
 def test_no_fraction_where_it_would_mean_nothing(baseline: Any, bn: Any, said: str) -> None:

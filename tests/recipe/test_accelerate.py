@@ -132,9 +132,11 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match=r"there is no layer to normalize.\nlayer .*\n0 .*goes to the model's output"):
         bn.accelerate(nn.Sequential(nn.Linear(4, 8)), X)
     normalized = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
-    with pytest.raises(ValueError, match=r'is there already. .*: batchnorm.RECIPES\["paper"\].apply\(optimizer, sched'):
+    with pytest.raises(
+        ValueError, match=r'already. .*, then batchnorm.RECIPES\["paper"\].apply\(optimizer, scheduler, m'
+    ):
         bn.accelerate(normalized, X[0])
-    with pytest.raises(ValueError, match=r"is there already. .*: recipe.apply\(optimizer, scheduler\)"):
+    with pytest.raises(ValueError, match=r"already. .*, then recipe.apply\(optimizer, scheduler, model\); multiply"):
         bn.accelerate(normalized, X[0], replace(bn.RECIPES["paper"], learning_rate=30))
     with pytest.raises(ValueError, match=r'unknown recipe "quick". Known: paper, sgd, fast; or a batchnorm.Recipe'):
         bn.accelerate(Network(), X, "quick")

@@ -24,11 +24,12 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
     """What is wrong with the training as it is, so that it sets no target."""
     name = plan.baseline
     diverged = [str(r["seed"]) for r in records if r["status"].startswith("diverged")]
-    unscored = [r["status"] for r in records if r["status"].endswith(f"({plan.metric})")]
+    unscored = [r for r in records if r["status"].endswith(f"({plan.metric})")]
     if unscored:
+        step = unscored[0]["status"].removeprefix("diverged at ").partition(" (")[0]
         return [
-            f"{name}: {plan.metric} is not finite, from seed {', '.join(diverged)} ({unscored[0]}): it must be finite "
-            "of the untrained network too; where the training diverges, lower its learning rate."
+            f"{name}: {plan.metric} is not finite after {step}, from seed {', '.join(diverged)}, while the loss is: "
+            "look at the metric; or where the training diverges, lower its learning rate."
         ]
     if curves is None or diverged:
         return [f"{name} diverged from seed {', '.join(diverged)}: lower its learning rate."]
@@ -69,7 +70,7 @@ def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
 
 def _unfinished(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves) -> list[str]:
     """The learning rate is high at the end, and the score still rises: there is no plateau, whatever the target."""
-    if all(r["curve"][-1]["rate"] <= FALLEN for r in records) or records[0]["status"].startswith("stopped"):
+    if all(_has_fallen(r["curve"][-1]) for r in records) or records[0]["status"].startswith("stopped"):
         return []
     last = curves.steps[-1]
     ends = curves.ends
@@ -98,8 +99,9 @@ def of_contender(plan: Plan, name: str, curves: Curves | None, steps: float) -> 
     if gap > COARSE * steps:
         return [
             f"{name} is at the target within {steps:,.0f} steps, where it was evaluated too seldom to tell (the "
-            f"nearest evaluations are {gap:,.0f} steps apart): race it with a smaller budget, or the "
-            "baseline with more steps."
+            f"nearest evaluations are {gap:,.0f} steps apart): race it with a smaller budget (--contenders "
+            f"{plan.baseline},{name.partition('@')[0]}@{2 * plan.steps / curves.steps[-1]:.2g}), or the baseline with "
+            f"more steps (--steps {3 * plan.steps})."
         ]
     return []
 
@@ -109,19 +111,22 @@ def of_schedules(plan: Plan, records: Mapping[str, Sequence[Mapping[str, Any]]])
 
     A schedule does that which hangs on the steps in part (500 steps of warm-up, of 300), or waits for a plateau.
     """
-    ends = {
-        name: max((run["curve"][-1]["rate"] for run in some if run["status"] == "finished"), default=0.0)
-        for name, some in records.items()
-    }
-    low = ends[plan.baseline]
-    if low > FALLEN or any(run["status"] != "finished" for run in records[plan.baseline]):
+    ends = {name: [run["curve"][-1] for run in some if run["status"] == "finished"] for name, some in records.items()}
+    base = ends[plan.baseline]
+    if len(base) < len(records[plan.baseline]) or not all(map(_has_fallen, base)):
         return []
+    low = max(point["rate"] for point in base)
+    high = {name: max(p["rate"] for p in some) for name, some in ends.items() if not all(map(_has_fallen, some))}
     return [
         f"{name} ends while its learning rate is at {rate:.0%} of its highest, that of {plan.baseline} at {low:.0%}: "
         "its schedule does not end with its steps; with one that does it would come further."
-        for name, rate in ends.items()
-        if rate > FALLEN
+        for name, rate in high.items()
     ]
+
+
+def _has_fallen(last: Mapping[str, Any]) -> bool:
+    """Whether the learning rate has come down at a run's end; the last of ten steps still has 1/7 of the highest."""
+    return bool(last["rate"] <= FALLEN + 2 / max(1, last["step"]))
 
 
 def _shown(plan: Plan, score: float) -> str:

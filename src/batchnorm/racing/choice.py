@@ -25,19 +25,24 @@ Asked = str | Recipe | Contender
 
 
 def choose(
-    task: Task, asked: Sequence[Asked] | None, mode: Mode, tune: bool
+    task: Task, asked: Sequence[Asked] | None, mode: Mode, tune: bool, normalized: bool
 ) -> tuple[list[str], list[Contender], list[str]]:
-    """How the contenders were named, the contenders, and the names of those left out, which this model cannot run."""
+    """How the contenders were named, the contenders, and who is left out, with the reason."""
     taken = keywords_of(task.model)
     left_out: list[str] = []
     if asked is None:
-        table = NORMALIZED if _has_batch_norm(task) else PLAIN
+        table = NORMALIZED if normalized else PLAIN
         known = [*table["full" if tune else mode]]
         if tune:
             known = [name for name in known if CONTENDERS[name].tuned]
         if taken is not None:  # a model function without an activation= has no sigmoid variants
-            left_out = [name for name in known if not taken.issuperset(CONTENDERS[name].network)]
-        asked = [name for name in known if name not in left_out]
+            known, unfit = (
+                [name for name in known if taken.issuperset(CONTENDERS[name].network) is fits] for fits in (True, False)
+            )
+            left_out = [
+                f"{name} (the model function takes no {', '.join(CONTENDERS[name].network)}=)" for name in unfit
+            ]
+        asked = known
     if isinstance(asked, str | Recipe | Contender):
         raise RaceError(f"contenders must be a list of names or Contenders (got {asked!r}).")
     chosen = [load_contender(each) for each in asked]
@@ -64,7 +69,7 @@ def choose(
 
 def as_applied_to(task: Task, contenders: list[Contender]) -> list[Contender]:
     """With the recipes that the training's optimizer can have, which are told under the results."""
-    if not any(contender.recipe.nesterov for contender in contenders):
+    if not any(recipe.nesterov or recipe.only_weights for recipe in (contender.recipe for contender in contenders)):
         return contenders
     with torch.random.fork_rng(devices=[]):
         try:
@@ -74,7 +79,19 @@ def as_applied_to(task: Task, contenders: list[Contender]) -> list[Contender]:
     return [replace(contender, recipe=as_applied(contender.recipe, optimizer)) for contender in contenders]
 
 
-def _has_batch_norm(task: Task) -> bool:
+def without_twins(contenders: list[Contender], rates: dict[str, float]) -> tuple[list[Contender], list[str]]:
+    """Without those that would be the very run of one before: ``sgd``, where it is not tuned, of another optimizer."""
+    first: dict[str, Contender] = {}
+    twins = []
+    for contender in contenders:
+        recipe = replace(contender.recipe, name="")
+        key = repr((contender.change, recipe, contender.network, contender.recalibrate, rates[contender.name]))
+        if first.setdefault(key, contender) is not contender:
+            twins.append(f"{contender.name} (here the same as {first[key].name})")
+    return [*first.values()], twins
+
+
+def has_batch_norm_of(task: Task) -> bool:
     """Whether the network of the task has batch normalization already."""
     with torch.random.fork_rng(devices=[]):
         try:

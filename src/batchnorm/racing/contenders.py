@@ -63,6 +63,11 @@ class Contender:
         """Steps, as a share of the baseline's; the learning rate decays over them."""
         return 1 / self.recipe.decay_speed
 
+    @property
+    def is_the_same(self) -> bool:
+        """Whether it is the training as it is but for its kernels: then its steps are the baseline's, to noise."""
+        return self.change == "fused" and self.recipe == Recipe()
+
     def at_speed(self, decay_speed: float | None) -> Contender:
         """The same, decaying faster or slower; None: as it is."""
         return self if decay_speed is None else replace(self, recipe=replace(self.recipe, decay_speed=decay_speed))

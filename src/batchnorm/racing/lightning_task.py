@@ -143,9 +143,6 @@ class LightningTask(Task):
         trainer: StandIn = model.trainer  # type: ignore[assignment]
         return Validation(model, trainer, batches, self.metric, self._who)
 
-    def fingerprint(self) -> str:
-        return f"{super().fingerprint()}-{self.metric}"
-
 
 def from_lightning(
     module_factory: Callable[..., Any],

@@ -36,7 +36,10 @@ def load_task(spec: str, data: str | None = None) -> Task:
     task = _imported("task", spec)
     if not isinstance(task, Task):
         if not callable(task):
-            raise RaceError(f"task {spec}: {spec.partition(':')[0]} has no function {spec.partition(':')[2]}.")
+            raise RaceError(
+                f"task {spec}: {spec.partition(':')[2]} must be a batchnorm.Task, or a function that returns one (got "
+                f"{type(task).__name__})."
+            )
         task = _called(f"task {spec}", task)
     if not isinstance(task, Task):
         raise RaceError(f"task {spec}: the function must return a batchnorm.Task (got {type(task).__name__}).")
@@ -92,7 +95,9 @@ def _imported(what: str, spec: str) -> Any:
         raise RaceError(
             f"{what} {spec}: importing {module_name} from {os.getcwd()} or the environment failed: {one_line(error)}"
         ) from error
-    return getattr(module, name, None)
+    if not hasattr(module, name):
+        raise RaceError(f"{what} {spec}: {module_name} has no {name}.")
+    return getattr(module, name)
 
 
 def _called(what: str, function: Callable[[], Any]) -> Any:

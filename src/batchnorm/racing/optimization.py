@@ -79,9 +79,16 @@ def decay_of_weights(model: nn.Module, lr: float, weight_decay: float) -> Optimi
 
 
 def as_applied(recipe: Recipe, optimizer: Optimizer) -> Recipe:
-    """What of a recipe this optimizer can have: Nesterov's momentum is what only SGD with momentum has."""
-    able = all("nesterov" in g and g["momentum"] and not g["dampening"] for g in optimizer.param_groups)
-    return replace(recipe, nesterov=recipe.nesterov and able)
+    """What of a recipe this optimizer can have: Nesterov's momentum SGD with momentum, less decay one that decays."""
+    groups = optimizer.param_groups
+    able = all("nesterov" in g and g["momentum"] and not g["dampening"] for g in groups)
+    decays = any(g.get("weight_decay") for g in groups)
+    return replace(
+        recipe,
+        nesterov=recipe.nesterov and able,
+        weight_decay=recipe.weight_decay if decays else 1,
+        only_weights=recipe.only_weights and decays,
+    )
 
 
 def prepared(

@@ -6,16 +6,20 @@ the output directory, so that ``--resume`` continues the same race or refuses.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from batchnorm.racing import tabular, zoo
-from batchnorm.racing.choice import Asked, Mode, as_applied_to, choose
+from batchnorm.racing.choice import Asked, Mode, as_applied_to, choose, has_batch_norm_of, without_twins
 from batchnorm.racing.contenders import BASELINES, Contender, name_of_function
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Run
@@ -31,8 +35,9 @@ TUNED_GRID = (1 / 2, 1, 2)  # times a rate that a sweep at another budget has fo
 CONFIG = "config.json"
 IN_PROCESS = "bn.race(...)"  # the command of a race that no command can repeat
 SCORED: dict[str, int | None] = {"quick": 2_500, "default": None, "full": None}  # of the test examples
-DECIDED = ("decay_speed", "nesterov")  # of a contender's recipe: by mode and task
-FORMAT = 3  # of what a race leaves in its directory
+LEAST = 400  # steps of a small training under --quick
+DECIDED = ("decay_speed", "nesterov", "weight_decay", "only_weights")  # of a contender's recipe: by mode and task
+FORMAT = 4  # of what a race leaves in its directory
 BUILT_IN = (zoo.inception, zoo.mlp, tabular.deep_mlp)
 
 
@@ -42,6 +47,7 @@ class Plan:
 
     format: int
     task: str
+    name: str
     data: str | None
     mode: Mode
     tune: bool
@@ -53,7 +59,8 @@ class Plan:
     scored: int | None
     batch_size: int
     examples: int
-    fingerprint: str
+    facts: dict[str, Any]
+    sources: tuple[str, ...]
     processes: int
     torch: str
     device: str
@@ -64,6 +71,8 @@ class Plan:
     command: str
     learning_rates: dict[str, float]
     tuned: tuple[str, ...]
+    tuned_at: dict[str, int]
+    normalized: bool
     left_out: tuple[str, ...]
     specs: tuple[str, ...]
     contenders: tuple[Contender, ...]
@@ -127,7 +136,8 @@ def make_plan(
     """Decide everything; raises ``RaceError`` where it cannot be done as asked."""
     if mode not in SEEDS:
         raise RaceError(f"unknown mode {mode!r}. Known: {', '.join(SEEDS)}.")
-    specs, chosen, left_out = choose(task, contenders, mode, tune)
+    normalized = has_batch_norm_of(task)
+    specs, chosen, left_out = choose(task, contenders, mode, tune, normalized)
     for name, value in (("seeds", seeds), ("steps", steps)):
         if value is not None and not (isinstance(value, int) and value >= 1):
             raise RaceError(f"--{name} must be a whole number of at least 1 (got {value!r}).")
@@ -138,7 +148,7 @@ def make_plan(
     budget = (
         steps
         or {
-            "quick": task.quick_steps or max(1, task.steps // 8),
+            "quick": task.quick_steps or max(min(task.steps, LEAST), task.steps // 8),
             "default": task.steps,
             "full": task.full_steps or task.steps,
         }[mode]
@@ -146,7 +156,7 @@ def make_plan(
     built_in = task.model in BUILT_IN
     stored = TUNED_FILE if built_in and (mode == "full" or not tune) else None  # a long sweep starts from a short one's
     file = Path(rates) if rates is not None else stored
-    tuned = read_tuned(task.name, mode, file, task.batch_size) if file else {}
+    tuned, tuned_at = read_tuned(task.name, mode, file, task.batch_size) if file else ({}, {})
     if rates is not None and not tuned:
         raise RaceError(
             f"{rates} holds no learning rates for task {task.name!r} at the {mode} (or default) budget, in batches of "
@@ -159,9 +169,15 @@ def make_plan(
     learning_rates = {
         c.name: tuned[c.name] if c.tuned and c.name in tuned else float(f"{_untuned(c, baseline):.6g}") for c in chosen
     }
+    if contenders is None and not tune:
+        chosen, twice = without_twins(chosen, learning_rates)
+        left_out += twice
+        specs = [c.name for c in chosen]
+    scored = SCORED[mode]
     return Plan(
         format=FORMAT,
         task=spec,
+        name=task.name,
         data=data,
         mode=mode,
         tune=tune,
@@ -170,11 +186,12 @@ def make_plan(
         first_seed=first_seed,
         steps=budget,
         evaluations=EVALUATIONS[mode],
-        scored=SCORED[mode],
+        scored=scored if scored is not None and scored < len(task.testing) else None,
         batch_size=task.examples_per_step,
         examples=len(task.training),
-        learning_rates=learning_rates,
-        fingerprint=task.fingerprint(),
+        learning_rates={c.name: learning_rates[c.name] for c in chosen},
+        facts=task.facts(),
+        sources=(source_of(task, spec),),
         processes=processes,
         torch=version("torch"),
         device=task.device,
@@ -184,6 +201,8 @@ def make_plan(
         score_falls=task.score_falls,
         command=command,
         tuned=tuple(c.name for c in chosen if c.tuned and c.name in tuned),
+        tuned_at={} if rates is None else {c.name: tuned_at[c.name] for c in chosen if c.tuned and c.name in tuned_at},
+        normalized=normalized,
         left_out=tuple(left_out),
         specs=tuple(specs),
         contenders=tuple(chosen),
@@ -194,6 +213,15 @@ def _untuned(contender: Contender, baseline: float) -> float:
     """The rate of the recipe's own optimizer, or the baseline's times the recipe's factor."""
     recipe = contender.recipe
     return (recipe.muon_lr or baseline) * recipe.learning_rate
+
+
+def source_of(task: Task, spec: str) -> str:
+    """A digest of the files in which the task and its network are written."""
+    files = {getattr(sys.modules.get(spec.partition(":")[0]), "__file__", None)} if ":" in spec else set()
+    with suppress(TypeError):  # of an object that is called
+        files.add(inspect.getsourcefile(getattr(task.model, "func", task.model)))
+    written = [Path(file).read_bytes() for file in sorted(filter(None, files)) if Path(file).exists()]
+    return hashlib.sha256(b"".join(written)).hexdigest()[:16]
 
 
 def task_of(plan: Plan) -> Task:
@@ -224,7 +252,7 @@ def read_plan(directory: Path) -> Plan:
     try:
         loaded = [load_contender(spec) for spec in stored["specs"]]
         decided = [{name: row["recipe"][name] for name in DECIDED} for row in stored["contenders"]]
-        lists = {name: tuple(stored[name]) for name in ("tuned", "left_out", "specs")}
+        lists = {name: tuple(stored[name]) for name in ("tuned", "left_out", "specs", "sources")}
         now = tuple(replace(c, recipe=replace(c.recipe, **own)) for c, own in zip(loaded, decided, strict=True))
         plan = Plan(**{**stored, **lists, "contenders": now})
     except (KeyError, TypeError):
@@ -254,12 +282,19 @@ def stored_in(directory: Path) -> dict[str, Any]:
 
 def check_same(plan: Plan, task: Task, processes: int) -> None:
     """Refuse to go on with a race on another task, or in a way that gives other numbers."""
-    if plan.fingerprint != task.fingerprint():
+    now = task.facts()
+    different = [name for name, value in plan.facts.items() if now.get(name) != value]
+    if different:
+        changed = "; ".join(
+            f"other {name}" if name.endswith(" data") else f"{name} was {plan.facts[name]}, is {now.get(name)}"
+            for name in different
+        )
+        seed = " A task function must give the same data each time it is called: seed what it draws."
         raise RaceError(
-            f"task {plan.task} is not what it was when the race was planned: other data, batch size or weight decay. "
-            "A task function must give the same data each time it is called: seed what it draws."
+            f"task {plan.task} is not what it was when the race was planned: {changed}."
+            + (seed if any(name.endswith(" data") for name in different) else "")
         )
     same = {"device": task.device, "mixed_precision": str(task.mixed_precision), "processes": processes}
-    for name, now in (same | {"torch": version("torch")}).items():
-        if getattr(plan, name) != now:
-            raise RaceError(f"the race was started with {name} = {getattr(plan, name)}, and this is {now}.")
+    for name, value in (same | {"torch": version("torch")}).items():
+        if getattr(plan, name) != value:
+            raise RaceError(f"the race was started with {name} = {getattr(plan, name)}, and this is {value}.")

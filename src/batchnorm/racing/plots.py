@@ -51,11 +51,11 @@ def styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 def plot(
     results: Mapping[str, Any], records: Mapping[str, Sequence[Record]], plan: Plan, directory: Path
 ) -> list[Path]:
-    """Write ``accuracy-steps.png``, ``accuracy-seconds.png`` and ``steps-to-each.png``."""
+    """Write ``score-steps.png``, ``score-seconds.png`` and ``steps-to-each.png``."""
     from matplotlib.figure import Figure  # without pyplot: the user's backend stays as it is
 
     written = []
-    for name, draw in (("accuracy-steps", _curves), ("accuracy-seconds", _curves), ("steps-to-each", _steps_to_each)):
+    for name, draw in (("score-steps", _curves), ("score-seconds", _curves), ("steps-to-each", _steps_to_each)):
         figure = Figure(figsize=(8, 4.8), layout="constrained")
         draw(figure, results, records, plan, name.rpartition("-")[2])
         written.append(directory / f"{name}.png")

@@ -95,7 +95,7 @@ def run_in_processes(runs: Sequence[Run], directory: Path, workers: int) -> Iter
             if message is None:
                 running -= 1
             elif isinstance(message, str):
-                raise WorkerError(f"a training process failed:\n{message}")
+                raise WorkerError(f"a training process failed:\n{message}\nWhen that is mended:")
             else:
                 name, event = message
                 yield known[name], event

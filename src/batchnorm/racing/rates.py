@@ -27,10 +27,11 @@ def stored_speeds(task: str, mode: str) -> dict[str, float]:
     return dict(stored.get(mode, {}).get("speeds", {}))
 
 
-def read_tuned(task: str, mode: str, file: Path, batch_size: int) -> dict[str, float]:
-    """The learning rate of each tuned contender: the one with the best held-out score in the stored sweep.
+def read_tuned(task: str, mode: str, file: Path, batch_size: int) -> tuple[dict[str, float], dict[str, int]]:
+    """The learning rate of each tuned contender, and the baseline's steps in its sweep.
 
-    What was not swept at a budget takes the rate of the default one. Sweeps in batches of another size do not count.
+    The rate is the one with the best held-out score. What was not swept at a budget takes the rate of the default one.
+    Sweeps in batches of another size do not count.
     """
     try:
         stored = json.loads(file.read_text()).get(task, {})
@@ -39,8 +40,10 @@ def read_tuned(task: str, mode: str, file: Path, batch_size: int) -> dict[str, f
             for m, sweep in stored.items()
             if "scores" in sweep and sweep.get("batch_size", batch_size) == batch_size
         }
-        scores = {name: rates for m in ("default", mode) if m in sweeps for name, rates in sweeps[m]["scores"].items()}
-        return {name: float(best_rate(rates)) for name, rates in scores.items()}
+        found = [sweeps[m] for m in ("default", mode) if m in sweeps]
+        scores = {name: rates for sweep in found for name, rates in sweep["scores"].items()}
+        steps = {name: int(sweep["steps"]) for sweep in found if "steps" in sweep for name in sweep["scores"]}
+        return {name: float(best_rate(rates)) for name, rates in scores.items()}, steps
     except OSError as error:
         raise RaceError(f"the learning rates in {file} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -19,7 +19,7 @@ from rich.text import Text
 from batchnorm.racing.changes import CHANGES
 from batchnorm.racing.contenders import Contender
 from batchnorm.racing.plan import Plan
-from batchnorm.racing.score import ENOUGH, REACHED, Record, level
+from batchnorm.racing.score import ENOUGH, REACHED, UNKNOWN, Record, level
 
 
 def sentence(results: Mapping[str, Any], plan: Plan) -> str:
@@ -38,8 +38,14 @@ def sentence(results: Mapping[str, Any], plan: Plan) -> str:
     best, other = answers(results, plan)
     goal = f"the {plan.metric} of {plan.baseline} ({plan.shown(results['target'])})"
     words = f"{best['name']}: {goal} in {_both(best, plan)}{_without(best, results, plan)}."
+    if best["steps_fraction"] > 1:
+        words = f"No contender needs fewer steps than {plan.baseline}. {words}"
     if other is not None:
         words += f" With another optimizer too, {other['name']}: {_both(other, plan)}{_without(other, results, plan)}."
+    rows = {row["name"]: row for row in results["contenders"]}
+    for name in (contender.name for contender in plan.contenders if contender.is_the_same):
+        step = rows[name]["seconds_per_step"] / rows[plan.baseline]["seconds_per_step"]
+        words += f" {name}: the same steps, each in {step:.1%} of the time."
     return words
 
 
@@ -49,7 +55,9 @@ def answers(
     """The row with the smallest share by the baseline's optimizer; and by another one, where that is smaller."""
     key = f"{quantity}_fraction"
     brings = {contender.name for contender in plan.contenders if contender.recipe.muon_lr}
-    rows = sorted((row for row in _others(results, plan) if row[key]), key=lambda row: row[key])
+    same = {contender.name for contender in plan.contenders if contender.is_the_same}
+    found = [row for row in _others(results, plan) if row[key]]
+    rows = sorted([row for row in found if row["name"] not in same] or found, key=lambda row: row[key])
     own = next((row for row in rows if row["name"] not in brings), rows[0])
     return own, rows[0] if rows[0] is not own else None
 
@@ -112,15 +120,18 @@ def rules(plan: Plan) -> str:
         few = f"{plan.seeds} seeds: the ranges are what they span, not intervals of 95%, which need {ENOUGH}"
         seeds = few if plan.seeds > 1 else "ONE seed: no intervals"
     untuned = [c.name for c in plan.contenders if c.tuned and c.name not in plan.tuned]
+    others = {name: steps for name, steps in plan.tuned_at.items() if steps != plan.steps}
+    elsewhere = "".join(f" The rate of {name} was tuned at {steps:,} steps." for name, steps in others.items())
     precision = "" if plan.mixed_precision == "False" else "forward and loss in 16 bits, "
     some = "the " if plan.scored is None else f"{plan.scored:,} of the "
     return (
         f"Rules: same network, initialization seed, data order and batch size ({plan.batch_size}) for all; {precision}"
         f"scored on {some}test examples. Target: the mean over seeds of the {plan.metric} in the last tenth of "
-        f"{plan.baseline}'s steps, less its standard error; steps: where the mean curve over seeds, made monotone, "
-        "first is there, of all contenders alike. Seconds are training alone: steps x median step time, taken alone "
+        f"{plan.baseline}'s steps, less its standard error; steps: where the monotone mean curve over seeds first "
+        "reaches it, for every contender alike. Seconds are training alone: steps x median step time, taken alone "
         f"and interleaved, plus one re-estimation of statistics where a contender has one. {seeds}."
         + (f" NOT TUNED for this task: the learning rate of {', '.join(untuned)}; see --tune." if untuned else "")
+        + elsewhere
     )
 
 
@@ -130,13 +141,14 @@ def changes(contender: Contender, plan: Plan) -> str:
     if recipe.muon_lr:
         recipe = replace(recipe, muon_lr=plan.learning_rates[contender.name] / recipe.learning_rate)
     change = contender.change
-    parts = [CHANGES[change].words if isinstance(change, str) else contender.values()["change"]]
+    words = "BN as it is" if plan.normalized and change == "with-bn" else None
+    parts = [words or (CHANGES[change].words if isinstance(change, str) else contender.values()["change"])]
     parts += [f"{key}={value}" for key, value in contender.network.items()]
     rate = contender.name in plan.tuned
     parts += ["own tuned learning rate"] if rate else []
     parts += [what for what, _ in recipe.changes() if not (rate and what.startswith("learning rate x"))]
     if contender.recalibrate:
-        parts.append(f"statistics re-estimated on {contender.recalibrate:,} training examples")
+        parts.append(f"statistics re-estimated on {min(contender.recalibrate, plan.examples):,} training examples")
     words = ", ".join(filter(None, parts))
     return words if words not in ("", "own tuned learning rate") else "nothing"
 
@@ -175,21 +187,26 @@ def title(results: Mapping[str, Any], plan: Plan) -> str:
     """The question and the target."""
     target = results["target"]
     goal = "no target" if target is None else f"target: {plan.metric} {plan.shown(target)} ({plan.baseline}'s end)"
-    return f"{plan.task}: {goal}"
+    return f"{plan.name}: {goal}"
 
 
 def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
     """What is wrong; what each contender changes, and how it ended where it did not reach the target."""
     lines = [f"NOTE: {warning}" for warning in results["warnings"]]
+    if len(plan.sources) > 1:
+        lines.append(
+            f"NOTE: the code of {plan.name} was changed while it raced, and some of its runs are of the old one: race "
+            "again for numbers to keep."
+        )
     for contender, row in zip(plan.contenders, results["contenders"], strict=True):
-        ended = "" if row["status"] == REACHED else f". Outcome: {row['status']}"
+        ended = "" if row["status"] in (REACHED, UNKNOWN) else f". Outcome: {row['status']}"
         rate = f" (rate {row['learning_rate']:g})"
         what = changes(contender, plan)
         lines.append(
             f"{contender.name}{rate}: {what}{ended}" if what != "nothing" else f"{contender.name}{rate}{ended}"
         )
     if plan.left_out:
-        lines.append(f"left out, since the model function lacks the keywords: {', '.join(plan.left_out)}")
+        lines.append(f"left out: {', '.join(plan.left_out)}")
     return lines
 
 

@@ -12,7 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from batchnorm.racing import pool
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.events import Run
-from batchnorm.racing.plan import CONFIG, IN_PROCESS, Asked, Mode, Plan, check_same, make_plan, stored_in
+from batchnorm.racing.events import Progress, Run
+from batchnorm.racing.plan import CONFIG, IN_PROCESS, Asked, Mode, Plan, check_same, make_plan, source_of, stored_in
 from batchnorm.racing.seeds import own_random_numbers
 from batchnorm.racing.task import Task
 from batchnorm.racing.trial import try_contenders
@@ -57,7 +57,8 @@ def race(
         task: network, data, loss, metric, batch size and budget.
         contenders: names, recipes or ``batchnorm.Contender``s, ``"baseline"`` or ``"as-is"`` among them, which is the
             training as it is and sets the target. Default: for a network without batch normalization baseline, short,
-            bn-x5, sgd, fast, fast-without-bn; for one that has it as-is, without-bn, paper, fast, fused.
+            bn-x5, sgd, fast, fast-without-bn; for one that has it as-is, without-bn, paper, fast, fast-without-bn,
+            fused; in the other modes others (docs/race.md).
         seeds: runs per contender; default: 8 (``mode="quick"``: 2).
         first_seed: of the seeds, which are whole numbers from there on.
         steps: the baseline's budget; default: the task's for this mode.
@@ -93,8 +94,9 @@ def race(
     directory = Path(out) if out is not None else default_directory(task.name)
     stored, now = stored_in(directory) if resume else plan.values(), plan.values()
     different = [f"{name} was {stored.get(name)}, is {now[name]}" for name in now if stored.get(name) != now[name]]
-    if different:
+    if [words for words in different if not words.startswith("sources was ")]:
         raise RaceError(f"{directory} holds a race of another configuration: {'; '.join(different)}.")
+    plan = replace(plan, sources=tuple(stored["sources"]))
     with _one_thread(), torch.random.fork_rng(), own_random_numbers():
         return run_race(task, plan, directory, Console(), resume=resume, workers=0)
 
@@ -108,6 +110,9 @@ def run_race(
     """
     main, processes = (dist.get_rank() == 0, dist.get_world_size()) if dist.is_initialized() else (True, 1)
     check_same(plan, task, processes)
+    source = source_of(task, plan.task)
+    if plan.sources[-1] != source:
+        plan = replace(plan, sources=(*plan.sources, source))
     try_contenders(task, plan)
     refusal = _agreed(_prepare(directory, plan, resume) if main else None)
     if refusal is not None:
@@ -137,7 +142,7 @@ def _prepare(directory: Path, plan: Plan, resume: bool) -> str | None:
             if (directory / CONFIG).exists():
                 return f"{directory} already holds a race: go on with --resume {directory}, or choose another --out."
             (directory / "runs").mkdir(parents=True, exist_ok=True)
-            pool.write_json(directory / CONFIG, plan.values())
+        pool.write_json(directory / CONFIG, plan.values())
     except OSError as error:
         return f"--out {directory} cannot be written: {error.strerror}."
     return None
@@ -182,9 +187,23 @@ def _train(
         for _ in stream:
             pass
         return
+    base = [run for run in runs if run.contender.name == plan.baseline and not plan.tune]
     with Display(runs, done, console, plan) as display:
         for run, event in stream:
             display.update(run, event)
+            if base and not isinstance(event, Progress) and all(pool.finished(records, one) for one in base):
+                _say_faults(plan, [pool.finished(records, one) or {} for one in base], console)
+                base = []
+
+
+def _say_faults(plan: Plan, records: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """As soon as the baseline has ended: the others may be hours."""
+    from batchnorm.racing import checks
+    from batchnorm.racing.score import curves_of
+
+    curves = curves_of(records, plan.score_falls) if any(record["curve"] for record in records) else None
+    for fault in checks.of_baseline(plan, records, curves):
+        console.print(f"NOTE: {fault}", style="bold", highlight=False, markup=False, soft_wrap=True)
 
 
 def _agreed(value: T) -> T:
@@ -276,9 +295,8 @@ def _report_tuning(
     pool.write_json(file, result)
     console.print(tuning.table(result[task.name][plan.mode]["scores"], plan))
     data = ["--data", plan.data] if plan.data else []
-    use = shlex.join(
-        ["batchnorm", "race", "--task", plan.task, *data, "--batch-size", str(plan.batch_size), "--rates", str(file)]
-    )
+    same = [*data, "--steps", str(plan.steps), "--batch-size", str(plan.batch_size)]
+    use = shlex.join(["batchnorm", "race", "--task", plan.task, *same, "--rates", str(file)])
     console.print(
         f"Written: {file}. Race with these rates: {use}",
         markup=False,

@@ -28,7 +28,7 @@ from batchnorm.racing.contenders import Contender
 from batchnorm.racing.plan import Plan
 from batchnorm.racing.timing import StepTime
 
-REACHED = "reached the target"
+REACHED, UNKNOWN = "reached the target", "no target"
 LAST = 0.9  # a run's end begins here, as a share of its steps
 RESAMPLES = 2_000
 ENOUGH = 6  # seeds for 95%: with 5 the mean lies beyond the lowest and the highest of them in 1 of 16 cases
@@ -168,7 +168,7 @@ def _row(
         if no_interval
         else _percentiles(shares * per_step + time.preparation / base_seconds, plan.seeds),
         "probability_reached": reached,
-        "status": _status(records, is_reached, reached),
+        "status": _status(records, is_reached, reached, void),
         "warnings": found,
         "end": None if own is None else sign * own.end(),
         "end_interval": None if own is None else _signed(interval(own.ends.tolist()), sign),
@@ -257,8 +257,10 @@ def _signed(values: tuple[float, float] | None, sign: int) -> tuple[float, float
     return low, high
 
 
-def _status(records: Sequence[Record], is_reached: bool, reached: float | None) -> str:
+def _status(records: Sequence[Record], is_reached: bool, reached: float | None, void: bool) -> str:
     parts = [f"{run['status']} (seed {run['seed']})" for run in records if run["status"].startswith("diverged")]
+    if void:
+        return "; ".join(parts) or UNKNOWN
     sure = "" if reached is None else f" ({1 - reached:.0%} of the resamples do not reach it)"
     if not is_reached:
         return "; ".join([*parts, f"target not reached{sure}"])

@@ -49,7 +49,8 @@ class Task:
         batch_size: examples per step and per ``accumulate``, over all processes. A DataLoader has its own.
         steps: optimizer steps of the training as it is: the baseline's budget.
         full_steps: the same under ``--full``: up to its plateau. Default: ``steps``.
-        quick_steps: the same under ``--quick``. Default: an eighth of ``steps``.
+        quick_steps: the same under ``--quick``. Default: an eighth of ``steps``, but not less than 400 where there are
+            as many.
         optimizer: a function of the parameters (of the model, if its argument is called ``model``), or a class, which
             gets ``lr=learning_rate`` and ``weight_decay=weight_decay``. Default: SGD with momentum 0.9, weight decay on
             weights alone.
@@ -405,13 +406,20 @@ class Task:
         }
         return replace(self, batch_size=batch_size, batch_ratio=self.batch_ratio * ratio, **steps)
 
-    def fingerprint(self) -> str:
-        """Tells two tasks apart by what the numbers hang on: sizes, weight decay, and some of the data itself."""
-        own = (len(self.training), len(self.testing), self.examples_per_step, self.weight_decay, self.asked_rate)
-        digest = hashlib.sha256(repr((*own, self.clip_grad_norm, self.accumulate, self.score_name)).encode())
-        for examples in (self.training, self.testing):
-            digest.update(examples.fingerprint().encode())
-        return digest.hexdigest()[:16]
+    def facts(self) -> dict[str, Any]:
+        """Tells two tasks apart by what the numbers hang on: sizes, rates, and some of the data itself."""
+        return {
+            "training examples": len(self.training),
+            "test examples": len(self.testing),
+            "examples per step": self.examples_per_step,
+            "weight_decay": self.weight_decay,
+            "learning rate": self.asked_rate,
+            "clip_grad_norm": self.clip_grad_norm,
+            "accumulate": self.accumulate,
+            "metric": self.score_name,
+            "training data": hashlib.sha256(self.training.fingerprint().encode()).hexdigest()[:16],
+            "test data": hashlib.sha256(self.testing.fingerprint().encode()).hexdigest()[:16],
+        }
 
 
 def _kinds(value: Any) -> str:

@@ -19,6 +19,7 @@ import torch
 
 from batchnorm.population.estimate import NoStatistics
 from batchnorm.racing.contenders import BASELINES
+from batchnorm.racing.errors import RaceError, one_line
 from batchnorm.racing.events import Diverged, Evaluation, Event, Progress, Resumed, Run, Stopped
 from batchnorm.racing.task import Task
 from batchnorm.racing.trainer import Trainer
@@ -41,7 +42,13 @@ def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
     curve: list[Evaluation] = []
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=False)  # ours; optimizers keep what they like
-        trainer.load_state_dict(state["trainer"])
+        try:
+            trainer.load_state_dict(state["trainer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RaceError(
+                f"the run in {checkpoint} is of another network, optimizer or schedule than the task has now "
+                f"({one_line(error)}): race again in a new directory."
+            ) from error
         curve = [Evaluation(**row) for row in state["curve"]]
         yield Resumed(trainer.step_count, tuple(curve))
         if _out_of_patience(run, task, curve):  # ended before it could be said

@@ -6,6 +6,7 @@ Comes from: ``runner.py``. Goes to: the user, as a ``RaceError``.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from contextlib import closing
 from dataclasses import replace
@@ -30,10 +31,7 @@ def try_contenders(task: Task, plan: Plan) -> None:
             with closing(Trainer(task, run)) as trainer:
                 trainer.step()
                 _check_last_batch(trainer)
-                try:
-                    trainer.evaluate(most=2)
-                except Exception:  # of two examples some metrics cannot be: of all classes, say
-                    trainer.evaluate(run.scored)
+                _check_score(trainer, plan)
                 _check_checkpoint(trainer)
         except UnreadableFile:
             raise
@@ -52,6 +50,18 @@ def try_contenders(task: Task, plan: Plan) -> None:
     trained = {id(p) for p in one.parameters() if p.requires_grad}
     if any(id(p) in trained for p in other.parameters()):  # one run would go on where another ended
         raise RaceError(f"task {task.name!r}: model must return a new network each time, and returned the same twice.")
+
+
+def _check_score(trainer: Trainer, plan: Plan) -> None:
+    """The metric is a number, of two test examples, or else of all: of two some are none, as they want all classes."""
+    try:
+        score = trainer.evaluate(most=2)
+    except Exception:
+        score = math.nan
+    if not math.isfinite(score):
+        score = trainer.evaluate(trainer.run.scored)
+    if not math.isfinite(score):
+        raise RaceError(f"its {plan.metric} is {score} after the first step, and must be a finite number.")
 
 
 def _check_last_batch(trainer: Trainer) -> None:

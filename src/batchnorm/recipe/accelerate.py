@@ -79,11 +79,15 @@ def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, sk
     if not report.of("normalized"):
         if any(row.done == LEFT and "has batch normalization" in row.why for row in report):
             known = f'batchnorm.RECIPES["{value.name}"]' if RECIPES.get(value.name) == value else "recipe"
-            rest = "optimizer(model, example)" if value.muon_lr else "apply(optimizer, scheduler)"
+            rest = f"{known}.optimizer(model, example)"
+            if not value.muon_lr:  # a report tells the layers without batch normalization, which keep their rate
+                rest = f"model = batchnorm.insert(model, example), then {known}.apply(optimizer, scheduler, model)"
+            dropout_too = (
+                "" if value.dropout == 1 else f"; multiply the model's dropout probabilities by {value.dropout:g}"
+            )
             raise ValueError(
                 "accelerate: there is no layer to normalize, batch normalization is there already. The rest of the "
-                f"recipe: {known}.{rest}, and dropout's probabilities x{value.dropout:g}, by hand."
-                f"\n{report}"
+                f"recipe: {rest}{dropout_too}.\n{report}"
             )
         raise ValueError(f"accelerate: there is no layer to normalize.\n{report or 'The model has no affine layer.'}")
     report.extend(dropout)
