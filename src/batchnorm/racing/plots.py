@@ -131,7 +131,8 @@ def _steps_to_each(
     if plan.score_falls:
         axes.invert_xaxis()
     _as_percent(axes.xaxis, plan)
-    axes.legend(loc="upper left", frameon=False, fontsize=9)
+    if axes.get_legend_handles_labels()[0]:  # nobody gets anywhere where the score is constant
+        axes.legend(loc="upper left", frameon=False, fontsize=9)
 
 
 def _log(axes: Axes, name: str) -> None:

@@ -224,7 +224,7 @@ def tail(seeds: int) -> float:
 
 def level(seeds: int) -> str:
     """What an interval is: 95%, or with too few seeds for that, what they span."""
-    return "95%" if seeds >= ENOUGH else f"{seeds} seeds"
+    return "95%" if seeds >= ENOUGH else f"{seeds} seeds" if seeds > 1 else "one seed"
 
 
 def _percentiles(values: Array, seeds: int) -> tuple[float, float | None] | None:
