@@ -128,7 +128,7 @@ class Anything:
          "does not fit Sequential: not in the model: 3.bias, 3.weight"),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--model", "mine:number"), "returned a int"),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--model", "mine"), "package.module:function"),
-        (("--checkpoint", "in.pt", "--out", "o.pt", "--model", "mine:no"), "AttributeError"),
+        (("--checkpoint", "in.pt", "--out", "o.pt", "--model", "mine:no"), "--model mine:no: mine has no no."),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:nothing"), "batches yielded nothing"),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--upstream", "mean"), "Known: batch, population"),
         (("--checkpoint", "in.pt", "--out", "o.pt", "--batches", "mine:tensor"), "whose rows would be taken"),

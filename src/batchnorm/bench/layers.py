@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.bench.clock import TURN, rotating, seconds_of
+from batchnorm.common.errors import one_line
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 LAYOUTS = ("contiguous", "channels-last")
@@ -178,7 +179,7 @@ def measure(case: Case, sides: tuple[str, ...], seconds: float, threads: int | N
         error = wrong(case)
         return _timed(case, sides, seconds) if error is None else Row(case, {}, {}, 0, error)
     except Exception as failure:  # one side out of memory, say; the other cases go on
-        return Row(case, {}, {}, 0, f"{type(failure).__name__}: {str(failure).splitlines()[0]}")
+        return Row(case, {}, {}, 0, one_line(failure))
 
 
 def _timed(case: Case, sides: tuple[str, ...], seconds: float) -> Row:

@@ -5,19 +5,18 @@ Comes from: options. Goes to: ``recalibrate``, ``fold``; what is wrong with it i
 
 from __future__ import annotations
 
-import os
-import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import nn
 
-from batchnorm.racing.errors import one_line
+from batchnorm.common.errors import one_line
+from batchnorm.common.names import NoSuchName, is_path, named
 
 _VERBS = ("batchnorm.population.", "batchnorm.surgery.")  # what raises in there knows what the user gave
 
@@ -54,14 +53,12 @@ def user_code(what: str) -> Iterator[None]:
 
 def made(option: str, spec: str) -> Any:
     """What the user's function returns."""
-    module, colon, function = spec.partition(":")
-    if not (module and colon and function):
+    if not is_path(spec):
         raise ValueError(f"{option} {spec}: expected a function of yours, package.module:function.")
-    if os.getcwd() not in sys.path:  # as `python -m` does: a user's module lies where the user stands
-        sys.path.insert(0, os.getcwd())
     try:
-        make: Callable[[], Any] = pkgutil.resolve_name(spec)
-        return make()
+        return named(spec)()
+    except NoSuchName as error:
+        raise ValueError(f"{option} {spec}: {error}") from None
     except Exception as error:
         raise ValueError(f"{option} {spec}: {one_line(error)}") from error
 

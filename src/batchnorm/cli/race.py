@@ -17,11 +17,11 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
+from batchnorm.common.machine import cores
 from batchnorm.racing.contenders import CONTENDERS
 from batchnorm.racing.errors import RaceError, UnreadableFile, WorkerError
 from batchnorm.racing.loading import load_task
 from batchnorm.racing.plan import CONFIG, Plan, as_planned, make_plan, read_plan
-from batchnorm.racing.reading import cores
 from batchnorm.racing.runner import default_directory, run_race
 from batchnorm.racing.task import Task
 from batchnorm.racing.tasks import TASKS

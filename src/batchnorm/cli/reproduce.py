@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from batchnorm.common.machine import cores
 from batchnorm.experiments import NAMES, load
 from batchnorm.experiments.report import write
 from batchnorm.experiments.runner import run_all
@@ -67,7 +68,7 @@ def reproduce(
         _prepare(directory, what)
         results = {}
         for name, result in run_all(
-            chosen, quick=quick, seeds=runs, out=directory, workers=workers or _cores(), console=console
+            chosen, quick=quick, seeds=runs, out=directory, workers=workers or cores(), console=console
         ):
             results[name] = result
         write(results, directory, {"command": shlex.join(["batchnorm", *sys.argv[1:]]), **what})
@@ -110,7 +111,3 @@ def _prepare(directory: Path, what: dict[str, Any]) -> None:
     different = [f"{key} was {there.get(key)}, is {what[key]}" for key in same if there.get(key) != what[key]]
     if different:
         raise ValueError(f"{directory} holds results of another kind: {'; '.join(different)}. Choose another --out.")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from batchnorm.common.files import replacing
 from batchnorm.experiments import load
 from batchnorm.experiments.claim import Cell, Record, Result
 from batchnorm.racing.errors import WorkerError
@@ -120,9 +121,8 @@ def measure_to_file(name: str, cell: Cell, out: Path) -> None:
     found = cell | load(name).measure(**cell)
     file = file_of(out, name, cell)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part{os.getpid()}")
-    part.write_text(json.dumps(found))
-    part.replace(file)
+    with replacing(file) as part:
+        part.write_text(json.dumps(found))
 
 
 def read(out: Path, name: str, cell: Cell) -> Record:

@@ -5,7 +5,6 @@ Comes from: ``saved``. Goes to: ``cli/recalibrate.py``, ``cli/fold.py``; a new f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.common.files import replacing
 from batchnorm.population.names import fit, twins
 from batchnorm.population.saved import few, read, whole_model
 
@@ -105,17 +105,13 @@ class Checkpoint:
 
     def write(self, file: Path) -> None:
         """The whole checkpoint: an unfinished file never has this name."""
-        part = file.with_name(f"{file.name}.part{os.getpid()}")
-        try:
+        with replacing(file) as part:
             if self.safe:
                 from safetensors.torch import save_file
 
                 save_file(self.content, part, self.metadata)
             else:
                 torch.save(self.content, part)
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _dicts(held: dict[Any, Any], place: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:

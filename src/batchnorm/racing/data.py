@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from batchnorm.common.files import replacing
 from batchnorm.racing.errors import RaceError
 
 FILES = (
@@ -177,7 +178,6 @@ def _keep(directory: Path) -> Path:
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     for file in FILES:
-        part = cache / f"{file}.gz.part{os.getpid()}"
-        shutil.copyfile(directory / f"{file}.gz", part)
-        part.replace(cache / f"{file}.gz")
+        with replacing(cache / f"{file}.gz") as part:
+            shutil.copyfile(directory / f"{file}.gz", part)
     return cache

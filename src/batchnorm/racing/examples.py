@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
+from batchnorm.common.errors import one_line
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.seeds import Collated, Key, Seeded, own_random_numbers, seed_of
 
@@ -66,9 +67,8 @@ def examples_of(what: str, given: Any, collate: Callable[[list[Any]], Any] | Non
     except RaceError:
         raise
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
         raise RaceError(
-            f"{what}: its first two examples make no batch ({type(error).__name__}: {first}). Examples are tensors, "
+            f"{what}: its first two examples make no batch ({one_line(error)}). Examples are tensors, "
             "arrays, numbers, or tuples and dicts of them; for others pass collate=, as to a DataLoader."
         ) from None
     return found

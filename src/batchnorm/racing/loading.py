@@ -5,7 +5,6 @@ Comes from: options. Goes to: ``plan.py``, and every process of a race, which lo
 
 from __future__ import annotations
 
-import importlib
 import os
 import random
 import sys
@@ -15,8 +14,10 @@ from typing import Any
 
 import torch
 
+from batchnorm.common.errors import one_line
+from batchnorm.common.names import NoSuchName, is_path, named
 from batchnorm.racing.contenders import CONTENDERS, Contender
-from batchnorm.racing.errors import RaceError, one_line
+from batchnorm.racing.errors import RaceError
 from batchnorm.racing.task import Task
 from batchnorm.recipe.recipe import Recipe
 
@@ -27,7 +28,7 @@ def load_task(spec: str, data: str | None = None) -> Task:
 
     if spec in TASKS:
         return TASKS[spec](data)
-    if not _is_path(spec):
+    if not is_path(spec):
         raise RaceError(
             f"unknown task {spec!r}. Known: {', '.join(TASKS)}; or a function of yours: package.module:function."
         )
@@ -67,7 +68,7 @@ def load_contender(given: str | Recipe | Contender) -> Contender:
             raise RaceError(f"contender {given!r}: {name}@4 is {name} in a quarter of the baseline's steps.") from None
     if given in CONTENDERS:
         return CONTENDERS[given]
-    if not _is_path(given):
+    if not is_path(given):
         raise RaceError(f"unknown contender {given!r}. Known: {', '.join(CONTENDERS)}; or one of yours: module:name.")
     found = _imported("contender", given)
     if callable(found) and not isinstance(found, Contender | Recipe):
@@ -80,24 +81,16 @@ def load_contender(given: str | Recipe | Contender) -> Contender:
     return load_contender(found)
 
 
-def _is_path(spec: str) -> bool:
-    module, colon, name = spec.partition(":")
-    return bool(colon and module and name)
-
-
 def _imported(what: str, spec: str) -> Any:
-    module_name, _, name = spec.partition(":")
-    if os.getcwd() not in sys.path:  # as `python -m` does: a user's module lies where the user stands
-        sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        return named(spec)
+    except NoSuchName as error:
+        raise RaceError(f"{what} {spec}: {error}") from None
     except Exception as error:
+        module = spec.partition(":")[0]
         raise RaceError(
-            f"{what} {spec}: importing {module_name} from {os.getcwd()} or the environment failed: {one_line(error)}"
+            f"{what} {spec}: importing {module} from {os.getcwd()} or the environment failed: {one_line(error)}"
         ) from error
-    if not hasattr(module, name):
-        raise RaceError(f"{what} {spec}: {module_name} has no {name}.")
-    return getattr(module, name)
 
 
 def _called(what: str, function: Callable[[], Any]) -> Any:

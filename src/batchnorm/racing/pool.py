@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from batchnorm.common.files import replacing
 from batchnorm.racing.errors import RaceError, WorkerError
 from batchnorm.racing.events import Diverged, Evaluation, Event, Resumed, Run, Stopped
 from batchnorm.racing.plan import check_same, read_plan, task_of
@@ -152,6 +153,5 @@ def _work(jobs: Any, events: Any, directory: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    part.write_text(json.dumps(value, indent=1))
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=1))

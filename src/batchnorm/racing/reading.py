@@ -5,7 +5,6 @@ Comes from: ``examples.py``. Goes to: ``trainer.py``.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
@@ -66,11 +65,6 @@ def stream(loader: Loader, seed: int, number: int) -> Generator[Any]:
             if place == before:
                 raise RaceError(f"{loader.what} has a length of {loader.batches} batches, and gave none.")
         epoch, skip = epoch + 1, 0
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read(examples: Examples, batches: Iterable[Wanted], *, readers: int = 0, pin: bool = False) -> Generator[Any]:

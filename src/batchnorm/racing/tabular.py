@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from batchnorm.common.files import replacing
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.task import Task
 from batchnorm.racing.zoo import ACTIVATIONS, initialize, own_generator
@@ -135,9 +136,8 @@ def _keep(rows: bytes) -> Path:
     """Put fetched rows into the cache; they appear there whole or not at all."""
     path = cache_directory() / FILES[0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    part.write_bytes(gzip.compress(rows, 6))
-    part.replace(path)
+    with replacing(path) as part:
+        part.write_bytes(gzip.compress(rows, 6))
     return path
 
 

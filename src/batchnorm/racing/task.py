@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from batchnorm.common.errors import one_line
 from batchnorm.population.batches import call_with_inputs
 from batchnorm.racing.calls import arguments_of, target_of
-from batchnorm.racing.errors import RaceError, one_line
+from batchnorm.racing.errors import RaceError
 from batchnorm.racing.examples import Examples, Loader, examples_of
 from batchnorm.racing.loop import Loop
 from batchnorm.racing.metrics import Metric, check_metric, logits_of, metric_of, name_of

@@ -6,7 +6,6 @@ Comes from: ``trainer.py``. Goes to: ``pool.py`` and ``runner.py``.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,9 +16,11 @@ from typing import Any
 
 import torch
 
+from batchnorm.common.errors import one_line
+from batchnorm.common.files import replacing
 from batchnorm.population.estimate import NoStatistics
 from batchnorm.racing.contenders import BASELINES
-from batchnorm.racing.errors import RaceError, one_line
+from batchnorm.racing.errors import RaceError
 from batchnorm.racing.events import Diverged, Evaluation, Event, Progress, Resumed, Run, Stopped
 from batchnorm.racing.task import Task
 from batchnorm.racing.trainer import Trainer
@@ -110,6 +111,5 @@ def _out_of_patience(run: Run, task: Task, curve: list[Evaluation]) -> bool:
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint whole or not at all."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    torch.save(state, part)
-    part.replace(path)
+    with replacing(path) as part:
+        torch.save(state, part)

@@ -13,8 +13,9 @@ from dataclasses import replace
 
 import torch
 
+from batchnorm.common.errors import one_line
 from batchnorm.population.batches import placed
-from batchnorm.racing.errors import RaceError, UnreadableFile, one_line
+from batchnorm.racing.errors import RaceError, UnreadableFile
 from batchnorm.racing.events import Run
 from batchnorm.racing.examples import Loader, reads_the_same
 from batchnorm.racing.plan import Plan

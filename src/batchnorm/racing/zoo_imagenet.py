@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from batchnorm.common.machine import cores
 from batchnorm.racing.folders import read_folders
-from batchnorm.racing.reading import cores
 from batchnorm.racing.task import Task
 from batchnorm.racing.zoo import ACTIVATIONS, initialize, own_generator
 

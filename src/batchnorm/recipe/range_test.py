@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.common.errors import first_line
 from batchnorm.population.batches import one_value_said, refuse_one_batch, run
 from batchnorm.recipe.trained_copy import trained_copy
 
@@ -182,10 +183,9 @@ def _loss(
     except (TypeError, AttributeError) as error:
         if isinstance(output, Tensor):
             raise
-        first = (str(error).splitlines() or [""])[0]
         raise TypeError(
-            f"the model returned a {type(output).__name__}, which the loss does not take ({first}): pass loss=, a "
-            "function of (output, targets), that reads output.logits, say, or output[0]."
+            f"the model returned a {type(output).__name__}, which the loss does not take ({first_line(error)}): pass "
+            "loss=, a function of (output, targets), that reads output.logits, say, or output[0]."
         ) from error
     return _scalar(value, "loss")
 

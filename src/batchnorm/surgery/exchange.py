@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from batchnorm.common.errors import one_line
 from batchnorm.nn import Ghost, Renorm
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.norm import AnyBatchNorm
@@ -20,7 +21,7 @@ from batchnorm.surgery.copied import copied
 from batchnorm.surgery.fuse import unfuse
 from batchnorm.surgery.given import checked, hooked, only_copies_run, scripted
 from batchnorm.surgery.norms import Rest, is_known, norms_of, rest_of
-from batchnorm.surgery.report import LEFT, Report, Row, one_line
+from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import Call, run, watch
 
 Maker = Callable[[Any], nn.Module]

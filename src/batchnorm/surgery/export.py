@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from batchnorm.common.errors import one_line
+from batchnorm.common.files import replacing
 from batchnorm.surgery.fold_check import beside
-from batchnorm.surgery.report import one_line
 from batchnorm.surgery.watch import arguments, run, tensors_of
 
 
@@ -34,17 +34,10 @@ def write(model: nn.Module, example: Any, file: Path, tolerance: float | None = 
             else, beyond the tolerance (as of ``fold``), with the output that is most off; a package is missing.
             Nothing is written then.
     """
-    part = file.with_name(f"{file.stem}.part{os.getpid()}{file.suffix}")
     if file.suffix in _NO_OUTPUT:
         _check_outputs(run(model, example), file.suffix)
-    try:
-        with _quiet():
-            found = FORMATS[file.suffix](model, example, part, tolerance)
-        part.replace(file)
-    finally:
-        for leftover in file.parent.glob(f"{part.name}*"):
-            leftover.unlink()
-    return found
+    with replacing(file, suffix=file.suffix) as part, _quiet():
+        return FORMATS[file.suffix](model, example, part, tolerance)
 
 
 def _state_dict(model: nn.Module, example: Any, file: Path, tolerance: float | None) -> str:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
+from batchnorm.common.errors import one_line
 from batchnorm.surgery.affine import affine_of
 from batchnorm.surgery.copied import cloned, copied, dense
 from batchnorm.surgery.given import in_containers
 from batchnorm.surgery.moves import play
-from batchnorm.surgery.report import one_line
 from batchnorm.surgery.watch import Call, run, tensors_of
 from batchnorm.surgery.weights import affine
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.common.errors import one_line
 from batchnorm.ops import split
 from batchnorm.ops.split import Moments
 from batchnorm.population.batches import call_with_inputs, refuse_one_batch
@@ -22,7 +23,7 @@ from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, seen_b
 from batchnorm.surgery.given import AFFINE, checked, hooked, on_all_ranks, only_copies_run, scripted
 from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.places import layers_of, row_of
-from batchnorm.surgery.report import LEFT, Row, one_line
+from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.scripted import scriptable
 from batchnorm.surgery.watch import in_eager, run, tensors_of, watch, watch_in_train
 from batchnorm.surgery.weights import outputs_of

@@ -5,7 +5,6 @@ Comes from: ``insert``, ``remove``, ``fuse``, ``fold``. Goes to: the user.
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 
@@ -31,9 +30,3 @@ class Report(list[Row]):
 
 
 LEFT = "left alone"
-
-
-def one_line(failure: BaseException) -> str:
-    """What an exception says first, with its type, without a terminal's colors."""
-    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(failure)).strip()
-    return f"{type(failure).__name__}: {(text.splitlines() or [''])[0]}"
