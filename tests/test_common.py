@@ -17,10 +17,15 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         assert part.suffix == ".onnx"
         assert not file.exists()
     assert file.read_text() == "new"
-    with pytest.raises(ValueError, match="no"), replacing(file) as part:
-        part.write_text("half")
-        part.with_name(f"{part.name}.data").write_text("beside it")
-        raise ValueError("no")
+
+    def half() -> None:
+        with replacing(file) as part:
+            part.write_text("half")
+            part.with_name(f"{part.name}.data").write_text("beside it")
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        half()
     assert [*tmp_path.iterdir()] == [file]
     assert file.read_text() == "new"
 
