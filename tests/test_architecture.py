@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +100,17 @@ def test_importing_costs_little_more_than_torch():
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     new = {name.split(".")[0] for name in output.split()} - set(sys.stdlib_module_names)
     assert new == {"batchnorm"}
+
+
+def test_every_file_is_in_the_table_and_no_other() -> None:
+    """docs/architecture.md: `room/a.py`, `b.py` in a row, or `room/` where its files are alike."""
+    page = (SOURCE.parent.parent / "docs" / "architecture.md").read_text().partition("## Decisions")[0]
+    named = set()
+    for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE):
+        first, *others = re.findall(r"`([^`]+)`", row)
+        folder = first.rpartition("/")[0]
+        named |= {first, *(name if "/" in name else f"{folder}/{name}".lstrip("/") for name in others)}
+    whole = {name.removesuffix("*.py").rstrip("/") for name in named if name.endswith(("/", "*.py"))}
+    files = {str(path.relative_to(SOURCE)) for path in FILES if not path.stem.startswith("__")}
+    assert {file for file in files if file not in named and room(SOURCE / file) not in whole} == set()
+    assert {name for name in named if "*" not in name and not (SOURCE / name).exists()} == set()

@@ -1,8 +1,6 @@
 """Batch normalization as a function: checks its arguments once and calls the op.
 
 Shapes: N examples, C channels, S places (none for (N, C)). ``input`` is (N, C, ...); m = N * S, values per channel.
-
-Comes from: user code and the layers of ``batchnorm.nn``. Goes to: ``batchnorm.ops``.
 """
 
 from __future__ import annotations

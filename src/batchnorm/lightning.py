@@ -1,7 +1,4 @@
-"""A callback of Lightning: population statistics before each evaluation and in each checkpoint.
-
-Comes from: user code (``import batchnorm.lightning``, which alone imports lightning). Goes to: ``population``.
-"""
+"""A callback of Lightning: population statistics before each evaluation and in each checkpoint."""
 
 from __future__ import annotations
 

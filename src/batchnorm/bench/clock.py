@@ -1,7 +1,4 @@
-"""Seconds of a call, on the CPU by the wall clock, on CUDA by events.
-
-Comes from: ``layers``, ``networks``. Goes to: their rows.
-"""
+"""Seconds of a call, on the CPU by the wall clock, on CUDA by events."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 Shapes: N examples, C channels, S places. A side is a way to compute activation(BN(x) + residual).
 
-Comes from: ``cli/bench.py``. Goes to: the terminal, JSON and PNG. A case whose results are wrong is not timed.
-Interleaved: every round calls each side, so that a disturbance of the machine hits all of them, in a new order, so that
-each follows each: what the one before leaves in the caches is worth 5% to small calls.
+A case whose results are wrong is not timed. Interleaved: every round calls each side, so that a disturbance of the
+machine hits all of them, in a new order, so that each follows each: what the one before leaves in the caches is worth
+5% to small calls.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A training step of a whole network, or its inference, with torch's layers and after surgery, side by side.
-
-Comes from: ``cli/bench.py``; networks from transformers, built from their configurations. Goes to: the terminal.
-"""
+"""A training step of a whole network, or its inference, with torch's layers and after surgery, side by side."""
 
 from __future__ import annotations
 

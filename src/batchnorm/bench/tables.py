@@ -1,7 +1,4 @@
-"""The shapes that the benchmark knows, by name. Data only.
-
-Comes from: the layers of the networks. Goes to: ``layers`` and ``cli/bench.py``.
-"""
+"""The shapes that the benchmark knows, by name. Data only."""
 
 from __future__ import annotations
 

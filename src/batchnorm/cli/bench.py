@@ -1,7 +1,4 @@
-"""``batchnorm bench``: our layer against torch's on this machine, for a table of shapes or for whole networks.
-
-Comes from: the options. Goes to: ``batchnorm.bench``; a table, and on request JSON and a bar chart.
-"""
+"""``batchnorm bench``: our layer against torch's on this machine, for a table of shapes or for whole networks."""
 
 from __future__ import annotations
 

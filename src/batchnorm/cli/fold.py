@@ -1,7 +1,4 @@
-"""``batchnorm fold``: a checkpoint without batch normalization, as weights or as an exported program.
-
-Comes from: the options; a model that the user's function makes. Goes to: ``surgery.fold``; a file.
-"""
+"""``batchnorm fold``: a checkpoint without batch normalization, as weights or as an exported program."""
 
 from __future__ import annotations
 

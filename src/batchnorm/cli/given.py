@@ -1,7 +1,4 @@
-"""What users give to commands: functions of theirs by name, files that are read and written.
-
-Comes from: options. Goes to: ``recalibrate``, ``fold``; what is wrong with it is a ValueError that names the option.
-"""
+"""What users give to commands: functions of theirs by name, files that are read and written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``batchnorm race``: how many steps and seconds batch normalization saves, on real data.
-
-Comes from: the options. Goes to: ``racing.runner``; what was asked wrongly ends in one line and exit code 2.
-"""
+"""``batchnorm race``: how many steps and seconds batch normalization saves, on real data."""
 
 from __future__ import annotations
 

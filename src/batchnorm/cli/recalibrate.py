@@ -1,7 +1,4 @@
-"""``batchnorm recalibrate``: population statistics for a checkpoint.
-
-Comes from: the options; a model and batches that the user's functions make. Goes to: ``population``; a new checkpoint.
-"""
+"""``batchnorm recalibrate``: population statistics for a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``batchnorm reproduce``: the paper's claims as experiments, each with a number, a verdict and a picture.
-
-Comes from: the options. Goes to: ``experiments``; a table, ``report.md``, ``results.json`` and PNG files.
-"""
+"""``batchnorm reproduce``: the paper's claims as experiments, each with a number, a verdict and a picture."""
 
 from __future__ import annotations
 

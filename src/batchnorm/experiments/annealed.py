@@ -1,7 +1,6 @@
 """Training to the end of a budget, at its best learning rate: small networks, four optimizers, a rule for the rates.
 
-Comes from: ``worth.py``, a cell. Goes to: its records. Images of 14 x 14 as vectors: training, held out of training
-(which choose rates) and test images.
+Images of 14 x 14 as vectors: training, held out of training (which choose rates) and test images.
 """
 
 from __future__ import annotations

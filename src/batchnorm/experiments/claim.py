@@ -1,7 +1,4 @@
-"""What an experiment is: a claim of the paper, runs that are independent of one another, and what follows from them.
-
-Comes from: the experiments' files. Goes to: ``runner.py``, ``report.py``.
-"""
+"""What an experiment is: a claim of the paper, runs that are independent of one another, and what follows from them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Means over seeds with their intervals, as tables have them.
-
-Comes from: records of experiments. Goes to: their tables and verdicts.
-"""
+"""Means over seeds with their intervals, as tables have them."""
 
 from __future__ import annotations
 

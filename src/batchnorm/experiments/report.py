@@ -1,7 +1,4 @@
-"""What experiments leave behind: ``report.md``, ``results.json`` and a picture each.
-
-Comes from: ``runner.py``. Goes to: ``cli/reproduce.py``, the output directory.
-"""
+"""What experiments leave behind: ``report.md``, ``results.json`` and a picture each."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Experiments from their cells to their results: on all cores, with progress, and on from where a killed run was.
-
-Comes from: ``cli/reproduce.py``, ``run``. Goes to: ``DIR/cells/<experiment>/*.json``, one file per cell that has been
-measured; ``report.py``.
-"""
+"""Experiments from their cells to their results: on all cores, with progress, and on from where a killed run was."""
 
 from __future__ import annotations
 

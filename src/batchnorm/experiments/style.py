@@ -1,7 +1,4 @@
-"""How the experiments' pictures look: one message in the title, units on the axes, one color per thing throughout.
-
-Comes from: ``Result.draw``. Goes to: PNG files.
-"""
+"""How the experiments' pictures look: one message in the title, units on the axes, one color per thing throughout."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What several experiments share: small networks, the images as vectors, plain SGD and what is noted on the way.
-
-Comes from: ``racing.data``. Goes to: the experiments' ``measure``.
-"""
+"""What several experiments share: small networks, the images as vectors, plain SGD and what is noted on the way."""
 
 from __future__ import annotations
 

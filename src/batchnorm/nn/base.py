@@ -1,8 +1,6 @@
 """What BatchNorm1d, 2d and 3d share: torch's layer with activation, residual, mask, other statistics, and guards.
 
 Shapes: N examples, C channels (``num_features``), then the places: none, (L), (H, W) or (D, H, W).
-
-Comes from: ``norm``. Goes to: ``functional``.
 """
 
 from __future__ import annotations

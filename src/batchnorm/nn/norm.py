@@ -1,8 +1,6 @@
 """BatchNorm1d, BatchNorm2d, BatchNorm3d: torch's layers, with an activation, a residual, a mask and other statistics.
 
 Shapes: N examples, C channels (``num_features``), then the places: none, (L), (H, W) or (D, H, W).
-
-Comes from: user code, in place of ``torch.nn.BatchNorm*``. Goes to: ``base``.
 """
 
 from __future__ import annotations

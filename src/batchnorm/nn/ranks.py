@@ -1,6 +1,6 @@
 """What the processes of a group tell each other about one layer's batch, and who is missing when that fails.
 
-Shapes: C channels, R ranks. Comes from: ``statistics.Synced``. Goes to: torch.distributed.
+Shapes: C channels, R ranks.
 """
 
 from __future__ import annotations

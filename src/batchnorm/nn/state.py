@@ -2,8 +2,6 @@
 
 Its buffers are torch's alone, since torch's tools and others walk over them in parallel, average, slice and allocate
 them (``renorm_steps`` is there while ``statistics=Renorm()`` is). All else are attributes.
-
-Comes from: ``base``. Goes to: state_dicts, ``batchnorm.freeze``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where training statistics come from: the value of a layer's ``statistics=``.
 
 Shapes: N examples, C channels, S places. x_NCS is (N, C, ...), mask_N1S its like in bool, True where a place counts.
-Each source gives y and the moments that the running statistics move towards; it holds no state and changes none.
-A new source is one class here. Comes from: ``nn.norm``. Goes to: ``ops.split``.
+Each source gives y and the moments that the running statistics move towards; it holds no state and changes none. A new
+source is one class here.
 """
 
 from __future__ import annotations

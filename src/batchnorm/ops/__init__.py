@@ -1,6 +1,6 @@
 """The op, on the kernels that this machine has: C++ on CPU, Triton on CUDA, else torch's own (aten).
 
-Shapes: as in ``schema``. Comes from: ``functional``. Goes to: ``schema`` with kernels, ``fallback``, or ``reference``.
+Shapes: as in ``schema``.
 """
 
 from __future__ import annotations

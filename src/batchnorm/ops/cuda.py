@@ -1,6 +1,6 @@
 """The ops on CUDA: arguments checked, results allocated, Triton kernels launched. Nothing waits for the device.
 
-Shapes: as in ``schema``. Comes from: torch's dispatcher (``register``). Goes to: ``cuda_kernels``.
+Shapes: as in ``schema``.
 """
 
 from __future__ import annotations

@@ -8,8 +8,6 @@ tile of its channels, from tile ``part`` on. There are no atomics: the same bits
 Precision: values are computed in float32, from x - mu with mu as float32 holds it; the rest of mu goes into the shift.
 Sums are of x - K, K the mean of a program's first tile: in float32 from tile to tile, then in float64 over the threads
 of a program and over the programs (Chan et al. 1979).
-
-Comes from: ``cuda``. Goes to: memory, in as many bytes as each kernel says; n is the size of x in bytes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 Shapes: N examples, C channels, S places (none for (N, C)). x_NCS is (N, C, ...).
 Derivatives come from aten: first and second order are right. The third order in training is not, since aten
 takes the statistics that it saved for constants there; ``ops.reference`` is right to any order.
-
-Comes from: the signature of ``reference.batch_norm``. Goes to: ``functional``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Ghost batches: each group of examples normalized by itself.
 
 Shapes: N examples, C channels, S places (none for (N, C)), G groups. x_NCS is (N, C, ...), mask_N1S its like in bool.
-Comes from: ``nn.statistics.Ghost``. Goes to: the ops ``forward_groups`` and ``backward_groups``, or ``split``.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ Shapes: N examples, C channels, S places (none for (N, C)). x_NCS is (N, C, ...)
 Dtypes: the equations are computed in the dtype of x. ``batch_norm`` and ``batch_norm_backward`` widen it first: float16
 and bfloat16 to float32, float32 to float64; they round once, at the end.
 Every step is differentiable, the gradients too: derivatives of any order are right.
-
-Comes from: the paper. Goes to: the tests of all kernels, and derivatives that kernels do not give.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ in place but by ``update_running_`` and ``train``. Between ``statistics`` and ``
 ``input_gradient`` comes what others have to add: other processes, say. Device kernels register themselves beside:
 ``csrc/ops.cpp`` for CPU.
 
-Comes from: the equations of ``reference``. Goes to: ``ops.batch_norm``.
 Why not ``register_autograd``: ``torch.func.grad`` raises with it, ``jvp`` gives zeros, second derivatives are None.
 """
 

@@ -4,7 +4,7 @@ For statistics that are not those of one whole batch on one machine: of places t
 examples, of several processes, or corrected towards the population's.
 
 Shapes: N examples, C channels, S places (none for (N, C)), G groups. x_NCS is (N, C, ...), mask_N1S its like in bool.
-Statistics are float64. Comes from: ``functional``, ``nn.statistics``. Goes to: the ops of ``schema``.
+Statistics are float64.
 """
 
 from __future__ import annotations

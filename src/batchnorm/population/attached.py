@@ -2,8 +2,6 @@
 
 ``copy`` and ``pickle`` ask ``copyreg`` how a class is taken apart, so that the layer itself needs nothing for it, and
 what others hook or unhook meanwhile goes into its own dicts.
-
-Comes from: ``scopes``, ``estimate``, ``depth``. Goes to: layers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Batches as DataLoaders give them: put on a device, given to a model.
-
-Comes from: the user's DataLoader or list. Goes to: ``recalibrate``, the Lightning callback, the range test.
-"""
+"""Batches as DataLoaders give them: put on a device, given to a model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A checkpoint file whose model's running statistics are exchanged, everything else in it kept.
-
-Comes from: ``saved``. Goes to: ``cli/recalibrate.py``, ``cli/fold.py``; a new file, whole or not at all.
-"""
+"""A checkpoint file whose model's running statistics are exchanged, everything else in it kept."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which batch normalization layers come before which, seen in one forward pass.
-
-Comes from: ``recalibrate`` with ``upstream="population"``. Goes to: its order of passes.
-"""
+"""Which batch normalization layers come before which, seen in one forward pass."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Population statistics: what inference normalizes with (Ioffe & Szegedy 2015, Algorithm 2).
-
-Comes from: any model with batch normalization layers, torch's or ours. Goes to: their running statistics.
-"""
+"""Population statistics: what inference normalizes with (Ioffe & Szegedy 2015, Algorithm 2)."""
 
 from __future__ import annotations
 

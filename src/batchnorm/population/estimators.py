@@ -2,8 +2,7 @@
 
 Shapes: L layers, C channels of all of them side by side, K batches.
 
-Comes from: ``watching``. Goes to: running statistics. A new
-estimator is one class and one line in ``ESTIMATORS``.
+A new estimator is one class and one line in ``ESTIMATORS``.
 """
 
 from __future__ import annotations

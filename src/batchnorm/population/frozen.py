@@ -1,7 +1,4 @@
-"""Layers that keep their running statistics, or their affine parameters, whatever mode the model is in.
-
-Comes from: any model with our layers. Goes to: the layers' ``frozen`` state, which ``nn.norm`` heeds and saves.
-"""
+"""Layers that keep their running statistics, or their affine parameters, whatever mode the model is in."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 A pending backward holds tensors of earlier forward passes: torch's batch normalization its running statistics, other
 modules whatever buffers they read. Copying into those would end in "modified by an inplace operation", so state is set
 aside by exchanging tensors.
-
-Comes from: ``scopes``, ``estimate``, ``frozen``. Goes to: the model's modules.
 """
 
 from __future__ import annotations

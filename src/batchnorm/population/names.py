@@ -2,8 +2,6 @@
 
 DistributedDataParallel puts ``module.`` there, a LightningModule the attribute that holds the network, torch.compile
 ``_orig_mod.`` at any place.
-
-Comes from: ``checkpoint``. Goes to: which name of the file is which of the model.
 """
 
 from __future__ import annotations

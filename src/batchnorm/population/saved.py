@@ -1,7 +1,4 @@
-"""What files of ``torch.save`` and safetensors hold; of what cannot be read, what it is, and what to do.
-
-Comes from: a file. Goes to: ``checkpoint``.
-"""
+"""What files of ``torch.save`` and safetensors hold; of what cannot be read, what it is, and what to do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Blocks of code around which running statistics are kept, or updated once.
-
-Comes from: any model, torch's layers or ours. Goes to: its buffers and modes.
-"""
+"""Blocks of code around which running statistics are kept, or updated once."""
 
 from __future__ import annotations
 

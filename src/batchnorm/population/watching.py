@@ -1,9 +1,6 @@
 """Layers that are watched: with momentum 1 they leave the statistics of their last batch in their buffers.
 
 Shapes: L layers, C channels of all of them side by side.
-
-Comes from: the layers of ``recalibrate`` and ``accumulate_statistics``, torch's, ours, and subclasses with a forward of
-their own. Goes to: ``estimators``.
 """
 
 from __future__ import annotations

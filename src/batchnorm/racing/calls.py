@@ -1,7 +1,4 @@
-"""What a network is called with, and what its output is held against.
-
-Comes from: ``Task``. Goes to: ``insert`` and the other verbs, as their example; losses and metrics.
-"""
+"""What a network is called with, and what its output is held against."""
 
 from __future__ import annotations
 

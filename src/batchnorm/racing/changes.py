@@ -1,7 +1,4 @@
-"""What contenders make of the task's network: a row each, by the public functions.
-
-Comes from: ``contenders.py``. Goes to: ``trainer.network_of``.
-"""
+"""What contenders make of the task's network: a row each, by the public functions."""
 
 from __future__ import annotations
 

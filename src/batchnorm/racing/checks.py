@@ -1,7 +1,4 @@
-"""What makes a fraction of steps mean nothing: said in a line each, and no fraction is printed then.
-
-Comes from: the records of all runs. Goes to: ``score.py``.
-"""
+"""What makes a fraction of steps mean nothing: said in a line each, and no fraction is printed then."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Who races: the contenders that were asked for, or the mode's, as this task's network and optimizer can have them.
-
-Comes from: names, recipes and ``Contender``s; ``contenders.py``. Goes to: ``plan.py``.
-"""
+"""Who races: the contenders that were asked for, or the mode's, as this task's network and optimizer can have them."""
 
 from __future__ import annotations
 

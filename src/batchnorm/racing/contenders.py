@@ -1,6 +1,6 @@
 """The contenders: what each changes against the training as it is, and nothing more. A new contender is one row.
 
-Goes to: ``trainer.py``, which trains them, and to the printed rules. Data only: no loops here.
+Data only: no loops here.
 Source of bn, bn-x5, bn-x30 and bn-x5-sigmoid: Ioffe & Szegedy 2015, Section 4.2.
 """
 

@@ -1,7 +1,7 @@
 """Real images: the IDX files of Fashion-MNIST and MNIST, found or fetched, and checked before use.
 
-Comes from: a directory the user names, Debian's package, the cache, or the network, in this order.
-Goes to: ``zoo.py``, as uint8 tensors. Source: Xiao, Rasul & Vollgraf 2017, "Fashion-MNIST".
+Looked for in a directory that the user names, in Debian's package, in the cache; else fetched.
+Source: Xiao, Rasul & Vollgraf 2017, "Fashion-MNIST".
 """
 
 from __future__ import annotations

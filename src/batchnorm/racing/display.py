@@ -1,7 +1,4 @@
-"""Live progress of a race: a row per run on a terminal, a line per evaluation otherwise.
-
-Comes from: the events of ``pool.py``. Goes to: the terminal, or a log.
-"""
+"""Live progress of a race: a row per run on a terminal, a line per evaluation otherwise."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Where the numbers come from: machine, versions, commit.
-
-Goes to: ``results.json``.
-"""
+"""Where the numbers come from: machine, versions, commit."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A training run, and what happens in it.
-
-Comes from: ``plan.py``, which decides runs; ``trainer.py``, which tells events. Goes to: ``pool.py``, ``display.py``.
-"""
+"""A training run, and what happens in it."""
 
 from __future__ import annotations
 

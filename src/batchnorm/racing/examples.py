@@ -1,6 +1,5 @@
 """A task's examples, of every kind, as batches: the same ones for every contender of a seed, and for a resumed run.
 
-Comes from: ``Task.train``, ``Task.test``. Goes to: ``reading.py``, which hands them out in an order; ``trainer.py``.
 Random augmentation inside them draws from generators that are seeded per seed, epoch and example.
 """
 

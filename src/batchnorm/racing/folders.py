@@ -1,7 +1,6 @@
 """Images in folders, one per class, as torchvision's ``ImageFolder`` has them: listed first, read when used.
 
 Shapes: n examples of 3 channels, 224 x 224.
-Comes from: the directory of ``--data``. Goes to: ``zoo_imagenet.py``.
 """
 
 from __future__ import annotations

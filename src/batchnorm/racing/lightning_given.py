@@ -1,7 +1,4 @@
-"""What a user gives of Lightning, checked: the module, its loaders, the metric that it logs.
-
-Comes from: ``Task.from_lightning``. Goes to: ``lightning_task.py``.
-"""
+"""What a user gives of Lightning, checked: the module, its loaders, the metric that it logs."""
 
 from __future__ import annotations
 

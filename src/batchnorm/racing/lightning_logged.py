@@ -1,8 +1,4 @@
-"""What a LightningModule logs, as Lightning keeps it: values of steps, and values of epochs, as tensors.
-
-Comes from: the module's ``self.log``. Goes to: ``lightning_trainer.py``, and through ``lightning_loop.py`` to a run's
-checkpoint.
-"""
+"""What a LightningModule logs, as Lightning keeps it: values of steps, and values of epochs, as tensors."""
 
 from __future__ import annotations
 

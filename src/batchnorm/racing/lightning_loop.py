@@ -1,7 +1,4 @@
-"""The hooks of a LightningModule around the batches of a run, in Lightning's order.
-
-Comes from: ``LightningTask.loop``. Goes to: ``trainer.py``.
-"""
+"""The hooks of a LightningModule around the batches of a run, in Lightning's order."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What ``configure_optimizers`` returns, in all its forms; its schedules by a clock that runs faster in a shorter run.
-
-Comes from: ``lightning_task.py``. Goes to: ``optimization.py`` and ``trainer.py``, as a ``Schedule``.
-"""
+"""What ``configure_optimizers`` returns, in all its forms; its schedules run faster in a shorter run."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Which batches a step of a Lightning training takes, and where its epochs end.
-
-Comes from: ``accumulate`` and the batches of an epoch. Goes to: ``lightning_task.py``, ``lightning_trainer.py``,
-``lightning_schedule.py``.
-"""
+"""Which batches a step of a Lightning training takes, and where its epochs end."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """A LightningModule as a task of the race: its own steps, data, optimizer, schedules and logged metric.
 
-Comes from: ``Task.from_lightning``. Goes to: ``plan.py``, ``trainer.py``. Lightning's trainer is not there; what
-a module may ask of it is in ``lightning_trainer.py``.
+Lightning's trainer is not there; what a module may ask of it is in ``lightning_trainer.py``.
 """
 
 from __future__ import annotations

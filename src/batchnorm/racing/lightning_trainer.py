@@ -1,7 +1,4 @@
-"""What a LightningModule sees of its trainer in a race: a small stand-in, and what the module logs.
-
-Comes from: ``lightning_task.py``. Goes to: the module's ``self.trainer`` and ``self.log``.
-"""
+"""What a LightningModule sees of its trainer in a race: a small stand-in, and what the module logs."""
 
 from __future__ import annotations
 

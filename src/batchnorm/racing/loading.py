@@ -1,7 +1,4 @@
-"""Tasks and contenders by name: the built-in ones, or a user's as ``package.module:name``.
-
-Comes from: options. Goes to: ``plan.py``, and every process of a race, which loads them for itself.
-"""
+"""Tasks and contenders by name: the built-in ones, or a user's as ``package.module:name``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a training does around its batches, beyond forward, backward and step.
-
-Comes from: ``Task.loop``. Goes to: ``trainer.py``, which calls it.
-"""
+"""What a training does around its batches, beyond forward, backward and step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What is scored, and how: a metric over all test examples, on one process or several.
-
-Comes from: ``Task.metric``. Goes to: ``trainer.py``, one score per evaluation.
-"""
+"""What is scored, and how: a metric over all test examples, on one process or several."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The optimizer that a training has unless its task brings another, and what a contender makes of it and its schedule.
-
-Comes from: ``Task.optimizer``, ``Task.scheduler``, a contender's recipe. Goes to: ``trainer.py``.
-"""
+"""The default optimizer of a training, and what a contender makes of the optimizer and schedule of a task."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """What a race will do, decided before it starts: contenders, seeds, budgets, learning rates.
 
-Comes from: the command line's options, ``contenders.py`` and ``tuned.json``. Goes to: ``runner.py``; it is stored in
-the output directory, so that ``--resume`` continues the same race or refuses.
+It is stored in the output directory, so that ``--resume`` continues the same race or refuses.
 """
 
 from __future__ import annotations

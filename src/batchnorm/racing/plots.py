@@ -1,7 +1,4 @@
-"""Plots of a race: score against steps and seconds, all contenders, the target as a thin line; steps to each score.
-
-Comes from: records and results of ``score.py``. Goes to: PNG files in the output directory.
-"""
+"""Plots of a race: score against steps and seconds, all contenders, the target as a thin line; steps to each score."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The runs of a plan on several processes, one thread each, as one stream of events.
 
-Comes from: ``runner.py``. Goes to: ``display.py`` and the run files. Every finished run leaves one JSON file, every
-unfinished one a checkpoint, so a race that was killed goes on where it was.
+Every finished run leaves one JSON file, every unfinished one a checkpoint, so a race that was killed goes on where it
+was.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Learning rates and budgets that were chosen on held-out examples, and how one is chosen.
-
-Comes from: ``tuned.json``, or a ``tuning.json`` of ``--tune``. Goes to: ``plan.py``, ``tuning.py``.
-"""
+"""Learning rates and budgets that were chosen on held-out examples, and how one is chosen."""
 
 from __future__ import annotations
 

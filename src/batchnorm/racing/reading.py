@@ -1,7 +1,4 @@
-"""Which examples each step takes, and how they get here: in this process, or ahead of it by reading processes.
-
-Comes from: ``examples.py``. Goes to: ``trainer.py``.
-"""
+"""Which examples each step takes, and how they get here: in this process, or ahead of it by reading processes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a race leaves behind: the sentence, the table, ``results.json``, ``curves.csv``; plots are in ``plots.py``.
-
-Comes from: ``score.py``. Goes to: the terminal and the output directory.
-"""
+"""What a race leaves behind: the sentence, the table, ``results.json``, ``curves.csv``; plots are in ``plots.py``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The race from plan to results: check, train, time, score, report; it survives being killed.
-
-Comes from: ``bn.race`` and the command line. Goes to: the output directory (config.json, runs/, results.json,
-curves.csv, plots) and the terminal.
-"""
+"""The race from plan to results: check, train, time, score, report; it survives being killed."""
 
 from __future__ import annotations
 

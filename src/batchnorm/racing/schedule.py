@@ -1,7 +1,4 @@
-"""The schedule of a run: the task's own, which ends with the run's steps, whatever numbers are written in it.
-
-Comes from: ``Task.scheduler``. Goes to: ``optimization.py``, which changes it for a contender, and ``trainer.py``.
-"""
+"""The schedule of a run: the task's own, which ends with the run's steps, whatever numbers are written in it."""
 
 from __future__ import annotations
 

@@ -9,8 +9,7 @@ Breiman et al. 1984); without it noise decides when the baseline has reached wha
 resampling seeds with replacement (Efron 1979), the target computed anew each time, so that its own uncertainty is in
 them; with percentiles that make up for few seeds (``tail``).
 
-Comes from: the records of ``pool.py`` and the times of ``timing.py``. Goes to: ``report.py`` and ``results.json``. The
-rules are in docs/race.md; this is the only place that applies them.
+The rules are in docs/race.md; this is the only place that applies them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Random numbers that hang on a key (seed, epoch, example or place) alone: not on the process, nor on what came before.
-
-Comes from: datasets and collate functions of the user's. Goes to: ``examples.py``.
-"""
+"""Random numbers that hang on a key (seed, epoch, example or place) alone, not on what came before."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """A table instead of images: Covertype found or fetched and checked, a deep multilayer perceptron, and their task.
 
-Comes from: a directory the user names, the cache, or a wheel that carries the table. Goes to: ``tasks.py``.
 Source: Blackard & Dean 1999, "Comparative accuracies of artificial neural networks and discriminant analysis in
 predicting forest cover types from cartographic variables"; UCI Machine Learning Repository, "Covertype" (CC BY 4.0).
 """

@@ -1,6 +1,6 @@
 """Task: a training as it is: network, data, loss, metric, optimizer, schedule, batch size and budget.
 
-Comes from: ``zoo.py``, or user code. Goes to: ``plan.py``, ``trainer.py``. A contender changes what its row says of it.
+A contender changes what its row says of it.
 """
 
 from __future__ import annotations

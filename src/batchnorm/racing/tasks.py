@@ -1,7 +1,4 @@
-"""The tasks that are built in, by name; each function takes the directory of ``--data``.
-
-Comes from: ``zoo.py``, ``tabular.py``, ``zoo_imagenet.py``. Goes to: ``task.load_task``.
-"""
+"""The tasks that are built in, by name; each function takes the directory of ``--data``."""
 
 from __future__ import annotations
 

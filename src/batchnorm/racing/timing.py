@@ -1,7 +1,4 @@
-"""Seconds per step: contenders take turns, alone on the machine, so that all meet the same noise.
-
-Comes from: the runs of a plan. Goes to: ``score.py``, which multiplies by steps.
-"""
+"""Seconds per step: contenders take turns, alone on the machine, so that all meet the same noise."""
 
 from __future__ import annotations
 

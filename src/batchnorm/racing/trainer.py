@@ -1,7 +1,4 @@
-"""One contender trained once: steps, evaluations, checkpoints. Runs alone or as one rank of a torchrun group.
-
-Comes from: a ``Task`` and a ``Contender``. Goes to: ``pool.py`` and ``runner.py``, as a stream of events.
-"""
+"""One contender trained once: steps, evaluations, checkpoints. Runs alone or as one rank of a torchrun group."""
 
 from __future__ import annotations
 

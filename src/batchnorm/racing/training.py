@@ -1,7 +1,4 @@
-"""One run from its beginning, or its checkpoint, to its end, as a stream of events.
-
-Comes from: ``trainer.py``. Goes to: ``pool.py`` and ``runner.py``.
-"""
+"""One run from its beginning, or its checkpoint, to its end, as a stream of events."""
 
 from __future__ import annotations
 

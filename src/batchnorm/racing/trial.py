@@ -1,7 +1,4 @@
-"""A step and a checkpoint of every contender before any long work: mistakes in a task show here, in one line.
-
-Comes from: ``runner.py``. Goes to: the user, as a ``RaceError``.
-"""
+"""A step and a checkpoint of every contender before any long work: mistakes in a task show here, in one line."""
 
 from __future__ import annotations
 

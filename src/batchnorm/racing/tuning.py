@@ -1,7 +1,4 @@
-"""The sweep of learning rates on held-out training images: what was tried, and what came of it.
-
-Comes from: the records of a race with ``--tune``. Goes to: ``tuning.json``, which ``--rates`` and ``tuned.json`` read.
-"""
+"""The sweep of learning rates on held-out training images: what was tried, and what came of it."""
 
 from __future__ import annotations
 

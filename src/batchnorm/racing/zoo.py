@@ -1,6 +1,5 @@
 """The small networks that the built-in tasks train, without batch normalization, and these tasks.
 
-Comes from: images of ``data.py``. Goes to: ``tasks.py``.
 Networks take the keyword that contenders change: ``activation``.
 """
 

@@ -1,6 +1,5 @@
 """The networks for images of 224 x 224, without batch normalization, and the tasks that train them.
 
-Comes from: images of ``folders.py``. Goes to: ``tasks.py``.
 Networks take the keyword that contenders change: ``activation``; and the number of ``classes``.
 """
 

@@ -1,7 +1,4 @@
-"""Batch normalization and what it makes possible, in one call: the network now, the rest of training as a recipe.
-
-Comes from: a network without batch normalization. Goes to: training; the race.
-"""
+"""Batch normalization and what it makes possible, in one call: the network now, the rest of training as a recipe."""
 
 from __future__ import annotations
 

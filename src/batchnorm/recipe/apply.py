@@ -1,7 +1,4 @@
-"""A recipe's changes to an optimizer and to the scheduler that stands on it, in place.
-
-Comes from: ``Recipe.apply``. Goes to: the user's training loop.
-"""
+"""A recipe's changes to an optimizer and to the scheduler that stands on it, in place."""
 
 from __future__ import annotations
 

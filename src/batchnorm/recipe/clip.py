@@ -1,6 +1,5 @@
 """Adaptive gradient clipping: no unit's gradient is longer than a share of the unit itself.
 
-Comes from: ``Muon``, the parameters that SGD steps. Goes to: SGD.
 Source: Brock et al., "High-Performance Large-Scale Image Recognition Without Normalization",
 https://arxiv.org/abs/2102.06171 (2021), Section 4; there the least length of a unit is 1e-3.
 Shapes: U units of a weight: its first dimension; E elements of all vectors one after another.

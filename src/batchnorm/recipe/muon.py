@@ -1,6 +1,5 @@
 """Muon for the weights that batch normalization follows, SGD for all other parameters: one optimizer.
 
-Comes from: ``Recipe.optimizer``, which knows the weights. Goes to: the user's training loop.
 Source: Jordan et al., "Muon", https://kellerjordan.github.io/posts/muon/ (2024); that the norm of the weights is free:
 Ioffe & Szegedy 2015, Section 3.3.
 Shapes: W weights of one shape, P their parameters; K matrices, M x N of them, M the smaller.

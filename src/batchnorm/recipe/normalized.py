@@ -1,7 +1,4 @@
-"""The layers whose outputs batch normalization alone reads, so that their weights' norms are free (Section 3.3).
-
-Comes from: a model's report, or a forward pass that is watched. Goes to: ``apply.py``, ``Recipe.optimizer``.
-"""
+"""The layers whose outputs batch normalization alone reads, so that their weights' norms are free (Section 3.3)."""
 
 from __future__ import annotations
 

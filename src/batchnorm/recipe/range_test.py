@@ -1,7 +1,4 @@
-"""A learning-rate range test: one short run whose rate grows from batch to batch; where the loss falls fastest.
-
-Comes from: any model, batches and a loss. Goes to: the user, as a number and a plot.
-"""
+"""A learning-rate range test: one short run whose rate grows from batch to batch; where the loss falls fastest."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The plot of a learning-rate range test.
-
-Comes from: ``range_test.py``. Goes to: a file, or axes of the user's.
-"""
+"""The plot of a learning-rate range test."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """Recipes: what to change in training once the network has batch normalization. A new recipe is one row.
 
-Goes to: ``accelerate.py``, which changes the network; ``apply.py``, which changes optimizer and scheduler; the race.
 Source of "paper": Ioffe & Szegedy 2015, Section 4.2.1, but for what its images and its network alone have (photometric
 distortions, local response normalization); that gamma, beta and biases do not decay is today's practice. Source of
 "sgd" and "fast": the race (docs/results.md); of Muon: Jordan et al. 2024; of ``clip``: Brock et al. 2021.

@@ -1,7 +1,4 @@
-"""What schedulers count in steps, and what they keep per parameter group: changed in place, a row each.
-
-Comes from: ``apply.py``, a recipe's factors. Goes to: the user's schedulers.
-"""
+"""What schedulers count in steps, and what they keep per parameter group: changed in place, a row each."""
 
 from __future__ import annotations
 

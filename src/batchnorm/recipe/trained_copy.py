@@ -1,7 +1,4 @@
-"""A copy to train, beside the model, which is as before afterwards: whoever reaches it past the copy is told so.
-
-Comes from: ``find_learning_rate``. Goes to: its steps.
-"""
+"""A copy to train, beside the model, which is as before afterwards: whoever reaches it past the copy is told so."""
 
 from __future__ import annotations
 

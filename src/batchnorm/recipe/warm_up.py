@@ -1,4 +1,4 @@
-"""The learning rate's course in a recipe that brings its optimizer. Goes to: ``Recipe.scheduler``."""
+"""The learning rate's course in a recipe that brings its optimizer."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 timm's ``BatchNormAct2d`` and its like: batch normalization, then the children ``drop`` and ``act``. They become our
 layer with that activation when outputs, gradients and statistics in float64 say that this is all they do. A subclass
 that only has another ``__init__`` computes what torch's does. All others are left alone, with the reason.
-
-Comes from: ``from_torch``. Goes to: ``layer.taken_from``, which has the class back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The affine layers that batch normalization can stand behind or be folded into: a row each; ``register`` adds one.
-
-Comes from: ``insert``, ``fold``, which ask what a layer is. Goes to: ``weights.py``, which scales it.
-"""
+"""The affine layers that batch normalization can stand behind or be folded into: a row each; ``register`` adds one."""
 
 from __future__ import annotations
 

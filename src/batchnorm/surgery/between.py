@@ -2,8 +2,6 @@
 
 Dropout multiplies by 0 or 1 / (1 - p), so that relu and leaky_relu, with g(a z) = a g(z) for a >= 0, may come before it
 as well as behind it. What else is taken over across a dropout with p = 0 goes back when p is set to something else.
-
-Comes from: ``fuse``, ``rewrite``. Goes to: ``layer.taken_from``.
 """
 
 from __future__ import annotations

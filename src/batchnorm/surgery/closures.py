@@ -4,8 +4,6 @@
 its closure, and would go on to call the original's layers. The copy gets one that holds the copy's, and so it does of
 what else deepcopy gives as it is: weak references, caches, classes. A copy to throw away (``apart``) gets its own of
 all that its functions can change: lists, counters and generators, in closures and in global variables.
-
-Comes from: ``copied``. Goes to: the copy's attributes.
 """
 
 from __future__ import annotations

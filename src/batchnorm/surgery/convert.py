@@ -1,7 +1,4 @@
-"""From torch's layers to ours, in a whole model, and back.
-
-Comes from: any model. Goes to: the same model with layers of ``nn.norm``.
-"""
+"""From torch's layers to ours, in a whole model, and back."""
 
 from __future__ import annotations
 

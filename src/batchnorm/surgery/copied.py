@@ -1,7 +1,4 @@
-"""A model's copy; where torch refuses, what it is that cannot be copied.
-
-Comes from: any model. Goes to: whatever leaves the model given as it is.
-"""
+"""A model's copy; where torch refuses, what it is that cannot be copied."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 A forward that torch.fx wrote has what was computed, and nothing else that happened: an ``append`` happened once, when
 it was traced. All that the module can reach is looked at before and after.
-
-Comes from: ``rewrite``. Goes to: its reasons.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Every batch normalization layer of a network exchanged for another normalization: what it is worth beside them.
-
-Comes from: a network with batch normalization. Goes to: training the same network with something else in its place.
-"""
+"""Every batch normalization layer of a network exchanged for another normalization: what it is worth beside them."""
 
 from __future__ import annotations
 

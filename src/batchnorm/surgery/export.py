@@ -1,7 +1,4 @@
-"""A model written for deployment, and read back to be compared: weights, torch.export, ONNX.
-
-Comes from: ``fold``. Goes to: ``cli/fold.py``; a file, whole or not at all.
-"""
+"""A model written for deployment, and read back to be compared: weights, torch.export, ONNX."""
 
 from __future__ import annotations
 

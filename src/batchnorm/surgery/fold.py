@@ -1,8 +1,6 @@
 """Inference-mode batch normalization folded into the layers beside it, and checked.
 
-    W' = gamma / sqrt(var + eps) * W,   b' = gamma / sqrt(var + eps) * (b - mean) + beta
-
-Comes from: a trained model. Goes to: deployment, without batch normalization.
+W' = gamma / sqrt(var + eps) * W,   b' = gamma / sqrt(var + eps) * (b - mean) + beta
 """
 
 from __future__ import annotations

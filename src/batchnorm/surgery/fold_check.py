@@ -1,7 +1,4 @@
-"""Whether a folded model does what the model did: each layer on what it sees, then the whole, beside float64.
-
-Comes from: ``fold``, ``insert``. Goes to: their errors.
-"""
+"""Whether a folded model does what the model did: each layer on what it sees, then the whole, beside float64."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 A forward that torch.fx wrote does what the old one did with the example's arguments. What was no tensor among them is
 a constant in it, so that each call is compared with the example's.
-
-Comes from: ``rewrite``. Goes to: ``tracer``, ``rewritten``.
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 Where an activation module alone reads a layer, the layer takes it over and an ``Identity`` stays. Additions, functions
 and activation modules with several call sites stand in somebody's ``forward``: the smallest module around them gets
 one that torch.fx wrote, and is checked, outputs and gradients, in train and eval.
-
-Comes from: ``from_torch``, ``to_torch``. Goes to: ``watch``, torch.fx.
 """
 
 from __future__ import annotations

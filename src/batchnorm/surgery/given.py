@@ -1,8 +1,4 @@
-"""Models that the verbs of surgery cannot change: wrappers that know the model as it is, and what hides its calls.
-
-Comes from: ``from_torch``, ``to_torch``, the converters, ``insert``, ``remove``, ``fold``, ``accelerate``. Goes to:
-their errors and reports.
-"""
+"""Models that the verbs of surgery cannot change: wrappers that know the model as it is, and what hides its calls."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Which global variables a function reads, and which of them hold modules of a model.
-
-Comes from: ``closures``. Goes to: its errors, and what it copies.
-"""
+"""Which global variables a function reads, and which of them hold modules of a model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Layers of a torch.fx graph that take over the addition and the activation behind them.
-
-Comes from: ``rewrite``. Goes to: the same graph.
-"""
+"""Layers of a torch.fx graph that take over the addition and the activation behind them."""
 
 from __future__ import annotations
 

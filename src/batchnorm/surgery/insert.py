@@ -1,7 +1,4 @@
-"""Batch normalization put into a network: between each affine layer and the nonlinearity, or the sum before it.
-
-Comes from: a network without it, trained or not. Goes to: training.
-"""
+"""Batch normalization put into a network: between each affine layer and the nonlinearity, or the sum before it."""
 
 from __future__ import annotations
 

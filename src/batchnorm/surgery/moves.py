@@ -2,8 +2,6 @@
 
 A call is played again on numbers that say where they were; whatever it is called, it moves values if what comes out are
 such numbers, and if other values take the same way.
-
-Comes from: ``watch``, which notes the arguments of each call. Goes to: ``fold``, ``insert``.
 """
 
 from __future__ import annotations

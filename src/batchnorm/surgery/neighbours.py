@@ -2,8 +2,6 @@
 
 A layer that is called several times folds where each of its calls goes with one call of the other, and no call of that
 is left.
-
-Comes from: ``fold``, a watched forward pass. Goes to: what is folded into what, channel by channel.
 """
 
 from __future__ import annotations

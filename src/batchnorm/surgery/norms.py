@@ -3,8 +3,6 @@
 timm's ``BatchNormAct2d`` is batch normalization, then its children ``drop`` and ``act``; inplace_abn's ``ABN`` names an
 activation; a frozen one of torchvision's or DETR's keeps everything in buffers. What such a class states is believed
 once it agrees, in float64, with what the layer computes.
-
-Comes from: ``fold``, ``remove``, ``exchange``. Goes to: what remains of a layer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Where batch normalization goes in a network without it: which layers a nonlinearity reads, and what it is.
-
-Comes from: a watched forward pass. Goes to: ``insert.py``.
-"""
+"""Where batch normalization goes in a network without it: which layers a nonlinearity reads, and what it is."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Batch normalization taken out of a network: what ``fold`` computes, and no trace of it in what is trained on.
-
-Comes from: a network that has it, trained or not. Goes to: training without it.
-"""
+"""Batch normalization taken out of a network: what ``fold`` computes, and no trace of it in what is trained on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a change to a model did, layer by layer, and what it left alone: ``model.batchnorm_report``.
-
-Comes from: ``insert``, ``remove``, ``fuse``, ``fold``. Goes to: the user.
-"""
+"""What a change to a model did, layer by layer, and what it left alone: ``model.batchnorm_report``."""
 
 from __future__ import annotations
 

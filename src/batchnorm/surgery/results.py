@@ -1,7 +1,4 @@
-"""What a module computes on an example, and whether it computes the same after a change.
-
-Comes from: ``rewrite`` and ``fuse``, before and after. Goes to: their reports.
-"""
+"""What a module computes on an example, and whether it computes the same after a change."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A module's forward written anew by torch.fx, with layers that take over what follows them, and checked in float64.
-
-Comes from: ``fuse``. Goes to: a subclass of the module's class.
-"""
+"""A module's forward written anew by torch.fx, with layers that take over what follows them, and checked in float64."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Modules with a forward that was written anew, as the layers know them whose work is done there no more.
-
-Comes from: ``rewrite``. Goes to: ``layer.taken_from``.
-"""
+"""Modules with a forward that was written anew, as the layers know them whose work is done there no more."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 It reads annotations as they are, so that there is no ``from __future__ import annotations`` here; and it knows neither
 ``super()`` nor ``*args``, so that the forward that the layer had is a method of its own, ``affine``.
-
-Comes from: ``insert``. Goes to: ``torch.jit.script``.
 """
 
 import inspect

@@ -1,7 +1,4 @@
-"""A subclass of somebody's class that its author hears nothing of: no registry, no metaclass of theirs learns of it.
-
-Comes from: ``rewrite``, ``closures``. Goes to: ``__class__`` of what is to be of it.
-"""
+"""A subclass of somebody's class that its author hears nothing of: no registry, no metaclass of theirs learns of it."""
 
 from __future__ import annotations
 

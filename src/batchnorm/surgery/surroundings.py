@@ -2,8 +2,6 @@
 
 Where it asks (``torch.is_autocast_enabled()``), the answer is a constant in what torch.fx writes. So a forward is
 traced in all of these, and must do the same.
-
-Comes from: ``rewrite``. Goes to: its traces.
 """
 
 from __future__ import annotations

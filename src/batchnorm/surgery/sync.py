@@ -1,7 +1,4 @@
-"""To synchronized statistics in a whole model, and the way back.
-
-Comes from: any model. Goes to: the same model with layers of ``nn.norm`` that have ``statistics=Synced()``.
-"""
+"""To synchronized statistics in a whole model, and the way back."""
 
 from __future__ import annotations
 

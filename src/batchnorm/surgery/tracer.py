@@ -1,7 +1,4 @@
-"""torch.fx's tracer as a forward that is written anew needs it: where it goes in, and what it makes of tensors.
-
-Comes from: ``rewrite``. Goes to: a graph.
-"""
+"""torch.fx's tracer as a forward that is written anew needs it: where it goes in, and what it makes of tensors."""
 
 from __future__ import annotations
 

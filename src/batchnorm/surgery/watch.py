@@ -1,7 +1,4 @@
-"""One forward pass watched: which module or function made each tensor, and which ones read it.
-
-Comes from: any model and an example. Goes to: ``fold``, ``fuse``, ``insert``.
-"""
+"""One forward pass watched: which module or function made each tensor, and which ones read it."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 Shapes: C channels; G groups, O outputs and I inputs of a group, then the kernel's places, if any.
 
     W' = gamma / sqrt(var + eps) * W,   b' = gamma / sqrt(var + eps) * (b - mean) + beta
-
-Comes from: ``fold``. Goes to: its layers' parameters.
 """
 
 from __future__ import annotations

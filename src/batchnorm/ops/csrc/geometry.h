@@ -1,6 +1,5 @@
 // How a tensor lies in memory, and how it is cut into rows, groups and chunks.
 //
-// Comes from: sizes. Goes to: passes.h.
 // N examples, C channels, S places. Two cuts, both in the order of memory:
 //   planes, (N, C, S): a row is one channel's places in one example.
 //   otherwise, (N, S, C), (N, C), and (N, C, S) with S small: a row is (outer, C, inner): all channels, `outer` times

@@ -1,6 +1,4 @@
 // One 16-bit number at a time: for instruction sets without the conversion, and for per-channel parameters.
-//
-// Comes from: the bits. Goes to: vector.h, tensors.h.
 #pragma once
 
 #include <cstdint>

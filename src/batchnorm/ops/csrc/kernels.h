@@ -1,6 +1,4 @@
 // The leaf loops, seen from outside: what they work on, and how one is chosen for a type and an instruction set.
-//
-// Comes from: leaves.h, compiled once per instruction set. Goes to: passes.h, which splits tensors into blocks.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,4 @@
 // The leaf loops: one pass over one block of memory, in the vectors of one instruction set. No allocation, no threads.
-//
-// Comes from: vector.h. Goes to: leaves_*.cpp, which compile this file once per instruction set.
 #pragma once
 
 #include <algorithm>

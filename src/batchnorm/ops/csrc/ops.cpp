@@ -1,6 +1,4 @@
 // The CPU kernels of the ops in schema.py: what each computes per channel, between its passes over the tensors.
-//
-// Comes from: torch's dispatcher. Goes to: passes.h.
 #include <cmath>
 #include <tuple>
 

@@ -1,6 +1,4 @@
 // Two passes over memory in its order: sums, then what the sums are needed for. Groups of channels, on torch's threads.
-//
-// Comes from: tensors.h. Goes to: leaves.h, in the widest instruction set of this processor.
 #pragma once
 
 #include <algorithm>

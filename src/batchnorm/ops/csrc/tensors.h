@@ -1,6 +1,4 @@
 // What the ops do with tensors: read their types and values, allocate, lay out, and refuse what does not fit.
-//
-// Comes from: torch's stable interface. Goes to: passes.h, ops.cpp.
 #pragma once
 
 #include <cstring>

@@ -1,6 +1,5 @@
 // Vectors of one instruction set: loads, stores, conversions and activations, in the type that is computed in.
 //
-// Comes from: the instruction set that the including file was compiled for. Goes to: leaves.h.
 // T is the type in memory, A = Compute<T> the type of the arithmetic: float for float and the 16-bit types, else double.
 #pragma once
 
