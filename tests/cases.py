@@ -35,7 +35,7 @@ ADVERSARIAL_ULP = 2
 
 # Inputs that break careless sums: (name, dtype, mean, standard deviation, m).
 ADVERSARIAL = (
-    ("mean 1e6 times the deviation", torch.float32, 1e6, 1.0, 4096),  # pain 19: E[x^2] - E[x]^2 keeps no digit
+    ("mean 1e6 times the deviation", torch.float32, 1e6, 1.0, 4096),  # E[x^2] - E[x]^2 keeps no digit
     ("mean 1e3 times the deviation", torch.float32, -1e3, 1.0, 4096),
     ("constant", torch.float32, 3.3, 0.0, 1024),
     ("constant", torch.bfloat16, 3.3, 0.0, 1024),
@@ -43,7 +43,7 @@ ADVERSARIAL = (
     ("variance below eps, far from 0", torch.float32, 1.0, 1e-4, 1024),
     ("squares beyond float32", torch.float32, 0.0, 1e25, 1024),
     ("denormal", torch.float32, 0.0, 1e-40, 1024),
-    ("sum beyond float16", torch.float16, 6e4, 500.0, 4096),  # pain 13
+    ("sum beyond float16", torch.float16, 6e4, 500.0, 4096),
     ("squares beyond float16", torch.float16, 0.0, 1e4, 4096),
     ("mean 100 times the deviation", torch.bfloat16, 100.0, 1.0, 4096),
 )

@@ -46,7 +46,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("call", BAD_CALLS)
-def test_errors_are_torchs_with_advice(call):  # pain 3
+def test_errors_are_torchs_with_advice(call):
     call, advice = BAD_CALLS[call]
     with pytest.raises((ValueError, RuntimeError, TypeError)) as torchs:
         call(F.batch_norm)
@@ -159,14 +159,14 @@ def test_return_statistics_needs_statistics():
         bn.batch_norm(ones(4, 3), training=True, return_statistics=True)
 
 
-def test_running_statistics_of_half_inputs_hold_squares_beyond_half():  # pain 13
+def test_running_statistics_of_half_inputs_hold_squares_beyond_half():
     x = torch.tensor([[-6e4], [6e4]], dtype=torch.float16)
     _, _, var = bn.batch_norm(x, ones(1), ones(1), training=True, momentum=1.0, return_statistics=True)
     torch.testing.assert_close(var, 2 * x[1].double().square().float())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
-def test_vmap_of_a_training_step_with_statistics_that_are_not_batched(activation):  # pain 14: torch raises
+def test_vmap_of_a_training_step_with_statistics_that_are_not_batched(activation):  # torch raises
     x = torch.randn(5, 8, 3, 4)
     mean, var, weight, bias = (t.detach() for t in channel_tensors(3, torch.float32))
 
@@ -177,7 +177,7 @@ def test_vmap_of_a_training_step_with_statistics_that_are_not_batched(activation
         assert ulps(actual, torch.stack(expected)) <= ATEN_ULP[torch.float32]
 
 
-def test_vmap_in_evaluation():  # pain 14
+def test_vmap_in_evaluation():
     x = torch.randn(5, 8, 3, 4)
     mean, var, weight, bias = (t.detach() for t in channel_tensors(3, torch.float32))
     y = vmap(lambda x, r: bn.batch_norm(x, mean, var, weight, bias, residual=r, activation="relu"), (None, 0))(x[0], x)
@@ -199,7 +199,7 @@ def test_torch_func_sees_through_the_activation(activation):
     torch.testing.assert_close(*(hessian(lambda x, f=f: f(x).pow(3).sum())(x) for f in (ours, stock)))
 
 
-def test_an_ensemble_of_layers_trains_under_vmap():  # pain 14
+def test_an_ensemble_of_layers_trains_under_vmap():
     layers = [bn.BatchNorm1d(3, track_running_stats=False, activation="silu") for _ in range(4)]
     params, buffers = torch.func.stack_module_state(layers)
     x = torch.randn(8, 3)

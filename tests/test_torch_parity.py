@@ -86,7 +86,7 @@ def test_function_outputs_gradients_and_buffers(op, dtype):
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("path", ["layer", "reference"])
-def test_first_and_second_derivatives(path, activation, with_residual, training):  # pain 27
+def test_first_and_second_derivatives(path, activation, with_residual, training):
     x, residual = torch.randn(2, 4, 2, 2, dtype=torch.float64)
     mean, var, weight, bias = channel_tensors(2, torch.float64)
     layer = bn.BatchNorm1d(2, activation=activation, dtype=torch.float64).train(training)
@@ -118,7 +118,7 @@ def outcome(function, x, d_y, channels, widened=False):
 
 @pytest.mark.parametrize(("name", "dtype", "mean", "deviation", "m"), ADVERSARIAL, ids=str)
 @pytest.mark.parametrize("path", ["layer", "reference"])
-def test_adversarial_batches(path, name, dtype, mean, deviation, m):  # pain 19
+def test_adversarial_batches(path, name, dtype, mean, deviation, m):
     x = (torch.randn(m // 16, 2, 16, dtype=torch.float64) * deviation + mean).to(dtype)
     channels = [torch.zeros(2), torch.ones(2), torch.tensor([1.3, -0.7])]
     layer = bn.BatchNorm1d(2, bias=False)
@@ -148,7 +148,7 @@ def test_adversarial_batches(path, name, dtype, mean, deviation, m):  # pain 19
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("ratio", [1.0, 1e3, 1e6])
 @pytest.mark.parametrize("path", ["layer", "reference"])
-def test_adversarial_population_statistics(path, ratio, dtype):  # pain 19; one value per channel among them: 3
+def test_adversarial_population_statistics(path, ratio, dtype):  # one value per channel among them
     for shape in ((1, 2), (64, 2)):
         x = (torch.randn(shape, dtype=torch.float64) + min(ratio, 6e4)).to(dtype)
         mean, var = torch.full((2,), min(ratio, 6e4)), torch.tensor([1.0, 1e-12])
@@ -166,7 +166,7 @@ def test_adversarial_population_statistics(path, ratio, dtype):  # pain 19; one 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("own_dtype", [True, False])
-def test_16_bit_inputs_with_their_own_or_float32_parameters(dtype, own_dtype):  # pain 13
+def test_16_bit_inputs_with_their_own_or_float32_parameters(dtype, own_dtype):
     x = torch.randn(16, 3, 5).to(dtype).requires_grad_()
     layer = bn.BatchNorm1d(3, dtype=dtype if own_dtype else parameter_dtype(dtype), activation="relu")
     y = layer(x)

@@ -41,7 +41,7 @@ def test_checkpointing_gives_the_same_outputs_gradients_and_statistics(reentrant
     expected = step(twin, x)
     y, gradients, state = step(model, x, lambda x: checkpoint(model, x, use_reentrant=reentrant))
     torch.testing.assert_close((y, gradients), expected[:2])
-    torch.testing.assert_close(state, expected[2])  # pain 8: running statistics are updated once
+    torch.testing.assert_close(state, expected[2])  # running statistics are updated once
     assert state["bn.num_batches_tracked"] == 1
 
 

@@ -1,4 +1,4 @@
-"""What is not finite never enters the running statistics (pain 11), and that is said."""
+"""What is not finite never enters the running statistics, and that is said."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""Momentum: the share of the batch (pain 23), changed at will; whatever comes in, running statistics stay numbers."""
+"""Momentum: the share of the batch, changed at will; whatever comes in, running statistics stay numbers."""
 
 import math
 

@@ -108,7 +108,7 @@ def test_trains_and_evaluates_as_torchs_layer_residual_and_activation(kind, shap
         torch.testing.assert_close(ours.state_dict()[name], tensor)
 
 
-def test_running_variance_is_unbiased_while_normalization_is_biased():  # pain 2
+def test_running_variance_is_unbiased_while_normalization_is_biased():
     layer, x = bn.BatchNorm1d(3, momentum=1.0, eps=1e-30), torch.randn(5, 3)
     y = layer(x)
     torch.testing.assert_close(layer.running_var, x.var(0, correction=1))
@@ -150,7 +150,7 @@ def test_tracking_switched_off_later_keeps_statistics_and_counter_as_torch_does(
         ("BatchNorm1d", (4,), "(got 1D input): BatchNorm1d takes (N, C) or (N, C, L), got (4,); reshape"),
         ("BatchNorm1d", (2, 3, 4, 4), "got (2, 3, 4, 4); use BatchNorm2d."),
         ("BatchNorm2d", (9, 6), "(got 2D input): BatchNorm2d takes (N, C, H, W), got (9, 6); use BatchNorm1d."),
-        ("BatchNorm2d", (1, 3, 1, 1), "drop_last=True"),  # pain 3
+        ("BatchNorm2d", (1, 3, 1, 1), "drop_last=True"),
         ("BatchNorm2d", (2, 5, 4, 4), "num_features"),
         ("BatchNorm3d", (2, 3, 4, 4), "got (2, 3, 4, 4); use BatchNorm2d."),
     ],
@@ -164,7 +164,7 @@ def test_errors_are_torchs_with_advice(kind, shape, words):
     assert str(ours.value).startswith(str(torchs.value))
 
 
-def test_one_value_per_channel_is_fine_in_evaluation():  # pain 3
+def test_one_value_per_channel_is_fine_in_evaluation():
     ours, stock = pair("BatchNorm2d")
     x = torch.randn(1, 3, 1, 1)
     assert ulps(ours.eval()(x), stock.eval()(x)) <= ATEN_ULP[torch.float32]
@@ -225,7 +225,7 @@ def test_compiles_where_the_residual_is_the_input(training):
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_to_one_graph(training, momentum):  # pain 15: torch's own breaks with momentum=None
+def test_compiles_to_one_graph(training, momentum):  # torch's own breaks with momentum=None
     model = Block(momentum=momentum).double().train(training)  # the convolution's gradient cancels: rounding in float32
     twin, x = copy.deepcopy(model), torch.randn(4, 3, 5, 5, dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -257,7 +257,7 @@ def test_compiles_to_native_code():
 
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
-def test_exports_to_torchs_own_ops(training, momentum):  # pain 26: an exported model must not need this package
+def test_exports_to_torchs_own_ops(training, momentum):  # an exported model must not need this package
     model, x = Block(momentum=momentum).train(training), torch.randn(4, 3, 5, 5)
     batch = {0: torch.export.Dim("batch", min=2, max=64)}
     program = torch.export.export(copy.deepcopy(model), (x,), dynamic_shapes=(batch,))
@@ -276,7 +276,7 @@ def test_torchs_sync_converter_takes_plain_layers():
     assert type(nn.SyncBatchNorm.convert_sync_batchnorm(layer)[0]) is nn.SyncBatchNorm
 
 
-def test_torchs_sync_converter_raises_where_it_would_drop_the_activation():  # pain 6
+def test_torchs_sync_converter_raises_where_it_would_drop_the_activation():
     model = nn.Sequential(bn.BatchNorm2d(3, activation="relu"))
     with pytest.raises(TypeError, match=r"eps of BatchNorm2d\(activation='relu'\) cannot be read.*drop the"):
         nn.SyncBatchNorm.convert_sync_batchnorm(model)

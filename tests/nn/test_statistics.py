@@ -47,7 +47,7 @@ def served(request, monkeypatch):
     return request.param
 
 
-# ---- mask: pain 10, padding pollutes statistics ----------------------------------------------------------------------
+# ---- mask: padding pollutes statistics -------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("served")
@@ -217,7 +217,7 @@ def test_running_statistics_are_those_of_the_whole_batch(size):
     torch.testing.assert_close(ghost.running_var, whole.running_var, rtol=1e-13, atol=0)
 
 
-def test_shuffled_groups_are_others_in_every_step_and_stay_in_place():  # pain 30: batch leakage
+def test_shuffled_groups_are_others_in_every_step_and_stay_in_place():  # batch leakage
     x = torch.randn(12, 3, 5, dtype=torch.float64)
     residual, mask = torch.randn_like(x), torch.rand(12, 5) > 0.3
     layer = layer_for(x, activation="relu", statistics=bn.Ghost(4, shuffle=True))
@@ -265,7 +265,7 @@ def test_what_a_ghost_batch_must_be():
     assert bn.BatchNorm1d(3, statistics=bn.Ghost(4))(torch.randn(0, 3)).shape == (0, 3)
 
 
-# ---- Batch Renormalization: pain 24, tiny batches --------------------------------------------------------------------
+# ---- Batch Renormalization: tiny batches -----------------------------------------------------------------------------
 
 NOW = ((0, 0), (0, 0))  # no ramp
 
@@ -348,7 +348,7 @@ def test_the_count_of_steps_is_saved_and_may_be_missing():
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("source", [bn.Ghost(2), bn.Renorm(3, 5, NOW)], ids=repr)
-def test_activation_checkpointing_changes_nothing(source, use_reentrant):  # pain 8
+def test_activation_checkpointing_changes_nothing(source, use_reentrant):
     x = torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)
     layer = layer_for(x, statistics=source)
     plain = copy.deepcopy(layer)
@@ -433,7 +433,7 @@ def test_layouts_are_kept_where_groups_join_the_channels(masked):
 
 
 @pytest.mark.parametrize("source", [bn.Batch(), bn.Ghost(3), bn.Renorm()], ids=repr)
-def test_what_is_kept_for_backward(source):  # pain 28
+def test_what_is_kept_for_backward(source):
     x, residual = torch.randn(7, 4, 50, requires_grad=True), torch.randn(7, 4, 50)
     for activation, others in ((None, 0), ("relu", 1), ("silu", 1)):  # beside x: nothing, y, the residual
         kept = {}
@@ -472,7 +472,7 @@ SHUFFLED = bn.Ghost(3, shuffle=True)
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("source", [*SOURCES, SHUFFLED], ids=repr)
-def test_second_derivatives_are_right(source, masked):  # pain 27
+def test_second_derivatives_are_right(source, masked):
     x = torch.randn(7, 2, 3, dtype=torch.float64, requires_grad=True)
     residual = torch.randn_like(x, requires_grad=True)
     mask = torch.rand(7, 3) > 0.3 if masked else None
@@ -524,13 +524,13 @@ def test_compile_and_functorch_agree_with_eager(source, masked):  # pains 14 and
 
 
 @pytest.mark.parametrize("source", SOURCES[1:], ids=repr)
-def test_torchs_converter_refuses_to_drop_them(source):  # pain 6
+def test_torchs_converter_refuses_to_drop_them(source):
     with pytest.raises(TypeError, match=r"use batchnorm\.convert_sync_batchnorm"):
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(torch.nn.Sequential(bn.BatchNorm1d(3, statistics=source)))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=repr)
-def test_a_batch_that_is_not_finite_leaves_running_statistics_alone(source):  # pain 11
+def test_a_batch_that_is_not_finite_leaves_running_statistics_alone(source):
     x = torch.randn(7, 3, 5)
     layer = layer_for(x, statistics=source)
     layer(x, mask=torch.ones(7, 5, dtype=torch.bool))

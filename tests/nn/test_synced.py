@@ -218,7 +218,7 @@ def checkpointed(rank, world, use_reentrant):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_under_activation_checkpointing(use_reentrant):  # pain 8
+def test_under_activation_checkpointing(use_reentrant):
     ranks = on_ranks(2, checkpointed, use_reentrant)
     x = [torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
     whole, layer = torch.cat(x).requires_grad_(), bn.BatchNorm1d(3, dtype=torch.float64)
@@ -293,7 +293,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-# ---- ranks that are gone: pain 17 ------------------------------------------------------------------------------------
+# ---- ranks that are gone ---------------------------------------------------------------------------------------------
 
 
 def one_is_missing(rank, world, how, stage):

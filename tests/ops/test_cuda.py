@@ -158,7 +158,7 @@ def test_every_fusion_is_the_reference_in_every_layout(dtype, activation, with_r
 
 @pytest.mark.usefixtures("strategy")
 @pytest.mark.parametrize(("name", "dtype", "mean", "deviation", "m"), FINITE_IN_FLOAT32, ids=str)
-def test_adversarial_batches(name, dtype, mean, deviation, m):  # pain 19
+def test_adversarial_batches(name, dtype, mean, deviation, m):
     for layout in ("contiguous", "channels_last"):
         x = arrange((torch.randn(m // 16, 2, 16, dtype=torch.float64) * deviation + mean).to(dtype), layout)
         exact = x.double().movedim(1, 0).flatten(1)
@@ -216,7 +216,7 @@ def test_running_statistics_are_the_reference_for_any_momentum():
 @pytest.mark.usefixtures("strategy")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_what_is_not_finite_stays_out_of_the_running_statistics(momentum, layout):  # pain 11
+def test_what_is_not_finite_stays_out_of_the_running_statistics(momentum, layout):
     layer, clean = (bn.BatchNorm2d(3, momentum=momentum).to(DEVICE) for _ in range(2))
     batches = [arrange(torch.randn(9, 3, 5, 5), layout).to(DEVICE) for _ in range(3)]
     for x in (batches[0], batches[2]):
@@ -320,7 +320,7 @@ def test_slopes_of_leaky_relu():
 
 
 @on_gpu
-def test_a_training_step_is_captured_in_a_graph():  # pain 16
+def test_a_training_step_is_captured_in_a_graph():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), bn.BatchNorm2d(8, activation="relu")).cuda()
     x = torch.randn(4, 3, 9, 9, device="cuda")
 

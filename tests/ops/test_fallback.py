@@ -91,7 +91,7 @@ def test_channels_last_stays_channels_last():
 
 
 @pytest.mark.xfail(strict=True, reason="aten takes its saved statistics for constants; goes when backward is ours")
-def test_third_order_in_training_is_right():  # pain 27
+def test_third_order_in_training_is_right():
     x = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
 
     def second_order(x):

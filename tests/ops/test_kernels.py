@@ -312,7 +312,7 @@ def test_ops_refuse_what_does_not_fit_and_say_what_arrived(case):
     assert CHANNELS.eq(1).all()  # and nothing was changed
 
 
-# ---- ops as torch sees them -----------------------------------------------------------------------------------------
+# ---- ops as torch sees them ------------------------------------------------------------------------------------------
 
 
 def op_calls():
@@ -422,7 +422,7 @@ def test_changing_y_in_place_raises_where_backward_needs_it():
         y.add_(1).sum().backward()
 
 
-def test_eval_is_safe_from_a_train_step_before_its_backward():  # pain 12: torch reads the changed buffers
+def test_eval_is_safe_from_a_train_step_before_its_backward():  # torch reads the changed buffers
     layer, x = bn.BatchNorm2d(3).eval(), torch.randn(4, 3, 5, 5, requires_grad=True)
     expected = torch.autograd.grad(layer(x).sum(), x)[0]
     y = layer(x)
@@ -430,7 +430,7 @@ def test_eval_is_safe_from_a_train_step_before_its_backward():  # pain 12: torch
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
 
 
-# ---- the shared object ----------------------------------------------------------------------------------------------
+# ---- the shared object -----------------------------------------------------------------------------------------------
 
 
 def test_the_shared_object_needs_torchs_stable_interface_alone_and_no_python():

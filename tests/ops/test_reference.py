@@ -75,7 +75,7 @@ def test_activations_and_their_derivatives_are_torchs_at_the_kinks_too(name):
 
 
 @pytest.mark.parametrize("explicit", [True, False])
-def test_third_order_in_training_is_right(explicit):  # pain 27: torch's own is silently wrong
+def test_third_order_in_training_is_right(explicit):  # torch's own is silently wrong
     x = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
     d_y = torch.randn(4, 3, 2, dtype=torch.float64)
     weight = torch.rand(3, dtype=torch.float64, requires_grad=True)
@@ -91,7 +91,7 @@ def test_third_order_in_training_is_right(explicit):  # pain 27: torch's own is 
     assert gradcheck(second_order, (x, weight))
 
 
-def test_running_variance_is_unbiased_while_normalization_is_biased():  # pain 2
+def test_running_variance_is_unbiased_while_normalization_is_biased():
     x = torch.tensor([[1.0], [2.0], [6.0]])  # mean 3, sum of squares 14
     mean, var = torch.zeros(1), torch.ones(1)
     y = reference.batch_norm(x, mean, var, None, None, True, 1.0, 1e-30)

@@ -292,7 +292,7 @@ def test_random_numbers_are_as_before() -> None:
     assert torch.equal(after, torch.rand(1))
 
 
-def test_averaged_weights_get_their_statistics() -> None:  # pain 21
+def test_averaged_weights_get_their_statistics() -> None:
     model, x = network(), torch.randn(64, 4, dtype=torch.float64)
     averaged = torch.optim.swa_utils.AveragedModel(model)
     for p in model.parameters():
@@ -353,7 +353,7 @@ def _rank(rank: int, ranks: int, sizes: list[int], estimator: str) -> tuple[dict
 
 
 @pytest.mark.parametrize(("estimator", "sizes"), [("pooled", [40, 20, 0]), ("batch_mean", [20, 40])], ids=str)
-def test_values_of_all_ranks_are_pooled(estimator: str, sizes: list[int]) -> None:  # pain 20
+def test_values_of_all_ranks_are_pooled(estimator: str, sizes: list[int]) -> None:
     ranks = on_ranks(len(sizes), _rank, sizes, estimator)
     torch.manual_seed(0)
     model, x = network(), torch.randn(60, 4, dtype=torch.float64)

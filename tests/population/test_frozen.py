@@ -1,4 +1,4 @@
-"""Frozen layers: nothing moves in train, whatever is saved and loaded, until unfreeze (pain 7)."""
+"""Frozen layers: nothing moves in train, whatever is saved and loaded, until unfreeze."""
 
 import copy
 import pickle
@@ -95,7 +95,7 @@ def test_recalibrate_leaves_frozen_statistics_alone():
     assert model[1].running_mean.abs().max() == 0
 
 
-def test_a_frozen_model_exports_in_train_as_inference():  # pain 26
+def test_a_frozen_model_exports_in_train_as_inference():
     layer = bn.BatchNorm2d(3)
     bn.freeze(layer)
     graph = torch.export.export(layer.train(), (X,)).graph
@@ -110,7 +110,7 @@ def test_a_frozen_model_compiles_to_one_graph():
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(X), layer(X))
 
 
-def test_single_values_are_no_trouble_for_a_frozen_layer():  # pain 3
+def test_single_values_are_no_trouble_for_a_frozen_layer():
     layer = bn.BatchNorm1d(3)
     bn.freeze(layer)
     assert layer.train()(torch.randn(1, 3)).shape == (1, 3)

@@ -1,4 +1,4 @@
-"""The lagging average on real images: good in train, bad in eval, and mended (pain 1)."""
+"""The lagging average on real images: good in train, bad in eval, and mended."""
 
 import torch
 from torch import nn

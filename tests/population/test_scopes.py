@@ -1,4 +1,4 @@
-"""preserve_state leaves no trace; accumulate_statistics updates once, as from one large batch (pain 9)."""
+"""preserve_state leaves no trace; accumulate_statistics updates once, as from one large batch."""
 
 import contextlib
 import copy
@@ -52,7 +52,7 @@ def test_preserve_state_brings_buffers_and_modes_back(kind, fails):
     assert all(a is b for a, b in zip(model.buffers(), buffers, strict=True))
 
 
-def test_statistics_of_several_domains_are_kept_apart():  # pain 31: as docs/statistics.md shows it
+def test_statistics_of_several_domains_are_kept_apart():  # as docs/statistics.md shows it
     model, domains = network(), {"a": torch.randn(50, 4).double(), "b": torch.randn(50, 4).double() * 3 + 2}
     kept = {}
     for name, x in domains.items():
@@ -110,7 +110,7 @@ def test_nothing_seen_in_eval_or_frozen_and_nothing_that_is_not_finite():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_recomputation_counts_once(reentrant):  # pain 8
+def test_recomputation_counts_once(reentrant):
     layer, twin, x = bn.BatchNorm1d(4), bn.BatchNorm1d(4), torch.randn(8, 4, requires_grad=True)
     with bn.accumulate_statistics(layer):
         for part in x.split(4):
@@ -121,7 +121,7 @@ def test_recomputation_counts_once(reentrant):  # pain 8
     torch.testing.assert_close(dict(layer.named_buffers()), dict(twin.named_buffers()))
 
 
-# ---- what is not finite (pain 11) ------------------------------------------------------------------------------------
+# ---- what is not finite ----------------------------------------------------------------------------------------------
 
 
 def broken(x, channel=1, value=torch.inf):

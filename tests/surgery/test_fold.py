@@ -1,4 +1,4 @@
-"""Folding: every kind of layer, both directions, what is refused and why: pain 22."""
+"""Folding: every kind of layer, both directions, what is refused and why."""
 
 import copy
 import functools

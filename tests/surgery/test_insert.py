@@ -1,4 +1,4 @@
-"""Batch normalization put into networks, trained and not: pain 33."""
+"""Batch normalization put into networks, trained and not."""
 
 import copy
 import io
