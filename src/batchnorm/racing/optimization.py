@@ -22,7 +22,7 @@ from batchnorm.recipe.recipe import MOMENTUM, Recipe
 from batchnorm.recipe.schedules import TIMES, family
 from batchnorm.recipe.schedules import Schedule as InTime
 from batchnorm.surgery import insert
-from batchnorm.surgery.places import HAS_ONE
+from batchnorm.surgery.report import Report
 
 if TYPE_CHECKING:
     from batchnorm.racing.contenders import Contender
@@ -148,8 +148,8 @@ def _changed_first(
 
 def _tells_normalized(model: nn.Module) -> bool:
     """Whether its report tells which layers have batch normalization, as that of ``insert`` does."""
-    report = getattr(model, "batchnorm_report", ())
-    return any(row.done == "normalized" or HAS_ONE in row.why for row in report)
+    report: Report = getattr(model, "batchnorm_report", Report())  # type: ignore[assignment]
+    return bool(report.norms)
 
 
 def _by_parameter(optimizer: Optimizer) -> dict[int, float]:

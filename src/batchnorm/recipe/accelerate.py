@@ -74,7 +74,7 @@ def accelerate(model: Model, example: Any, recipe: str | Recipe = "paper", *, sk
         accelerated: Any = insert(mine, example, skip=skip)
     report = accelerated.batchnorm_report
     if not report.of("normalized"):
-        if any(row.done == LEFT and "has batch normalization" in row.why for row in report):
+        if report.norms:
             known = f'batchnorm.RECIPES["{value.name}"]' if RECIPES.get(value.name) == value else "recipe"
             rest = f"{known}.optimizer(model, example)"
             if not value.muon_lr:  # a report tells the layers without batch normalization, which keep their rate

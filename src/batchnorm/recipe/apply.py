@@ -112,7 +112,7 @@ def _not_normalized(model: Any, optimizer: Optimizer) -> set[int]:
             "model by accelerate() or insert(), which tell it of a network that has it too, before from_torch; and the "
             "optimizer of its parameters. Or apply the recipe without the model, and set the rate of the classifier."
         )
-    left = [m for row, m in affine if row.done == LEFT and "has batch normalization" not in row.why]
+    left = [m for row, m in affine if row.done == LEFT and row.layer not in report.norms]
     return {id(p) for m in left for held in (m, *_computing(m)) for p in held.parameters(recurse=held is not m)}
 
 

@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.population.batches import unwrapped
 from batchnorm.surgery.given import only_copies_run
 from batchnorm.surgery.norms import norms_of
-from batchnorm.surgery.places import HAS_ONE, layers_of, norms_behind
+from batchnorm.surgery.places import layers_of, norms_behind
+from batchnorm.surgery.report import Report
 from batchnorm.surgery.watch import in_eager, watch, watch_in_train
 
 _WRAPPED_PART = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(\.|$)")
@@ -52,9 +53,8 @@ def normalized(model: Any, example: Any = None) -> list[nn.Module]:
 
 
 def _reported(model: Any) -> list[nn.Module]:
-    rows, modules = getattr(model, "batchnorm_report", ()), modules_of(model)
-    behind = {row.layer: f"{row.layer}.batch_norm" for row in rows if row.done == "normalized"}
-    behind |= {row.layer: row.why.removeprefix(HAS_ONE) for row in rows if row.why.startswith(HAS_ONE)}
+    report: Any = getattr(model, "batchnorm_report", Report())
+    behind, modules = report.norms, modules_of(model)
     if not behind:
         raise ValueError(
             "optimizer: which layers batch normalization follows is seen when the model runs: pass an input, "

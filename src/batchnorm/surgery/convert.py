@@ -69,13 +69,14 @@ def from_torch(model: Model, example: Any = None) -> Model:
     for module in converted.modules():
         if type(module) in OURS and not replaced(module):
             become_ours(module, OURS[type(module)])
-    before = getattr(converted, "batchnorm_report", Report())
+    before: Any = getattr(converted, "batchnorm_report", Report())
     with only_copies_run(model, "from_torch"):
         report = _replaced(converted) if example is None else fuse(converted, example)
     report.extend(in_containers(converted))
     names = {row.layer for row in report}
     kept = [row for row in before if row.layer not in names]  # of ``accelerate``, whose recipe reads it
-    converted.batchnorm_report = Report([*kept, *report])  # type: ignore[assignment]
+    norms = {row.layer: before.norms[row.layer] for row in kept if row.layer in before.norms}
+    converted.batchnorm_report = Report([*kept, *report], norms)  # type: ignore[assignment]
     return converted
 
 

@@ -38,12 +38,12 @@ def fuse(model: nn.Module, example: Any) -> Report:
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, FusedBatchNorm) or name in known:
             continue
-        reason, last, passed = _follow(seen, name, layer)
+        why_not, last, passed, adds = _follow(seen, name, layer)
         if last is not None and in_train is not None and not _same(seen, in_train, name, layer):
-            reason, last = "it, or what follows it, is called differently in train", None
+            why_not, last = "it, or what follows it, is called differently in train", None
         if last is None:
-            report.append(Row(name, LEFT, reason))
-        elif last.kind == "module" and reason == "" and len(seen.of(last.name)) == 1:
+            report.append(Row(name, LEFT, why_not))
+        elif last.kind == "module" and not adds and len(seen.of(last.name)) == 1:
             _take_over(model, name, last, passed)
             report.append(Row(name, "fused", f"with {last.name}"))
         else:
@@ -71,21 +71,23 @@ def unfuse(model: nn.Module) -> None:
 
 def _same(a: Watched, b: Watched, name: str, layer: FusedBatchNorm) -> bool:
     """Whether the same alone reads the layer, and is called as often."""
-    (why, last, _), (other_why, other, _) = _follow(a, name, layer), _follow(b, name, layer)
-    if last is None or other is None:
-        return False
-    return (why, last.label, len(a.of(last.name))) == (other_why, other.label, len(b.of(last.name)))
+    in_a, in_b = (
+        None if (last := found.last) is None else (found.adds, last.kind, last.label, len(seen.of(last.name)))
+        for seen, found in ((seen, _follow(seen, name, layer)) for seen in (a, b))
+    )
+    return in_a is not None and in_a == in_b
 
 
 # ---- what follows a layer --------------------------------------------------------------------------------------------
 
 
 class _Followed(NamedTuple):
-    """Why a forward is to be rewritten, the last call to fuse and what comes between; or why nothing can be, None."""
+    """Why nothing can be fused; or the last call to fuse, what comes between, and whether that adds something."""
 
-    why: str
+    why_not: str
     last: Call | None = None
     between: tuple[Any, ...] = ()
+    adds: bool = False
 
 
 def _follow(seen: Watched, name: str, layer: FusedBatchNorm) -> _Followed:
@@ -118,9 +120,8 @@ def _follow(seen: Watched, name: str, layer: FusedBatchNorm) -> _Followed:
     if why is not None:
         return _Followed(why)
     if after is None or activation is None:
-        return _Followed("an addition", reader, tuple(between))
-    why = "an addition" if adds else "" if after.kind == "module" else "a function"
-    return _Followed(why, after, tuple(between))
+        return _Followed("", reader, tuple(between), adds)
+    return _Followed("", after, tuple(between), adds)
 
 
 def _unwatched(module: Any) -> bool:

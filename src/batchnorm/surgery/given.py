@@ -115,7 +115,9 @@ def on_all_ranks(verb: Verb) -> Verb:
             gradient_as_bucket_view=model.gradient_as_bucket_view,
             static_graph=model.static_graph,
         ).train(model.training)
-        report = Report(row._replace(layer=f"module.{row.layer}") for row in made.batchnorm_report)
+        rows = (row._replace(layer=f"module.{row.layer}") for row in made.batchnorm_report)
+        norms = {f"module.{layer}": f"module.{norm}" for layer, norm in made.batchnorm_report.norms.items()}
+        report = Report(rows, norms)
         again.batchnorm_report = report
         if hasattr(made, "batchnorm_recipe"):
             again.batchnorm_recipe = made.batchnorm_recipe

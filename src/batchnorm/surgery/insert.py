@@ -19,7 +19,7 @@ from batchnorm.surgery.copied import cloned, copied, scratch
 from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, seen_by, to_double
 from batchnorm.surgery.given import AFFINE, checked, hooked, on_all_ranks, only_copies_run, scripted
 from batchnorm.surgery.norms import norms_of
-from batchnorm.surgery.places import layers_of, row_of
+from batchnorm.surgery.places import layers_of, place_of
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.scripted import scriptable
 from batchnorm.surgery.watch import in_eager, run, tensors_of, watch, watch_in_train
@@ -90,16 +90,19 @@ def insert(
     report = scripted(inserted, AFFINE)
     with in_eager(inserted):  # calls are played again, some of them random
         for name, layer in layers.items():
-            row = row_of(seen, name, layer)
-            if row is None:
+            place = place_of(seen, name, layer)
+            if place is None:
                 continue
+            row, norm = place
             if name in skipped:
-                row = Row(name, LEFT, "skipped")
-            elif row.done != LEFT and in_train is not None and row_of(in_train, name, layer) != row:
-                row = Row(name, LEFT, "it, or what reads it, is called differently in train")
+                row, norm = Row(name, LEFT, "skipped"), None
+            elif row.done != LEFT and in_train is not None and place_of(in_train, name, layer) != place:
+                row, norm = Row(name, LEFT, "it, or what reads it, is called differently in train"), None
             if row.done != LEFT and hooked(layer, ("forward", "backward", "backward_pre")):
                 row = row._replace(why=f"{row.why}; its hooks now see the normalized output")
             report.append(row)
+            if norm is not None:
+                report.norms[name] = norm
     names = report.of("normalized")
     moments = {} if batches is None else _moments(inserted, names, batches, forward or call_with_inputs)
     for name in names:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn.modules.pooling import _AdaptiveMaxPoolNd, _MaxPoolNd
@@ -29,7 +31,13 @@ _NONLINEARITIES = {
 }  # fmt: skip
 _OUTPUTS = {"sigmoid", "hardsigmoid", "logsigmoid", "tanh", "softplus"}  # that a model's output may end in
 _MAXIMA = (_MaxPoolNd, _AdaptiveMaxPoolNd)
-HAS_ONE = "it has batch normalization, "  # and its name
+
+
+class Place(NamedTuple):
+    """What becomes of a layer, and the batch normalization layer that follows it then, by its name."""
+
+    row: Row
+    norm: str | None = None
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -37,16 +45,16 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if affine_of(m) is not None or looks_affine(m)}
 
 
-def row_of(seen: Watched, name: str, layer: nn.Module) -> Row | None:
+def place_of(seen: Watched, name: str, layer: nn.Module) -> Place | None:
     """What becomes of a layer, or why it is left alone; None for one of no known class that is none of ours."""
     calls = seen.of(name)
     reader = _reader(seen, calls[0]) if len(calls) == 1 else None
     if affine_of(layer) is None:
-        wanted = reader is not None and len(calls[0].shape or ()) > 1 and _place(seen, name, reader).done != LEFT
-        return Row(name, LEFT, unregistered(layer)) if wanted else None
+        wanted = reader is not None and len(calls[0].shape or ()) > 1 and _place(seen, name, reader).row.done != LEFT
+        return Place(Row(name, LEFT, unregistered(layer))) if wanted else None
     if hasattr(type(layer), "normalizes"):
-        why = f"{HAS_ONE}{name}.batch_norm"
-    elif len(calls) != 1:
+        return _has_one(name, f"{name}.batch_norm")
+    if len(calls) != 1:
         why = "its forward is not called on the example" if not calls else f"it is called {len(calls)} times"
     elif does_more(layer):
         why = f"a {type(layer).__qualname__} with a forward of its own may do more than its weights"
@@ -62,7 +70,11 @@ def row_of(seen: Watched, name: str, layer: nn.Module) -> Row | None:
         why = "its output is read more than once"
     else:
         return _place(seen, name, reader)
-    return Row(name, LEFT, why)
+    return Place(Row(name, LEFT, why))
+
+
+def _has_one(name: str, norm: str) -> Place:
+    return Place(Row(name, LEFT, f"it has batch normalization, {norm}"), norm)
 
 
 def norms_behind(seen: Watched, name: str, layer: nn.Module) -> list[nn.Module]:
@@ -79,23 +91,23 @@ def norms_behind(seen: Watched, name: str, layer: nn.Module) -> list[nn.Module]:
     return norms if len(norms) == len(readers) else []
 
 
-def _place(seen: Watched, name: str, reader: Call) -> Row:
+def _place(seen: Watched, name: str, reader: Call) -> Place:
     if reader.kind == "module" and "" in norms_of(reader.target):
-        return Row(name, LEFT, f"{HAS_ONE}{reader.name}")
+        return _has_one(name, reader.name)
     if _is_nonlinearity(reader):
         return _before(seen, name, reader, reader.label)
     after = _behind_sums(seen, reader)
     if after is not None and _is_nonlinearity(after):
         return _before(seen, name, after, f"{reader.label} and {after.label}")
-    return Row(name, LEFT, f"its output goes to {reader.label}")
+    return Place(Row(name, LEFT, f"its output goes to {reader.label}"))
 
 
-def _before(seen: Watched, name: str, nonlinearity: Call, label: str) -> Row:
+def _before(seen: Watched, name: str, nonlinearity: Call, label: str) -> Place:
     """Normalized, unless what follows is the model's output: a sigmoid there is the softmax of two classes."""
     reader = _reader(seen, nonlinearity)
     if _base_name(nonlinearity) in _OUTPUTS and reader is not None and reader.kind == "output":
-        return Row(name, LEFT, f"its output goes to the model's output through {label}")
-    return Row(name, "normalized", f"before {label}")
+        return Place(Row(name, LEFT, f"its output goes to the model's output through {label}"))
+    return Place(Row(name, "normalized", f"before {label}"), f"{name}.batch_norm")
 
 
 def _has_batch(layer: nn.Module, call: Call) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 
@@ -14,7 +15,11 @@ class Row(NamedTuple):
 
 
 class Report(list[Row]):
-    """Rows, printable as a table."""
+    """Rows, printable as a table; ``norms``: of affine layers, the batch normalization layer that follows, by names."""
+
+    def __init__(self, rows: Iterable[Row] = (), norms: Mapping[str, str] | None = None) -> None:
+        super().__init__(rows)
+        self.norms = dict(norms or {})
 
     def of(self, done: str) -> list[str]:
         """The layers of which this became."""
