@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from batchnorm.experiments import NAMES, load, runner
-from batchnorm.experiments.annealed import chosen
+from batchnorm.experiments.annealing import chosen
 from batchnorm.experiments.claim import Cell, Record, Result
 from batchnorm.experiments.cost import LAYERS as COST
 from batchnorm.experiments.gradient_quality import law

@@ -1,4 +1,4 @@
-"""recipe/recipe.py, normalized.py, warm_up.py: a recipe that brings its optimizer and scheduler."""
+"""recipe/recipe.py, followers.py, warm_up.py: a recipe that brings its optimizer and scheduler."""
 
 import io
 from dataclasses import replace
@@ -11,8 +11,8 @@ from processes import on_ranks
 from torch import Tensor, nn
 
 import batchnorm as bn
+from batchnorm.recipe.followers import normalized, parameter_groups
 from batchnorm.recipe.muon import Muon
-from batchnorm.recipe.normalized import normalized, parameter_groups
 
 FAST = bn.RECIPES["fast"]
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

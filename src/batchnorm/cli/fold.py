@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from batchnorm.cli.given import check_files, end, made, model_of, user_code
+from batchnorm.cli.loading import check_files, end, made, model_of, user_code
 from batchnorm.population.checkpoint import Checkpoint
 from batchnorm.surgery import fold as run
 from batchnorm.surgery.export import FORMATS, write

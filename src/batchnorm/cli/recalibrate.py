@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from batchnorm.cli.given import check_files, end, made, model_of, user_code
+from batchnorm.cli.loading import check_files, end, made, model_of, user_code
 from batchnorm.population import recalibrate as run
 from batchnorm.population.checkpoint import Checkpoint
 from batchnorm.population.estimate import Shift

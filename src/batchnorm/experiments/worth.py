@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from batchnorm.experiments import style
-from batchnorm.experiments.annealed import OPTIMIZERS, annealed, chosen, network_of
+from batchnorm.experiments.annealing import OPTIMIZERS, annealed, chosen, network_of
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
 from batchnorm.racing.score import Curves, resamples
 

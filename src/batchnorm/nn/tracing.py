@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 from batchnorm.functional import as_mask, normalize, normalize_by, normalize_masked, parse_activation
-from batchnorm.nn.scripted import Scripted
 from batchnorm.nn.statistics import Batch
+from batchnorm.nn.torchscript import Scripted
 from batchnorm.nn.tracking import has_running_statistics, is_frozen, updates_running_statistics
 from batchnorm.ops.split import Affine, of_batch
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm.common.files import replacing
+from batchnorm.population.files import few, read, whole_model
 from batchnorm.population.names import fit, twins
-from batchnorm.population.saved import few, read, whole_model
 
 PLACES = ("state_dict", "model_state_dict", "model", "module")  # of the model's state within a larger checkpoint
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

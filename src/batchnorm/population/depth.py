@@ -11,7 +11,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from batchnorm.population.attached import Attached
+from batchnorm.population.attachments import Attached
 
 
 def depths(model: nn.Module, layers: dict[str, Any], run: Callable[[nn.Module], None]) -> dict[str, int]:

@@ -17,11 +17,11 @@ from batchnorm.nn import Batch, Renorm, Synced
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.statistics import Running
 from batchnorm.nn.tracking import updates_running_statistics
-from batchnorm.population.attached import ABSENT, Attached
+from batchnorm.population.attachments import ABSENT, Attached
 from batchnorm.population.batches import call_with_inputs, one_value_said, placed, refuse_one_batch
 from batchnorm.population.depth import depths, stages
 from batchnorm.population.estimators import ESTIMATORS, Estimator, Population
-from batchnorm.population.kept import check_materialized, let_go, set_aside
+from batchnorm.population.snapshots import check_materialized, let_go, set_aside
 from batchnorm.population.watching import STATISTICS, OldStatistics, Watch, batch_in_buffers, counted
 
 # What is set on a layer meanwhile: copies that somebody makes have what the layer had.

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.tracking import has_running_statistics, is_frozen
-from batchnorm.population.kept import Kept, check_materialized
+from batchnorm.population.snapshots import Kept, check_materialized
 
 
 def freeze(model: nn.Module, *, running_stats: bool = True, affine: bool = False) -> None:

@@ -14,9 +14,9 @@ from batchnorm.nn.base import FusedBatchNorm, is_recomputing
 from batchnorm.nn.statistics import Running
 from batchnorm.nn.tracking import updates_running_statistics
 from batchnorm.ops.running import blend_
-from batchnorm.population.attached import ABSENT, Attached, own_now
+from batchnorm.population.attachments import ABSENT, Attached, own_now
 from batchnorm.population.estimators import Pooled, Population
-from batchnorm.population.kept import check_materialized, kind, let_go, set_aside, times_set_aside
+from batchnorm.population.snapshots import check_materialized, kind, let_go, set_aside, times_set_aside
 from batchnorm.population.watching import STATISTICS, Values, counted, finite, place
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -17,7 +17,7 @@ from torch.utils import _pytree
 
 from batchnorm.nn.base import FusedBatchNorm, is_recomputing
 from batchnorm.nn.tracking import updates_running_statistics
-from batchnorm.population.attached import Attached
+from batchnorm.population.attachments import Attached
 from batchnorm.population.estimators import Estimator
 
 STATISTICS = ("running_mean", "running_var")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.lightning_logged import see_again, seen_by_metrics
+from batchnorm.racing.lightning_logging import see_again, seen_by_metrics
 from batchnorm.racing.lightning_schedule import LightningSchedule
 from batchnorm.racing.lightning_trainer import StandIn, overridden
 from batchnorm.racing.loop import Loop

@@ -19,8 +19,8 @@ from batchnorm.population.batches import placed
 from batchnorm.racing.calls import NotCalled, arguments_of
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.examples import Loader
-from batchnorm.racing.lightning_given import checked, loaders, metric_and_direction
-from batchnorm.racing.lightning_logged import Logged, see_again, seen_by_metrics
+from batchnorm.racing.lightning_inputs import checked, loaders, metric_and_direction
+from batchnorm.racing.lightning_logging import Logged, see_again, seen_by_metrics
 from batchnorm.racing.lightning_loop import LightningLoop, Validation, called, transferred
 from batchnorm.racing.lightning_schedule import LightningSchedule, Row, changed_first, configured
 from batchnorm.racing.lightning_steps import Epochs
@@ -28,7 +28,7 @@ from batchnorm.racing.lightning_trainer import StandIn, attach, overridden
 from batchnorm.racing.metrics import Metric
 from batchnorm.racing.optimization import Schedule
 from batchnorm.racing.task import Task
-from batchnorm.surgery.copied import copied
+from batchnorm.surgery.copies import copied
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from batchnorm.racing.errors import RaceError
-from batchnorm.racing.lightning_logged import Logged, on_device
+from batchnorm.racing.lightning_logging import Logged, on_device
 from batchnorm.racing.lightning_steps import Epochs
 from batchnorm.racing.metrics import count_of
 

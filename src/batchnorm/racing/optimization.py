@@ -16,8 +16,8 @@ from batchnorm.racing.changes import has_batch_norm
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.schedule import Schedule, mean_rates
 from batchnorm.recipe.apply import RATES
+from batchnorm.recipe.followers import normalized, parameter_groups
 from batchnorm.recipe.muon import Muon
-from batchnorm.recipe.normalized import normalized, parameter_groups
 from batchnorm.recipe.recipe import MOMENTUM, Recipe
 from batchnorm.recipe.schedules import TIMES, family
 from batchnorm.recipe.schedules import Schedule as InTime

@@ -11,9 +11,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from batchnorm.recipe.recipe import RECIPES, Recipe
+from batchnorm.surgery.checks import checked, on_all_ranks, only_copies_run
 from batchnorm.surgery.convert import Model
-from batchnorm.surgery.copied import copied
-from batchnorm.surgery.given import checked, on_all_ranks, only_copies_run
+from batchnorm.surgery.copies import copied
 from batchnorm.surgery.insert import insert
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import run

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from batchnorm.population.batches import unwrapped
-from batchnorm.recipe.normalized import modules_of
+from batchnorm.recipe.followers import modules_of
 from batchnorm.recipe.schedules import Schedule, check_schedule, family
 from batchnorm.surgery.affine import affine_of, looks_affine
 from batchnorm.surgery.report import LEFT

@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from batchnorm.recipe.apply import apply
+from batchnorm.recipe.followers import normalized, parameter_groups
 from batchnorm.recipe.muon import Muon
-from batchnorm.recipe.normalized import normalized, parameter_groups
 from batchnorm.recipe.warm_up import UpAndDown
 
 Scheduler = LRScheduler | ReduceLROnPlateau

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.population.kept import check_materialized, set_aside
-from batchnorm.surgery.copied import copied
+from batchnorm.population.snapshots import check_materialized, set_aside
+from batchnorm.surgery.copies import copied
 
 
 class TrainedCopy:

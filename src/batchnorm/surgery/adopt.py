@@ -16,11 +16,11 @@ from batchnorm.functional import parse_activation
 from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.tracing import OWN
-from batchnorm.surgery.given import hooked, replaced
+from batchnorm.surgery.checks import hooked, replaced
+from batchnorm.surgery.originals import stands
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.results import difference, results
 from batchnorm.surgery.rewrite import inputs_of
-from batchnorm.surgery.rewritten import stands
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,

@@ -10,9 +10,9 @@ from batchnorm.nn import Batch
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.surgery.adopt import OURS as OURS
 from batchnorm.surgery.adopt import become_ours, become_stock, left_alone
-from batchnorm.surgery.copied import computed, copied
+from batchnorm.surgery.checks import checked, in_containers, only_copies_run, replaced, scripted
+from batchnorm.surgery.copies import computed, copied
 from batchnorm.surgery.fuse import fuse, unfuse
-from batchnorm.surgery.given import checked, in_containers, only_copies_run, replaced, scripted
 from batchnorm.surgery.report import Report, Row
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -13,10 +13,10 @@ from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.norm import AnyBatchNorm
 from batchnorm.nn.statistics import Statistics
 from batchnorm.surgery.adopt import OURS, become_ours
+from batchnorm.surgery.checks import checked, hooked, only_copies_run, scripted
 from batchnorm.surgery.convert import Model
-from batchnorm.surgery.copied import copied
+from batchnorm.surgery.copies import copied
 from batchnorm.surgery.fuse import unfuse
-from batchnorm.surgery.given import checked, hooked, only_copies_run, scripted
 from batchnorm.surgery.norms import Rest, is_known, norms_of, rest_of
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.watch import Call, run, watch

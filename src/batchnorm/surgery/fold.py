@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.surgery.affine import shared
+from batchnorm.surgery.checks import checked, hooked, only_copies_run, scripted
 from batchnorm.surgery.convert import Model
-from batchnorm.surgery.copied import copied
+from batchnorm.surgery.copies import copied
 from batchnorm.surgery.fold_check import Fold, check_layers, check_outputs, seen_by, to_double
 from batchnorm.surgery.fuse import unfuse
-from batchnorm.surgery.given import checked, hooked, only_copies_run, scripted
 from batchnorm.surgery.neighbours import Place, after, before, tied
 from batchnorm.surgery.norms import check_statistics, computes, is_known, norms_of, rest_of
 from batchnorm.surgery.report import LEFT, Report, Row

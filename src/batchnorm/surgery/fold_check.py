@@ -15,8 +15,8 @@ from torch.utils import _pytree
 
 from batchnorm.common.errors import one_line
 from batchnorm.surgery.affine import affine_of
-from batchnorm.surgery.copied import cloned, copied, dense
-from batchnorm.surgery.given import in_containers
+from batchnorm.surgery.checks import in_containers
+from batchnorm.surgery.copies import cloned, copied, dense
 from batchnorm.surgery.moves import play
 from batchnorm.surgery.watch import Call, run, tensors_of
 from batchnorm.surgery.weights import affine

@@ -18,7 +18,7 @@ from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.ops import fallback
 from batchnorm.surgery.adopt import Fused, adopt
 from batchnorm.surgery.between import crossed, in_the_way, passes
-from batchnorm.surgery.given import hooked, replaced, scripted
+from batchnorm.surgery.checks import hooked, replaced, scripted
 from batchnorm.surgery.graph import ADDITIONS
 from batchnorm.surgery.report import LEFT, Report, Row
 from batchnorm.surgery.results import difference, results

@@ -9,7 +9,7 @@ from torch import fx, nn
 from batchnorm.functional import parse_activation
 from batchnorm.ops import fallback
 from batchnorm.surgery.between import crossed, in_the_way, passes
-from batchnorm.surgery.given import hooked, replaced
+from batchnorm.surgery.checks import hooked, replaced
 
 ADDITIONS = ("add", "add_", "__add__", "__radd__", "__iadd__", "iadd")
 

@@ -14,14 +14,14 @@ from batchnorm.ops import split
 from batchnorm.ops.split import Moments
 from batchnorm.population.batches import call_with_inputs, refuse_one_batch
 from batchnorm.surgery.affine import ROWS, affine_of
+from batchnorm.surgery.checks import AFFINE, checked, hooked, on_all_ranks, only_copies_run, scripted
 from batchnorm.surgery.convert import Model
-from batchnorm.surgery.copied import cloned, copied, scratch
+from batchnorm.surgery.copies import cloned, copied, scratch
 from batchnorm.surgery.fold_check import TOLERANCE, error, run_in_double, seen_by, to_double
-from batchnorm.surgery.given import AFFINE, checked, hooked, on_all_ranks, only_copies_run, scripted
 from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.places import layers_of, place_of
 from batchnorm.surgery.report import LEFT, Row
-from batchnorm.surgery.scripted import scriptable
+from batchnorm.surgery.torchscript import scriptable
 from batchnorm.surgery.watch import in_eager, run, tensors_of, watch, watch_in_train
 from batchnorm.surgery.weights import outputs_of
 

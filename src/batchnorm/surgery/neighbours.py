@@ -21,8 +21,8 @@ from batchnorm.surgery.affine import (
     pads_with_zeros,
     unregistered,
 )
+from batchnorm.surgery.checks import hooked
 from batchnorm.surgery.fold_check import Fold, Way
-from batchnorm.surgery.given import hooked
 from batchnorm.surgery.moves import as_function, came_from, channels_between
 from batchnorm.surgery.watch import Call, Watched
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from batchnorm.functional import MODULES, parse_activation
+from batchnorm.surgery.checks import checked, on_all_ranks, only_copies_run
 from batchnorm.surgery.convert import Model
-from batchnorm.surgery.copied import copied
+from batchnorm.surgery.copies import copied
 from batchnorm.surgery.fold import become, folded_copy, read, unfit
 from batchnorm.surgery.fold_check import error, limit_of
-from batchnorm.surgery.given import checked, on_all_ranks, only_copies_run
 from batchnorm.surgery.norms import Rest, check_statistics, is_known, rest_of
 from batchnorm.surgery.report import Report, Row
 from batchnorm.surgery.watch import Watched, run, tensors_of, watch

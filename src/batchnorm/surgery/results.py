@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from batchnorm.surgery.copied import cloned, dense, scratch, tensors_of
+from batchnorm.surgery.copies import cloned, dense, scratch, tensors_of
 from batchnorm.surgery.watch import in_eager
 
 TOLERANCE = 1e-9  # the largest error, in float64, relative to the largest value of a tensor

@@ -17,14 +17,14 @@ from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
 
 from batchnorm.nn.base import FusedBatchNorm
-from batchnorm.surgery.copied import cloned, dense, scratch, tensors_of
+from batchnorm.surgery.checks import replaced
+from batchnorm.surgery.copies import cloned, dense, scratch, tensors_of
 from batchnorm.surgery.effects import Reached
 from batchnorm.surgery.form import Form
-from batchnorm.surgery.given import replaced
 from batchnorm.surgery.graph import fuse_in_graph
+from batchnorm.surgery.originals import Regraphed, Rewritten, own_class, through
 from batchnorm.surgery.report import LEFT, Row
 from batchnorm.surgery.results import difference, results
-from batchnorm.surgery.rewritten import Regraphed, Rewritten, own_class, through
 from batchnorm.surgery.subclass import subclass
 from batchnorm.surgery.surroundings import SURROUNDINGS
 from batchnorm.surgery.tracer import Tracer
@@ -244,7 +244,7 @@ def _written(kind: Any, source: str) -> type:
 
     content = {
         "forward": forward,
-        "written_for": kind,
+        "original_class": kind,
         "__reduce_ex__": reduced,
         "__new__": new,
         "__setattr__": set_attribute,

@@ -11,8 +11,8 @@ from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.norm import AnyBatchNorm
 from batchnorm.nn.statistics import Batch, Synced
 from batchnorm.surgery.adopt import become_stock
+from batchnorm.surgery.checks import replaced, scripted
 from batchnorm.surgery.convert import OURS, Model, with_same_tensors
-from batchnorm.surgery.given import replaced, scripted
 
 _KNOWN: dict[type, type] = {**OURS, **{ours: ours for ours in OURS.values()}, AnyBatchNorm: AnyBatchNorm}
 

@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 
 from batchnorm.surgery.between import passes
+from batchnorm.surgery.checks import hooked, replaced
 from batchnorm.surgery.form import Form
-from batchnorm.surgery.given import hooked, replaced
 from batchnorm.surgery.watch import is_leaf
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.surgery import moves
-from batchnorm.surgery.copied import cloned, scratch, tensors_of
+from batchnorm.surgery.copies import cloned, scratch, tensors_of
 
 # What is asked of a tensor without reading its values.
 _ABOUT = {

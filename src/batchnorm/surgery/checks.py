@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from batchnorm.population.kept import check_materialized
+from batchnorm.population.snapshots import check_materialized
 from batchnorm.surgery.report import LEFT, Report, Row
 
 # Classes of torch's, by name, since an import of most costs time: what they did to the model; its name inside.

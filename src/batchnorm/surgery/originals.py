@@ -29,8 +29,8 @@ def stands(root: Any, path: list[str], layer: FusedBatchNorm) -> bool:
 
 def own_class(kind: Any) -> Any:
     """Of one that was written for one that was written, the first."""
-    while hasattr(kind, "written_for"):
-        kind = kind.written_for
+    while hasattr(kind, "original_class"):
+        kind = kind.original_class
     return kind
 
 

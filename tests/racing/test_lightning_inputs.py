@@ -1,4 +1,4 @@
-"""racing/lightning_given.py: what is taken of a LightningModule, and what is refused, by name."""
+"""racing/lightning_inputs.py: what is taken of a LightningModule, and what is refused, by name."""
 
 import importlib.util
 from dataclasses import replace

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.population.batches import unwrapped
-from batchnorm.surgery.given import only_copies_run
+from batchnorm.surgery.checks import only_copies_run
 from batchnorm.surgery.norms import norms_of
 from batchnorm.surgery.places import layers_of, norms_behind
 from batchnorm.surgery.report import Report

@@ -19,8 +19,8 @@ from torch.utils.data import TensorDataset
 
 from batchnorm.experiments.training import POPULATION, recalibrated, share_right
 from batchnorm.racing.data import load_images
+from batchnorm.recipe.followers import parameter_groups
 from batchnorm.recipe.muon import Muon
-from batchnorm.recipe.normalized import parameter_groups
 from batchnorm.recipe.warm_up import UpAndDown
 from batchnorm.surgery import insert
 

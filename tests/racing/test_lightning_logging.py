@@ -1,4 +1,4 @@
-"""racing/lightning_logged.py: what a module logs is what Lightning makes of it, also in a run that was stopped."""
+"""racing/lightning_logging.py: what a module logs is what Lightning makes of it, also in a run that was stopped."""
 
 import copy
 from pathlib import Path
