@@ -97,10 +97,10 @@ def test_what_is_stopped_leaves_nobody_behind(tmp_path: Path, how: str) -> None:
     time.sleep(5)  # they have started
     if how == "a worker":
         os.kill(workers.pop(), signal.SIGKILL)
-        assert "The same command goes on from here." in finish(process, 1)
+        assert "Run the same command again to resume." in finish(process, 1)
     elif how in ("ctrl-c", "a scheduler"):
         os.killpg(process.pid, signal.SIGINT) if how == "ctrl-c" else os.kill(process.pid, signal.SIGTERM)
-        assert finish(process, 130).endswith("Stopped. The same command goes on from here.\n")
+        assert finish(process, 130).endswith("Stopped. Run the same command again to resume.\n")
     else:
         process.kill()
         process.communicate()

@@ -33,7 +33,7 @@ def main() -> None:
             print(f"batchnorm {version('batchnorm')}")
             raise typer.Exit
 
-    about = typer.Option(False, "--version", callback=say_version, is_eager=True, help="Say the version.")
+    about = typer.Option(False, "--version", callback=say_version, is_eager=True, help="Print the version.")
 
     @app.callback()
     def options(_: bool = about) -> None:

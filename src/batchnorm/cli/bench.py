@@ -27,7 +27,7 @@ STEPS = 9  # of each kind of layer, for --network
 
 def bench(
     shape: Annotated[
-        list[str] | None, typer.Option(help="As 32,64,56,56; may be given again.", show_default="a table")
+        list[str] | None, typer.Option(help="A shape, 32,64,56,56 say; repeat for more.", show_default="a table")
     ] = None,
     table: Annotated[
         str | None,
@@ -42,18 +42,18 @@ def bench(
     activation: Annotated[str, typer.Option(help=", ".join(ACTIVATIONS))] = "relu",
     residual: Annotated[bool, typer.Option("--residual", help="Add a second tensor before the activation.")] = False,
     inference: Annotated[
-        bool, typer.Option("--inference", help="Evaluation mode, forward alone; of networks folded too.")
+        bool, typer.Option("--inference", help="Time evaluation mode, forward only; networks also folded.")
     ] = False,
-    forward: Annotated[bool, typer.Option("--forward", help="Training mode, without backward.")] = False,
-    no_compile: Annotated[bool, typer.Option("--no-compile", help="Leave torch.compile out: it takes long.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Of torch.", show_default="torch's default")] = None,
-    seconds: Annotated[float, typer.Option(help="Spent on each line, after the warm-up.")] = 2.0,
+    forward: Annotated[bool, typer.Option("--forward", help="Time training mode without backward.")] = False,
+    no_compile: Annotated[bool, typer.Option("--no-compile", help="Skip torch.compile, which takes long.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.", show_default="torch's default")] = None,
+    seconds: Annotated[float, typer.Option(help="Time spent on each line, after the warm-up.")] = 2.0,
     default_allocator: Annotated[
         bool,
-        typer.Option("--default-allocator", help="Let malloc return memory to the system: page faults in the times."),
+        typer.Option("--default-allocator", help="Let malloc return memory to the system: times include page faults."),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a bar chart there, as PNG.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a bar chart to this PNG file.")] = None,
 ) -> None:
     """Forward + backward of BN and what follows it: ours, torch's layer, both under torch.compile, and a plain copy.
 

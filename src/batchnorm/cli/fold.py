@@ -20,22 +20,23 @@ from batchnorm.surgery.export import FORMATS, write
 
 
 def fold(
-    checkpoint: Annotated[Path, typer.Option(help="A file of torch.save, or *.safetensors.")],
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint: a file of torch.save, or *.safetensors.")],
     model: Annotated[str, typer.Option(help="Your function that returns the model: package.module:function.")],
     example: Annotated[
-        str, typer.Option(help="The shape of an input, 2x3x224x224 say, or your function that returns one.")
+        str, typer.Option(help="The shape of an input, 2x3x224x224 say, or your function that returns an input.")
     ],
     out: Annotated[Path, typer.Option(help=f"Where it goes: {', '.join(FORMATS)}.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where a file is, the input too.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file, even the input.")] = False,
     key: Annotated[
-        str | None, typer.Option(help="Where the model's state is in the checkpoint.", show_default="it is looked for")
+        str | None, typer.Option(help="Key of the model's state in the checkpoint.", show_default="found by itself")
     ] = None,
     prefix: Annotated[
         str | None,
-        typer.Option(help="What stands before the model's names there: net., say.", show_default="it is looked for"),
+        typer.Option(help="Prefix of the model's names in the checkpoint, net. say.", show_default="found by itself"),
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="The largest error beside float64.", show_default="by dtype: 1e-4 in float32")
+        float | None,
+        typer.Option(help="The largest error allowed, compared to float64.", show_default="by dtype: 1e-4 in float32"),
     ] = None,
 ) -> None:
     """Fold batch normalization into the layers beside it, check the result, and write it.

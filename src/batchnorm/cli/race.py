@@ -39,28 +39,32 @@ def race(
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Runs per contender.", show_default="8; with --quick 2")] = None,
-    first_seed: Annotated[int | None, typer.Option(help="The first of the seeds.", show_default="0")] = None,
-    steps: Annotated[int | None, typer.Option(help="The baseline's budget.", show_default="the task's")] = None,
+    first_seed: Annotated[int | None, typer.Option(help="The first seed.", show_default="0")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="The baseline's number of steps.", show_default="the task's")
+    ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Over all processes; budgets and rates change with it.", show_default="the task's"),
+        typer.Option(
+            help="Examples per step, over all processes; budgets and rates change with it.", show_default="the task's"
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="About a minute: a small budget, two seeds.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Hours: all contenders, the baseline to its plateau.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Where results go.", show_default="runs/TASK-TIME")] = None,
+    full: Annotated[bool, typer.Option("--full", help="About an hour: all contenders.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Directory for results.", show_default="runs/TASK-TIME")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with the race in this directory; other options are as they were.")
+        Path | None, typer.Option(help="Resume the race in this directory, with its own options.")
     ] = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="Sweep learning rates on held-out training examples instead.")
     ] = False,
-    rates: Annotated[Path | None, typer.Option(help="Learning rates from a tuning.json that --tune wrote.")] = None,
+    rates: Annotated[Path | None, typer.Option(help="A tuning.json written by --tune: use its learning rates.")] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Directory of the data: IDX files of Fashion-MNIST or MNIST; for imagenet train/ and val/."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Training processes, one thread each.", show_default="one per core")
+        int | None, typer.Option(help="Number of training processes, one thread each.", show_default="one per core")
     ] = None,
 ) -> None:
     """Train the contenders under the same rules: steps and seconds until each is as good as the baseline at its end.

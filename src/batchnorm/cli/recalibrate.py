@@ -18,24 +18,24 @@ from batchnorm.population.estimate import Shift
 
 
 def recalibrate(
-    checkpoint: Annotated[Path, typer.Option(help="A file of torch.save, or *.safetensors.")],
+    checkpoint: Annotated[Path, typer.Option(help="The checkpoint: a file of torch.save, or *.safetensors.")],
     model: Annotated[str, typer.Option(help="Your function that returns the model: package.module:function.")],
     batches: Annotated[
         str, typer.Option(help="Your function that returns batches, a DataLoader of training data, say.")
     ],
-    out: Annotated[Path, typer.Option(help="Where the new checkpoint goes.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also where a file is, the input too.")] = False,
+    out: Annotated[Path, typer.Option(help="File for the new checkpoint.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file, even the input.")] = False,
     key: Annotated[
-        str | None, typer.Option(help="Where the model's state is in the checkpoint.", show_default="it is looked for")
+        str | None, typer.Option(help="Key of the model's state in the checkpoint.", show_default="found by itself")
     ] = None,
     prefix: Annotated[
         str | None,
-        typer.Option(help="What stands before the model's names there: net., say.", show_default="it is looked for"),
+        typer.Option(help="Prefix of the model's names in the checkpoint, net. say.", show_default="found by itself"),
     ] = None,
-    max_batches: Annotated[int | None, typer.Option(help="Read so many.", show_default="all")] = None,
+    max_batches: Annotated[int | None, typer.Option(help="Read at most so many batches.", show_default="all")] = None,
     estimator: Annotated[str, typer.Option(help="pooled, or batch_mean.")] = "pooled",
     upstream: Annotated[str, typer.Option(help="batch, or population (reads the batches once per depth).")] = "batch",
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device that the model runs on.")] = "cpu",
 ) -> None:
     """Write a checkpoint again with population statistics in place of the moving averages; weights stay as they are."""
     console = Console(width=None if sys.stdout.isatty() else 120)

@@ -26,17 +26,19 @@ CONFIG = "config.json"
 
 
 def reproduce(
-    names: Annotated[list[str] | None, typer.Argument(help="Which; without any they are listed.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer settings, shorter runs: minutes for all.")] = False,
-    seeds: Annotated[int | None, typer.Option(help="Runs of each setting.", show_default="3; with --quick 1")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where results go.", show_default="runs/reproduce")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Claims to re-run; without any, list them.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Re-run all claims.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer settings and shorter runs: minutes for all claims.")
+    ] = False,
+    seeds: Annotated[int | None, typer.Option(help="Runs per setting.", show_default="3; with --quick 1")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for results.", show_default="runs/reproduce")] = None,
     data: Annotated[Path | None, typer.Option(help="Directory of the IDX files of Fashion-MNIST or MNIST.")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes, one thread each.", show_default="one per core")
+        int | None, typer.Option(help="Number of processes, one thread each.", show_default="one per core")
     ] = None,
 ) -> None:
-    """Re-run claims of the paper. The same command goes on where a killed one was."""
+    """Re-run claims of the paper. Run the same command again to resume."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     chosen = list(NAMES) if every else list(names or [])
     if not chosen:
@@ -73,10 +75,10 @@ def reproduce(
         print(f"reproduce: {error}", file=sys.stderr)
         sys.exit(2)
     except WorkerError as error:
-        print(f"reproduce: {error} The same command goes on from here.", file=sys.stderr)
+        print(f"reproduce: {error} Run the same command again to resume.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        print("\nStopped. Run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
     table = Table("experiment", "verdict", "finding", box=None)
     for name, result in results.items():

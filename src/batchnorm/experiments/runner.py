@@ -1,4 +1,4 @@
-"""Experiments from their cells to their results: on all cores, with progress, and on from where a killed run was."""
+"""Run experiments on all cores, with progress: each cell leaves a file, so a run that was killed resumes."""
 
 from __future__ import annotations
 

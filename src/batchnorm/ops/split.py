@@ -1,4 +1,4 @@
-"""Batch normalization cut in pieces: statistics, what others have to say about them, then the rest.
+"""Batch normalization in two steps, moments and normalization, for masks, groups and several processes.
 
 For statistics that are not those of one whole batch on one machine: of places that a mask selects, of groups of
 examples, of several processes, or corrected towards the population's.
