@@ -90,7 +90,7 @@ class Case:
 
 
 class Stock(nn.Module):
-    """What users write with torch's layer."""
+    """The code that users write with torch's layer."""
 
     def __init__(self, norm: nn.Module, activation: nn.Module) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ def _away_from_kinks(case: Case, exact: nn.Module) -> Tensor:
 
 
 def wrong(case: Case) -> str | None:
-    """What is wrong with our results, or None: outputs and gradients against float64, beside torch's own error."""
+    """The fault of our results, or None: outputs and gradients against float64, beside torch's own error."""
     results: dict[str, list[Tensor]] = {}
     ours, stock = case.layers()
     exact = copy.deepcopy(stock).double()

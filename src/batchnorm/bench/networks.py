@@ -46,7 +46,7 @@ MADE: dict[str, Callable[[Any, Any], nn.Module]] = {
 
 
 def kinds_of(device: str, training: bool) -> tuple[str, ...]:
-    """What is timed: names of ``MADE``, with "compiled" behind them where torch.compile is around."""
+    """The sides that are timed: names of ``MADE``, followed by "compiled" where torch.compile is around."""
     kinds = ("torch", "ours", "fused") if training else ("torch", "ours", "fused", "folded")
     return kinds if device == "cpu" else tuple(name for kind in kinds for name in (kind, f"{kind} compiled"))
 

@@ -104,7 +104,7 @@ def bench(
 
 
 def machine(device: str, threads: int | None = None) -> dict[str, Any]:
-    """What the times were taken on."""
+    """The machine that the times were taken on."""
     if device == "cuda":
         return {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda}
     return {"processor": platform.processor() or platform.machine(), "threads": threads or torch.get_num_threads()}

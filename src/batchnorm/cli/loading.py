@@ -1,4 +1,4 @@
-"""What users give to commands: functions of theirs by name, files that are read and written."""
+"""Users' functions by name, and the files that commands read and write."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def user_code(what: str) -> Iterator[None]:
 
 
 def made(option: str, spec: str) -> Any:
-    """What the user's function returns."""
+    """The result of the user's function."""
     if not is_path(spec):
         raise ValueError(f"{option} {spec}: expected a function of yours, package.module:function.")
     try:

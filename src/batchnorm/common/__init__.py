@@ -1,1 +1,1 @@
-"""What every room may use and no room is about: whole files, errors in one line, users' names, cores."""
+"""Helpers for every room: files that appear whole, errors in one line, users' names, cores."""

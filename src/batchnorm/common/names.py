@@ -1,4 +1,4 @@
-"""What users name on the command line: ``package.module:name``."""
+"""Objects that users name on the command line: ``package.module:name``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an experiment is: a claim of the paper, runs that are independent of one another, and what follows from them."""
+"""An experiment: a claim of the paper, independent runs, and the conclusion from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of an experiment.
+    """The outcome of an experiment.
 
     ``confirmed``: whether ``Claim.confirmed_if`` held; ``headline``: the finding with its numbers, in one sentence;
     ``rows``: a table, its keys the headings; ``draw``: draws the picture into an empty figure; ``notes``: what else a

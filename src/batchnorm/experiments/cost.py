@@ -49,7 +49,7 @@ TURNS = {"quick": (5, 8), "default": (10, 10)}
 
 
 def alone(cell: Cell) -> bool:
-    """Where seconds are taken."""
+    """Whether seconds are measured in a cell."""
     return bool(cell["what"] == "seconds")
 
 

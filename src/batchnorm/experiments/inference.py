@@ -1,4 +1,4 @@
-"""What inference with population statistics gives: one output per image, one affine map.
+"""Inference with population statistics: one output per image, one affine map.
 
 The race's Inception network with BN on Fashion-MNIST, batches of 256, SGD with momentum 0.9 at rate 0.2, 1,000 steps
 (with --quick 200). After training, in float64: outputs of 200 test images one by one beside those in one batch,

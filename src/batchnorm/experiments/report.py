@@ -1,4 +1,4 @@
-"""What experiments leave behind: ``report.md``, ``results.json`` and a picture each."""
+"""Files of experiments: ``report.md``, ``results.json`` and a picture each."""
 
 from __future__ import annotations
 
@@ -57,6 +57,6 @@ def table(result: Result) -> list[str]:
 
 
 def protocol(name: str) -> str:
-    """What the experiment's file says it does, after its first line."""
+    """The protocol: the experiment's docstring after its first line."""
     documentation = inspect.getdoc(sys.modules[load(name).measure.__module__]) or ""
     return documentation.partition("\n\n")[2]

@@ -122,7 +122,7 @@ def measure_to_file(name: str, cell: Cell, out: Path) -> None:
 
 
 def read(out: Path, name: str, cell: Cell) -> Record:
-    """What was measured in a cell."""
+    """The measurements of a cell."""
     record: Record = json.loads(file_of(out, name, cell).read_text())
     return record
 

@@ -29,7 +29,7 @@ def axes_of(figure: Figure, title: str, x: str, y: str, **options: Any) -> Any:
 
 
 def legend_beside(axes: Any) -> None:
-    """Where data fills the axes."""
+    """The legend beside the axes, for axes that data fills."""
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 

@@ -1,4 +1,4 @@
-"""What several experiments share: small networks, the images as vectors, plain SGD and what is noted on the way."""
+"""Parts of several experiments: small networks, the images as vectors, plain SGD with measurements on the way."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def _has(shares: dict[Key, Share], activation: str) -> bool:
 
 
 def _by_value(share: Share) -> float:
-    """What is unknown, as neither side trains, comes last."""
+    """Sort key: unknown shares, as neither side trains, come last."""
     return math.inf if math.isnan(share.value) else share.value
 
 

@@ -40,7 +40,7 @@ _BATCH = Batch()
 
 
 class FusedBatchNorm(State):
-    """What the three layers share; they differ in the number of dimensions alone.
+    """The three layers' common part; they differ in the number of dimensions alone.
 
     Its state, and what of it is saved, is in ``state.py``.
     """

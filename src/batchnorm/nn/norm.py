@@ -94,6 +94,6 @@ class BatchNorm3d(FusedBatchNorm, torch.nn.BatchNorm3d):
 
 
 class AnyBatchNorm(FusedBatchNorm):
-    """What torch's ``SyncBatchNorm``, which does not know its number of dimensions, becomes in our converters."""
+    """Our converters' counterpart of torch's ``SyncBatchNorm``, which does not know its number of dimensions."""
 
     _dims = (2, 3, 4, 5)

@@ -1,4 +1,4 @@
-"""What the processes of a group tell each other about one layer's batch, and who is missing when that fails.
+"""Messages between the processes of a group about one layer's batch, and the names of those missing when that fails.
 
 Shapes: C channels, R ranks.
 """

@@ -1,4 +1,4 @@
-"""What a layer keeps from batch to batch, and what of it is saved: statistics, their source, what is frozen or skipped.
+"""A layer's state from batch to batch, and its saved form: statistics, their source, frozen parts, skipped batches.
 
 Its buffers are torch's alone, since torch's tools and others walk over them in parallel, average, slice and allocate
 them (``renorm_steps`` is there while ``statistics=Renorm()`` is). All else are attributes.
@@ -84,7 +84,7 @@ class State(_BatchNorm):
 
     @property
     def statistics(self) -> Statistics:
-        """Where training statistics come from. May be set; ``Renorm`` brings the buffer that it counts steps in."""
+        """The source of training statistics. May be set; ``Renorm`` brings the buffer that it counts steps in."""
         return self._statistics
 
     @statistics.setter
@@ -121,7 +121,7 @@ class State(_BatchNorm):
             self.forget_skipped()
 
     def forget_skipped(self) -> None:
-        """What was skipped before is over."""
+        """Forget the batches skipped so far."""
         self._told = 0
         if self.skipped_batches is not None:
             self.skipped_batches.zero_()

@@ -1,4 +1,4 @@
-"""Where training statistics come from: the value of a layer's ``statistics=``.
+"""Sources of training statistics: the value of a layer's ``statistics=``.
 
 Shapes: N examples, C channels, S places. x_NCS is (N, C, ...), mask_N1S its like in bool, True where a place counts.
 Each source gives y and the moments that the running statistics move towards; it holds no state and changes none. A new
@@ -21,7 +21,7 @@ from batchnorm.ops.split import Affine, Moments
 
 
 class Running(NamedTuple):
-    """What a layer knew before a batch: its running statistics, and the steps that ``Renorm`` counts.
+    """A layer's state before a batch: its running statistics, and the steps that ``Renorm`` counts.
 
     ``seen_C``: that batch's mean, by which a forward that is repeated for checkpointing finds what it knew at first.
     """
@@ -33,7 +33,7 @@ class Running(NamedTuple):
 
     @staticmethod
     def before(history: list[Running], mean_C: Tensor) -> Running:
-        """What was known before the last batch with this mean; without waiting for the device."""
+        """The state before the last batch with this mean; does not wait for the device."""
         history = history[::-1]
         seen_KC = torch.stack([known.seen_C for known in history])  # type: ignore[misc]
         nearest = (seen_KC - mean_C).abs().sum(1).argmin(0, keepdim=True)  # t[nearest[0]] would wait

@@ -60,7 +60,7 @@ _SERVED: dict[str, tuple[torch.dtype, ...]] = {}
 
 
 def dtypes_served(device_type: str) -> tuple[torch.dtype, ...]:
-    """What kernels of ours take on such a device; loads them at the first call."""
+    """The dtypes that our kernels take on such a device; loads them at the first call."""
     served = _SERVED.get(device_type)
     if served is None:
         served = _SERVED[device_type] = _LOADERS.get(device_type, tuple)()

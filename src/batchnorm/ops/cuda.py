@@ -283,7 +283,7 @@ def update_running_(
 
 
 class _Gradient(NamedTuple):
-    """What the gradient ops have in common, checked and laid out alike."""
+    """The arguments that the gradient ops share, checked and laid out alike."""
 
     dy: Tensor
     x: Tensor

@@ -62,7 +62,7 @@ def masked_statistics(x_NCS: Tensor, mask_N1S: Tensor) -> tuple[Tensor, Tensor, 
 def chosen_statistics(
     x_NCS: Tensor, running_mean_C: Tensor | None, running_var_C: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor]:
-    """What x is normalized with: the mini-batch's statistics in training, else those of the population."""
+    """The statistics that normalize x: the mini-batch's in training, else the population's."""
     if training:
         return statistics(x_NCS)
     if running_mean_C is None or running_var_C is None:

@@ -61,8 +61,8 @@ def is_repeated(layer: Any) -> bool:
 
 
 def own_copies(*tensors: Tensor | None) -> list[Any]:
-    """What a repetition moves instead of buffers: it does what the first time did, so that selective checkpointing,
-    which counts the calls of each op, finds the same ones."""
+    """Copies of buffers, which a repetition moves in their place: so it calls the same ops as the first time, which
+    selective checkpointing counts."""
     with _disable_current_modes():
         return [None if t is None else t.clone() for t in tensors]
 

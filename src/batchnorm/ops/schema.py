@@ -304,7 +304,7 @@ def _keep(ctx: Any, x: Any, mean: Any, var: Any, weight: Any, bias: Any, residua
 
 
 def kept(residual: Tensor | None, y: Tensor, activation: int, slope: float) -> Tensor | None:
-    """What backward is told of a layer with a residual and an activation."""
+    """The tensor that backward needs of a layer with a residual and an activation."""
     return None if residual is None or activation == 0 else y if result_tells(activation, slope) else residual
 
 

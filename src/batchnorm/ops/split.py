@@ -35,7 +35,7 @@ class Moments(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """What follows the statistics: y = activation(weight * xhat + bias + residual)."""
+    """The step after the statistics: y = activation(weight * xhat + bias + residual)."""
 
     weight_C: Tensor | None
     bias_C: Tensor | None

@@ -1,4 +1,4 @@
-"""What is on a layer for a while: hooks, and values in place of its own. Copies of the layer, and files, are without.
+"""Temporary hooks and values on a layer. Copies of the layer, and files, do not have them.
 
 ``copy`` and ``pickle`` ask ``copyreg`` how a class is taken apart, so that the layer itself needs nothing for it, and
 what others hook or unhook meanwhile goes into its own dicts.
@@ -58,7 +58,7 @@ class Attached:
 
 
 def own_now(layer: nn.Module) -> dict[str, Any]:
-    """What others stand in place of, in the layer as it is now."""
+    """The layer's own values, for which others stand in now."""
     own: dict[str, Any] = {}
     for one in reversed(_on.get(layer, [])):  # the first to come found the layer's own
         own |= one.own()

@@ -1,4 +1,4 @@
-"""What is made of the mean and variance of each batch: an estimate of the population's, in float64.
+"""Estimators of the population's mean and variance from those of each batch, in float64.
 
 Shapes: L layers, C channels of all of them side by side, K batches.
 
@@ -26,7 +26,7 @@ class Population(NamedTuple):
 
 
 class Estimator:
-    """What layers have seen, batch by batch. ``sums``, (2, C): what an estimator decides."""
+    """Statistics of the batches that layers have seen. ``sums``, (2, C), are the estimator's."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
@@ -60,7 +60,7 @@ class Estimator:
         return torch.cat([self.values_L.to(self.device), self.batches_L.to(self.device), self.sums.flatten()])
 
     def merge(self, packed: Tensor) -> None:
-        """What another process has seen."""
+        """Add the batches that another process has seen."""
         layers = len(self.layers)
         values_L, batches_L = packed[: 2 * layers].view(2, -1).cpu()
         self.add(values_L, packed[2 * layers :].view(2, -1))

@@ -1,4 +1,4 @@
-"""What files of ``torch.save`` and safetensors hold; of what cannot be read, what it is, and what to do."""
+"""Contents of files of ``torch.save`` and safetensors; errors that say what an unreadable file is, and what to do."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Saved(NamedTuple):
 
 
 def read(file: Path) -> Saved:
-    """What a file of either format holds, told by how it begins; no code in it runs.
+    """The contents of a file of either format, recognized by its first bytes; no code in it runs.
 
     Raises:
         ValueError: it is something else, or holds something else than a dict.

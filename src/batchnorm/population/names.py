@@ -28,7 +28,7 @@ class Names(NamedTuple):
     rivals: list[str]
 
     def said(self) -> str:
-        """What was left off, for the user; nothing where the names are the same."""
+        """The prefix that was left off, for the user; empty where the names are the same."""
         parts = [f'"{prefix}" before {whose} names' for prefix, whose in self._left_off() if prefix]
         inside = any(".".join(_bare(name)) != name for pair in self.pairs.items() for name in pair)
         parts += ['"_orig_mod." in names'] if inside else []

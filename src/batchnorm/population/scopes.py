@@ -129,7 +129,7 @@ class _Watched(float):
 
 
 class _Gathered:
-    """What one layer sees inside the block: in buffers that each forward pass has for itself.
+    """The batches that one layer sees inside the block, in buffers of each forward pass's own.
 
     A pending backward of torch's layers holds the buffers of its forward pass, so each gets new ones. Between forward
     passes the layer is as it was: what is copied, loaded, moved or set then needs no care.
@@ -162,7 +162,7 @@ class _Gathered:
         return Attached(self.layer, hooks, self.of_copies)
 
     def of_copies(self) -> dict[str, Any]:
-        """What the layer had before, and where a forward pass runs now, what it has between them."""
+        """Values for copies of the layer: those from before the block, and during a forward pass its own."""
         settings = {name: self.settings.get(name, ABSENT) for name in _SETTINGS}
         inside = self.own | {"momentum": self.momentum, "_check_input_dim": ABSENT} if self.gathers else {}
         return settings | inside

@@ -23,7 +23,7 @@ _FREE = torch.empty(0)._use_count()  # type: ignore[attr-defined]  # of a tensor
 
 
 class Kept:
-    """What a module holds besides parameters, by reference: mode and buffers; of batch normalization, everything.
+    """The state of a module besides its parameters, by reference: mode and buffers; of batch normalization, everything.
 
     That is what was set on it (frozen, momentum, where statistics come from, what was counted), under whatever name,
     and which of its parameters require a gradient.

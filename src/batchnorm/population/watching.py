@@ -27,12 +27,12 @@ _DEPENDS = 0.01  # the share of the old statistics in new ones from which on the
 
 
 def place(layer: nn.Module, name: str) -> dict[str, Any]:
-    """Where the layer has this tensor: among its buffers, or as an attribute that took a buffer's place."""
+    """The dict in which the layer holds this tensor: its buffers, or its attributes where one took a buffer's place."""
     return layer._buffers if name in layer._buffers else vars(layer)
 
 
 def counted(layer: nn.Module) -> dict[str, Tensor]:
-    """What a batch changes, as far as the layer has it: a count may be set to None, or deleted."""
+    """The tensors that a batch changes, as far as the layer has them: a count may be set to None, or deleted."""
     held = {name: place(layer, name).get(name) for name in COUNTED}
     return {name: t for name, t in held.items() if t is not None}
 

@@ -1,4 +1,4 @@
-"""What a network is called with, and what its output is held against."""
+"""The arguments of a network's call, and the target of its output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NotCalled(RaceError):
 
 
 def arguments_of(model: nn.Module, call: Callable[[], Any]) -> Any:
-    """What a model is called with in there: a tensor, a tuple of arguments, a dict of keyword arguments; it is not run.
+    """A model's arguments in there: a tensor, a tuple of arguments, a dict of keyword arguments; it is not run.
 
     Raises:
         NotCalled: it is not called, or in a way that no example can have.

@@ -1,4 +1,4 @@
-"""What contenders make of the task's network: a row each, by the public functions."""
+"""Contenders' changes to the task's network: a row each, by the public functions."""
 
 from __future__ import annotations
 

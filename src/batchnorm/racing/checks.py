@@ -1,4 +1,4 @@
-"""What makes a fraction of steps mean nothing: said in a line each, and no fraction is printed then."""
+"""Faults that make a fraction of steps mean nothing: a line each, and no fraction is printed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COARSE = 0.5  # of the steps to the target: a gap between two evaluations that t
 
 
 def of_baseline(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves | None) -> list[str]:
-    """What is wrong with the training as it is, so that it sets no target."""
+    """Faults of the training as it is, for which it sets no target."""
     name = plan.baseline
     diverged = [str(r["seed"]) for r in records if r["status"].startswith("diverged")]
     unscored = [r for r in records if r["status"].endswith(f"({plan.metric})")]
@@ -86,7 +86,7 @@ def _unfinished(plan: Plan, records: Sequence[Mapping[str, Any]], curves: Curves
 
 
 def of_contender(plan: Plan, name: str, curves: Curves | None, steps: float) -> list[str]:
-    """What is wrong with a number of steps."""
+    """Faults of a number of steps."""
     if curves is None:
         return []
     if steps <= curves.steps[0]:

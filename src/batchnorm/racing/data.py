@@ -88,7 +88,7 @@ def load_images(directory: str | os.PathLike[str] | None = None) -> Images:
 
 
 def cache_directory() -> Path:
-    """Where fetched data stays; ``BATCHNORM_CACHE`` moves it."""
+    """The directory for fetched data; ``BATCHNORM_CACHE`` moves it."""
     import pooch
 
     return Path(os.environ.get("BATCHNORM_CACHE") or pooch.os_cache("batchnorm")) / "fashion-mnist"

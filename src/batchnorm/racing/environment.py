@@ -1,4 +1,4 @@
-"""Where the numbers come from: machine, versions, commit."""
+"""The origin of the numbers: machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where the numbers come from."""
+    """Machine, versions and commit."""
     return {
         "batchnorm": version("batchnorm"),
         "commit": _commit(),

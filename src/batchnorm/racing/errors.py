@@ -1,4 +1,4 @@
-"""What can go wrong with a race, apart from mistakes of ours."""
+"""Errors of a race, apart from mistakes of ours."""
 
 
 class RaceError(ValueError):

@@ -36,7 +36,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: ``loss`` is the mean since the last event."""
+    """The progress of a run: ``loss`` is the mean since the last event."""
 
     step: int
     loss: float

@@ -38,7 +38,7 @@ class Examples(Protocol):
 
 
 def examples_of(what: str, given: Any, collate: Callable[[list[Any]], Any] | None = None) -> Examples | Loader:
-    """What a user gives as examples, as one of the classes below.
+    """A user's examples as one of the classes below.
 
     Raises:
         RaceError: it is none of them, or empty, or its first examples cannot be read.
@@ -252,7 +252,7 @@ def _of_tensor(values: Any) -> str:
 
 
 def _told(value: Any) -> Any:
-    """What is the same in every process: numbers, texts, arrays, lists and dicts of them; else the class."""
+    """A value that is the same in every process: numbers, texts, arrays, lists and dicts of them; else the class."""
     if isinstance(value, tuple | list | range):
         return [_told(each) for each in value]
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What a user gives of Lightning, checked: the module, its loaders, the metric that it logs."""
+"""A user's Lightning objects, checked: the module, its loaders, the metric that it logs."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _one(what: str, make: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def metric_and_direction(task: LightningTask, asked: str | None) -> tuple[str, bool]:
-    """What is scored, and whether it falls: a module is validated on one batch, to see what it logs.
+    """The metric, and whether it falls: a module is validated on one batch, to see what it logs.
 
     Raises:
         RaceError: it is not logged; several are, and nothing tells which of them it is.

@@ -1,4 +1,4 @@
-"""What a LightningModule logs, as Lightning keeps it: values of steps, and values of epochs, as tensors."""
+"""Logged values of a LightningModule, as Lightning keeps them: of steps, and of epochs, as tensors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Entry:
 
 @dataclass
 class Logged:
-    """What is logged in an epoch, of training (whose steps' values count too) or of validation."""
+    """Values logged in an epoch, of training (whose steps' values count too) or of validation."""
 
     training: bool = True
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def on_device(values: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def seen_by_metrics(module: nn.Module) -> dict[str, tuple[dict[str, Any], int]]:
-    """What the torchmetrics of a module have seen until now, by their names in it; state_dict leaves it out."""
+    """The states of a module's torchmetrics until now, by their names in it; state_dict leaves them out."""
     return {name: (_copied(each.metric_state), each._update_count) for name, each in _metrics_of(module)}
 
 

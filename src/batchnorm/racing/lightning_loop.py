@@ -92,7 +92,7 @@ class LightningLoop(Loop):
             self.schedule.after_training(interval, epoch_is_over)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was logged, what metrics have seen, which parts are in training, and what the module adds itself."""
+        """The logged values, the metrics' states, the parts in training mode, and what the module adds itself."""
         modes = self.modes or self._modes()
         own = {"epoch": self.trainer.current_epoch, "global_step": self.trainer.global_step}
         own["state_dict"] = self.module.state_dict()
@@ -150,7 +150,7 @@ class Validation:
 
 @contextmanager
 def _validating(trainer: StandIn) -> Iterator[None]:
-    """What is logged in there is of the validation."""
+    """Count the values logged inside as the validation's."""
     trainer.training = False
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a LightningModule sees of its trainer in a race: a small stand-in, and what the module logs."""
+"""A stand-in for the trainer that a LightningModule sees in a race, and the values that the module logs."""
 
 from __future__ import annotations
 
@@ -166,12 +166,12 @@ class StandIn:
             logged.add(name, value, on_step, on_epoch, reduce_fx, weight)
 
     def end_of_batch(self) -> None:
-        """What its step logged is known."""
+        """Make the values that its step logged known."""
         _ = self.callback_metrics
         self.batch = None
 
     def end_of_epoch(self) -> dict[str, Any]:
-        """What was logged in it, which is known from now on; the next one begins anew."""
+        """Make the values logged in it known, and return them; the next epoch begins anew."""
         logged = self.in_training if self.training else self.in_validation
         found = logged.values()
         _ = self.callback_metrics
@@ -179,7 +179,7 @@ class StandIn:
         return found
 
     def monitored(self, name: str, of_step: bool) -> Any:
-        """What training logged under that name: in this step, or in this epoch until now. None: nothing."""
+        """The value that training logged under that name: in this step, or in this epoch until now. None: nothing."""
         return (self.in_training.values(not of_step) | self.in_training.values(of_step)).get(name)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a training does around its batches, beyond forward, backward and step."""
+"""The work of a training around its batches, beyond forward, backward and step."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Loop:
         """After the step, where the batch was a step's last."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The state that a resumed run needs."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

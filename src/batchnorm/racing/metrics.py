@@ -1,4 +1,4 @@
-"""What is scored, and how: a metric over all test examples, on one process or several."""
+"""Metrics over all test examples, on one process or several."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchnorm.racing.errors import RaceError
 
 
 class Metric(Protocol):
-    """What torchmetrics.Metric has, of it: outputs and targets batch by batch, then one number."""
+    """The part of torchmetrics.Metric that a race needs: outputs and targets batch by batch, then one number."""
 
     def update(self, output: Any, target: Any) -> None: ...
 
@@ -75,7 +75,7 @@ class OfAll:
 
 
 def _joined(parts: tuple[Any, ...] | list[Any]) -> Any:
-    """What batches have in common by place and key, of each place all of them."""
+    """The parts that batches have in common, by place and key, joined over all batches."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts) if first.ndim else torch.stack(parts)

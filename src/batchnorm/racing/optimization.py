@@ -76,7 +76,7 @@ def decay_of_weights(model: nn.Module, lr: float, weight_decay: float) -> Optimi
 
 
 def as_applied(recipe: Recipe, optimizer: Optimizer) -> Recipe:
-    """What of a recipe this optimizer can have: Nesterov's momentum SGD with momentum, less decay one that decays."""
+    """The part of a recipe that this optimizer can have: Nesterov's momentum needs SGD, less decay needs decay."""
     groups = optimizer.param_groups
     able = all("nesterov" in g and g["momentum"] and not g["dampening"] for g in groups)
     decays = any(g.get("weight_decay") for g in groups)

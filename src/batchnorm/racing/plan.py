@@ -1,4 +1,4 @@
-"""What a race will do, decided before it starts: contenders, seeds, budgets, learning rates.
+"""The plan of a race, decided before it starts: contenders, seeds, budgets, learning rates.
 
 It is stored in the output directory, so that ``--resume`` continues the same race or refuses.
 """

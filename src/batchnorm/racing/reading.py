@@ -96,7 +96,7 @@ def read(examples: Examples, batches: Iterable[Wanted], *, readers: int = 0, pin
 
 
 class _Shown:
-    """What reading processes see. A mistake comes back as a value: raised there, it would arrive with their stack."""
+    """The view of reading processes. An error comes back as a value: raised there, it would arrive with their stack."""
 
     def __init__(self, examples: Examples) -> None:
         self.examples = examples

@@ -1,4 +1,4 @@
-"""What a race leaves behind: the sentence, the table, ``results.json``, ``curves.csv``; plots are in ``plots.py``."""
+"""Results of a race: the sentence, the table, ``results.json``, ``curves.csv``; plots are in ``plots.py``."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _both(row: Mapping[str, Any], plan: Plan) -> str:
 
 
 def _without(row: Mapping[str, Any], results: Mapping[str, Any], plan: Plan) -> str:
-    """What its control came to; where that was too short, the next one."""
+    """The outcome of its control; where that was too short, of the next one."""
     controls = {contender.name: contender.control for contender in plan.contenders}
     rows = {other["name"]: other for other in _others(results, plan)}
     name = controls.get(row["name"])
@@ -133,7 +133,7 @@ def rules(plan: Plan) -> str:
 
 
 def changes(contender: Contender, plan: Plan) -> str:
-    """What a contender changes in this race against the training as it is; examples are reshuffled for all alike."""
+    """A contender's changes to the training as it is, in this race; examples are reshuffled for all alike."""
     recipe = replace(contender.recipe, shuffle=False)
     if recipe.muon_lr:
         recipe = replace(recipe, muon_lr=plan.learning_rates[contender.name] / recipe.learning_rate)
@@ -188,7 +188,7 @@ def title(results: Mapping[str, Any], plan: Plan) -> str:
 
 
 def notes(results: Mapping[str, Any], plan: Plan) -> list[str]:
-    """What is wrong; what each contender changes, and how it ended where it did not reach the target."""
+    """Faults; then each contender's changes, and its outcome where it did not reach the target."""
     lines = [f"NOTE: {warning}" for warning in results["warnings"]]
     if len(plan.sources) > 1:
         lines.append(

@@ -127,7 +127,7 @@ def run_race(
 
 
 def default_directory(task: str) -> Path:
-    """Where results go unless said otherwise: named after the task and the time."""
+    """The default directory for results: named after the task and the time."""
     return Path("runs") / f"{task.replace(':', '.')}-{datetime.now():%Y%m%d-%H%M%S}"
 
 

@@ -59,7 +59,7 @@ class Curves:
         return self.scores[:, self.steps >= LAST * self.steps[-1]].mean(1)
 
     def target(self, seeds: Array | None = None) -> float:
-        """What others are to reach: the end, less the standard error of its mean over (some) seeds."""
+        """The score that others are to reach: the end, less the standard error of its mean over (some) seeds."""
         ends = self.ends if seeds is None else self.ends[seeds]
         error = ends.std(ddof=1) / np.sqrt(len(ends)) if len(ends) > 1 else 0.0
         return float(ends.mean() - error)
@@ -222,7 +222,7 @@ def tail(seeds: int) -> float:
 
 
 def level(seeds: int) -> str:
-    """What an interval is: 95%, or with too few seeds for that, what they span."""
+    """The name of an interval: 95%, or the number of seeds where they are too few for that."""
     return "95%" if seeds >= ENOUGH else f"{seeds} seeds" if seeds > 1 else "one seed"
 
 

@@ -82,7 +82,7 @@ def seed_all(number: int, seed_torch: Callable[[int], Any] = torch.manual_seed) 
 
 @contextmanager
 def own_random_numbers() -> Iterator[Callable[[Key], None]]:
-    """What is drawn inside leaves torch's, Python's and NumPy's generators as they were; seeds them by a key."""
+    """Seed torch's, Python's and NumPy's generators by a key inside; restore them afterwards."""
     numpy: Any = sys.modules.get("numpy")
     before = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
     try:

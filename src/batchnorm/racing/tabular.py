@@ -57,7 +57,7 @@ def load_table(directory: str | os.PathLike[str] | None = None) -> tuple[Tensor,
 
 
 def cache_directory() -> Path:
-    """Where the fetched table stays; ``BATCHNORM_CACHE`` moves it."""
+    """The directory for the fetched table; ``BATCHNORM_CACHE`` moves it."""
     import pooch
 
     return Path(os.environ.get("BATCHNORM_CACHE") or pooch.os_cache("batchnorm")) / "covertype"

@@ -287,7 +287,7 @@ class Task:
         return isinstance(self.scored_by, str) and self.scored_by == "loss"
 
     def example(self, model: nn.Module) -> Any:
-        """What the network is called with on two training examples: as ``insert`` wants it."""
+        """The network's arguments for two training examples, as ``insert`` wants them."""
         return arguments_of(model, lambda: self.output(model, self.first_batch()))
 
     def first_batch(self) -> Any:
@@ -301,7 +301,7 @@ class Task:
         return self.forward(model, batch) if self.forward is not None else call_with_inputs(model, batch)
 
     def loss_of(self, output: Any, batch: Any) -> Tensor:
-        """What is minimized."""
+        """The loss of an output."""
         if self.loss is not None:
             return self.loss(output, target_of(batch))
         own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
@@ -317,7 +317,7 @@ class Task:
         return nn.functional.cross_entropy(scores, target)
 
     def training_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """What is minimized, for a training batch: the forward pass and the loss."""
+        """The loss of a training batch: the forward pass and the loss function."""
         return self.loss_of(self.output(model, batch), batch)
 
     def make_optimizer(self, model: nn.Module) -> Optimizer:
@@ -338,7 +338,7 @@ class Task:
         return optimizer, schedule_of(self, model, optimizer, steps)
 
     def loop(self, model: nn.Module, optimizer: Optimizer, schedule: Schedule, steps: int) -> Loop:
-        """What is to be done around a run's batches."""
+        """The steps around a run's batches."""
         return Loop(model)
 
     def measured(self, model: nn.Module, batches: Iterable[Any]) -> Metric:
@@ -424,7 +424,7 @@ class Task:
 
 
 def _kinds(value: Any) -> str:
-    """What it is made of: tuple(Tensor, list)."""
+    """The types of its parts: tuple(Tensor, list)."""
     own = type(value).__name__
     return f"{own}({', '.join(type(part).__name__ for part in value)})" if isinstance(value, tuple) else own
 

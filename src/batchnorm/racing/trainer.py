@@ -257,7 +257,7 @@ def network_of(task: Task, contender: Contender) -> nn.Module:
 
 
 def device_of(task: Task) -> torch.device:
-    """Where this process trains; each process of a machine has a GPU of its own."""
+    """The device of this process; each process of a machine has a GPU of its own."""
     if task.device == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

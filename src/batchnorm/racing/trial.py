@@ -77,7 +77,7 @@ def _check_last_batch(trainer: Trainer) -> None:
 
 
 def _check_checkpoint(trainer: Trainer) -> None:
-    """What is saved after each evaluation, and read again where a run goes on."""
+    """Save and load the state, as after each evaluation and when a run resumes."""
     file = io.BytesIO()
     try:
         torch.save(trainer.state_dict(), file)

@@ -1,4 +1,4 @@
-"""What batch normalization lets one change in training, as one value; and a test of learning rates."""
+"""Changes to training that batch normalization permits, as one value; and a test of learning rates."""
 
 from batchnorm.recipe.accelerate import accelerate
 from batchnorm.recipe.muon import Muon

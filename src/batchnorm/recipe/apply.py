@@ -117,7 +117,7 @@ def _not_normalized(model: Any, optimizer: Optimizer) -> set[int]:
 
 
 def _computing(layer: nn.Module) -> list[nn.Module]:
-    """What computes the layer's weight from others, and holds those."""
+    """The parametrizations that compute the layer's weight from other parameters, which they hold."""
     return [layer.get_submodule("parametrizations")] if parametrize.is_parametrized(layer) else []
 
 

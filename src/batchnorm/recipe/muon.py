@@ -203,7 +203,7 @@ def _norms(x_WP: Tensor) -> Tensor:
 
 
 def _wide(p: Tensor) -> torch.dtype:
-    """What to compute in."""
+    """The dtype to compute in."""
     return torch.promote_types(p.dtype, torch.float32)
 
 

@@ -29,7 +29,7 @@ _GIVES_OUTPUTS = "return the loss of them, as lambda model, batch: loss(model(ba
 
 @dataclass(frozen=True)
 class RateTest:
-    """What a range test saw, one entry per step.
+    """The measurements of a range test, one entry per step.
 
     ``rates``: learning rates; ``losses``: of the batches; ``smoothed``: their moving average, without its bias to 0;
     ``rate``: the suggestion: where the smoothed loss falls fastest over the logarithm of the rate; ``highest``: the

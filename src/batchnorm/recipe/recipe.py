@@ -101,7 +101,7 @@ class Recipe:
             raise ValueError("Recipe: muon_lr is for weights before batch normalization alone: give sgd_lr too.")
 
     def changes(self) -> list[tuple[str, str]]:
-        """What it changes, in words, and what does it."""
+        """The changes in words, each with the call that makes it."""
         decay = [f"weight decay x{self.weight_decay:g}"] if self.weight_decay != 1 else []
         decay += ["none on gamma, beta and biases"] if self.only_weights else []
         if len(decay) == 1 and self.only_weights:

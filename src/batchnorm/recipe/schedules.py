@@ -1,4 +1,4 @@
-"""What schedulers count in steps, and what they keep per parameter group: changed in place, a row each."""
+"""Attributes of schedulers that count steps or hold a value per parameter group: changed in place, a row each."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from batchnorm.nn.base import FusedBatchNorm
 
 
 class Affine(NamedTuple):
-    """What a layer with ``weight`` and ``bias`` (or None) computes.
+    """The map that a layer with ``weight`` and ``bias`` (or None) computes.
 
     ``norm``: takes its outputs; ``channels``: the dimension of inputs and outputs that holds them, from the end;
     ``transposed``: the weight is (inputs, outputs / groups, ...), not (outputs, inputs / groups, ...); ``spreads``: an

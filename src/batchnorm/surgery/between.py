@@ -1,4 +1,4 @@
-"""What may stand between a layer and what it takes over, and comes behind it then: ``Identity``, and dropout.
+"""Modules that may stand between a layer and the activation that it takes over: ``Identity``, and dropout.
 
 Dropout multiplies by 0 or 1 / (1 - p), so that relu and leaky_relu, with g(a z) = a g(z) for a >= 0, may come before it
 as well as behind it. What else is taken over across a dropout with p = 0 goes back when p is set to something else.

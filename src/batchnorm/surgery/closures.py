@@ -60,7 +60,7 @@ def rebind(copied: nn.Module, memo: dict[int, Any], originals: list[nn.Module], 
 
 
 class _Rebound:
-    """What each value is to be in the copy. What deepcopy made is changed in place, all else is made anew."""
+    """The counterpart of each value in the copy. Deepcopy's objects are changed in place, all others are made anew."""
 
     def __init__(self, memo: dict[int, Any], originals: list[nn.Module]) -> None:
         self.copies = {i: made for i, made in memo.items() if id(made) != i and i != id(memo)}
@@ -121,7 +121,7 @@ class _Rebound:
         self.give_kind(value)
 
     def give_kind(self, value: Any) -> None:
-        """What is of a class whose methods hold the original, a local one, becomes of a subclass that does not."""
+        """Give an object of a local class, whose methods hold the original, a subclass that does not."""
         kind: Any = type(value)
         if self._kind(kind) is not kind:
             object.__setattr__(value, "__class__", self._kind(kind))  # a frozen dataclass too
@@ -292,7 +292,7 @@ def _parts(value: Any) -> list[Any]:
 
 
 def _slots(kind: type) -> Iterator[Any]:
-    """Where objects of a class keep what is not in their ``__dict__``, if there is something."""
+    """The slots of a class's objects, outside of their ``__dict__``, if there are any."""
     for each in kind.__mro__:
         if "__slots__" in vars(each):
             yield from (slot for slot in vars(each).values() if isinstance(slot, MemberDescriptorType))

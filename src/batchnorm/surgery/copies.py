@@ -106,7 +106,7 @@ def computed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What modules hold besides parameters and modules, with its name."""
+    """Values that modules hold besides parameters and modules, with their names."""
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             for key, value in (vars(module) | module._buffers).items():

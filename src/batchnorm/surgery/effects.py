@@ -1,4 +1,4 @@
-"""What a forward changes besides what it gives: counters, lists, caches, global variables.
+"""Side effects of a forward: counters, lists, caches, global variables.
 
 A forward that torch.fx wrote has what was computed, and nothing else that happened: an ``append`` happened once, when
 it was traced. All that the module can reach is looked at before and after.
@@ -63,7 +63,7 @@ class Reached:
                 waiting += parts
 
     def changed(self) -> str | None:
-        """What is another now, in a word."""
+        """The first object that has changed, in a word."""
         for value, parts, state in self.found.values():
             now = list(_parts(value))
             if len(now) != len(parts) or not all(map(_same, now, parts)) or _state(value) != state:
@@ -90,7 +90,7 @@ def _named(value: Any) -> str:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """What it holds."""
+    """The objects that it holds."""
     if isinstance(value, FunctionType):
         yield from _parts_of_function(value)
     elif isinstance(value, type):
@@ -124,7 +124,7 @@ def _is_users(module: str | None) -> bool:
 
 
 def _state(value: Any) -> Any:
-    """What it holds that is no object."""
+    """The plain values that it holds."""
     if isinstance(value, Tensor):
         return None if value.is_inference() else value._version
     if isinstance(value, torch.Generator):

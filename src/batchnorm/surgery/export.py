@@ -158,7 +158,7 @@ def _place(path: Any) -> str:
 
 @contextmanager
 def _says(who: str) -> Iterator[None]:
-    """What an exporter raises, as one line: of what it was raised from, where that says more."""
+    """An exporter's error in one line: that of its cause, where that says more."""
     try:
         yield
     except Exception as failure:

@@ -125,7 +125,7 @@ def _unfused(model: Model) -> Model:
 
 
 class _Work(NamedTuple):
-    """What is done, by which verb; the model and the example in float64; its tensors that others share; what else."""
+    """The task: the verb; model and example in float64; tensors that share memory; what to do otherwise."""
 
     verb: str
     wide: nn.Module
@@ -236,7 +236,7 @@ def _alone(layer: Any, calls: list[Call]) -> str | None:
 
 
 def read(seen: Watched, name: str, rest: nn.Module) -> str | None:
-    """What a forward asks of it that would be gone, or be another."""
+    """The attribute that a forward reads of it and that would be gone, or be another, in words."""
     asked = seen.asked.get(name, {})
     gone = [key for key in asked if key in _TENSORS or not hasattr(rest, key)]
     key = min(gone, key=lambda key: key.startswith("_"), default=None)

@@ -60,7 +60,7 @@ Seen = dict[str, list[Tensor]]
 
 
 def seen_by(wide: nn.Module, example: Any, names: Collection[str]) -> tuple[Seen, Seen]:
-    """What modules of a model in float64 take, and what they give, in each of their calls."""
+    """Inputs and outputs of modules of a model in float64, in each of their calls."""
     saw: Seen = {name: [] for name in names}
     made: Seen = {name: [] for name in names}
 
@@ -270,7 +270,7 @@ def to_double(example: Any) -> Any:
 
 
 def run_in_double(wide: nn.Module, example: Any, prepare: Callable[[nn.Module], Any] | None = None) -> Any:
-    """What a model and an example in float64 give, also where the forward names another dtype, or takes the default.
+    """Outputs of a model and an example in float64, also where the forward names another dtype, or takes the default.
     ``prepare``: as of ``run``.
 
     Raises:

@@ -63,7 +63,7 @@ class Form:
         return made
 
     def proxies(self, make: Callable[[str], Any]) -> list[Any]:
-        """What to trace it with: one of these for each tensor, the same for the same."""
+        """Arguments to trace with: one of these for each tensor, the same for the same."""
         made = [make(f"given_{i}") for i in range(len(self.same))]
         return [made[first] for first in self.same]
 

@@ -137,7 +137,7 @@ def _adds(seen: Watched, call: Call, reader: Call) -> bool:
 
 
 def _summand(seen: Watched, call: Call, reader: Call) -> Call | None:
-    """What an addition adds to it."""
+    """The other summand of an addition."""
     if reader.kind != "function" or reader.name not in ADDITIONS or len(reader.inputs) != 2:
         return None
     return seen.calls[reader.inputs[1 - reader.inputs.index(call.index)]]

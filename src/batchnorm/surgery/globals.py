@@ -11,7 +11,7 @@ from typing import Any
 
 
 def names(code: CodeType) -> Iterator[str]:
-    """What a function reads by name, and the functions in it."""
+    """Names that a function reads, and the functions in it."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):

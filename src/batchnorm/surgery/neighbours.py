@@ -144,7 +144,7 @@ def _came_from(place: Place, call: Call, layer: Any) -> Tensor | None:
 def _channels(
     place: Place, path: list[Call], shape: tuple[int, ...], before: int, behind: int, layer: Any
 ) -> tuple[Tensor, Tensor]:
-    """Where the channels in a dimension of the first tensor are in one of the last."""
+    """For each value at the end of the path: the channel that it had at first, and the channel that it has there."""
     places = torch.arange(torch.Size(shape).numel()).view(shape)
     for call in path:
         step = _came_from(place, call, layer)

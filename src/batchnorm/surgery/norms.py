@@ -30,7 +30,7 @@ _AGREES = 1e-10  # relative to the largest value, in float64
 
 
 class Rest(nn.Module):
-    """What is left of a folded layer that names its activation: activation(x + residual)."""
+    """The rest of a folded layer that names its activation: activation(x + residual)."""
 
     def __init__(self, activation: Any) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def is_known(layer: nn.Module) -> bool:
 
 
 def rest_of(layer: Any, with_residual: bool) -> nn.Module:
-    """What such a layer states that it computes behind batch normalization."""
+    """The part of such a layer behind batch normalization: the activation that it states."""
     if isinstance(layer, FusedBatchNorm):
         return Rest(layer.activation) if with_residual or layer.activation is not None else nn.Identity()
     named = vars(layer).get("activation")

@@ -1,4 +1,4 @@
-"""Where batch normalization goes in a network without it: which layers a nonlinearity reads, and what it is."""
+"""The places for batch normalization in a network without it: layers that a nonlinearity reads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MAXIMA = (_MaxPoolNd, _AdaptiveMaxPoolNd)
 
 
 class Place(NamedTuple):
-    """What becomes of a layer, and the batch normalization layer that follows it then, by its name."""
+    """The fate of a layer, and the name of the batch normalization layer that follows it then."""
 
     row: Row
     norm: str | None = None
@@ -46,7 +46,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def place_of(seen: Watched, name: str, layer: nn.Module) -> Place | None:
-    """What becomes of a layer, or why it is left alone; None for one of no known class that is none of ours."""
+    """The place of a layer, or the reason to leave it alone; None for a class that is neither known nor affine."""
     calls = seen.of(name)
     reader = _reader(seen, calls[0]) if len(calls) == 1 else None
     if affine_of(layer) is None:
@@ -116,7 +116,7 @@ def _has_batch(layer: nn.Module, call: Call) -> bool:
 
 
 def _reader(seen: Watched, call: Call) -> Call | None:
-    """What alone reads its output, behind what only passes it on; a maximum and a nonlinearity may change places."""
+    """The only reader of its output, behind calls that pass it on; a maximum and a nonlinearity may change places."""
     reader = seen.only_reader(call)
     return _reader(seen, reader) if reader is not None and _passes_on(seen, reader) else reader
 
@@ -131,7 +131,7 @@ def _passes_on(seen: Watched, call: Call) -> bool:
 
 
 def _behind_sums(seen: Watched, call: Call) -> Call | None:
-    """What alone reads a sum, or the sum of sums."""
+    """The only reader of a sum, or of the sum of sums."""
     if call.kind != "function" or call.name not in ADDITIONS:
         return None
     reader = _reader(seen, call)

@@ -171,7 +171,7 @@ class Removed(nn.Module):
 
 
 def passed_on(input: Tensor) -> Tensor:
-    """What a forward calls by the name of a layer that was removed."""
+    """The stand-in that a forward calls by the name of a removed layer."""
     return input
 
 

@@ -1,4 +1,4 @@
-"""What a change to a model did, layer by layer, and what it left alone: ``model.batchnorm_report``."""
+"""Reports of changes to a model, layer by layer, with the layers left alone: ``model.batchnorm_report``."""
 
 from __future__ import annotations
 

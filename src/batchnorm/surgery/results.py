@@ -1,4 +1,4 @@
-"""What a module computes on an example, and whether it computes the same after a change."""
+"""Outputs and gradients of a module on an example, compared before and after a change."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _weights(t: Tensor) -> Tensor:
 
 
 def difference(before: Results, after: Results, tolerance: float = TOLERANCE) -> str | None:
-    """What is wrong, if anything. LEAST: the gradient of a bias before batch normalization is rounding alone."""
+    """The difference, if there is one. LEAST: the gradient of a bias before batch normalization is rounding alone."""
     if before.kinds != after.kinds:
         was, now = (f"a {of.kinds[0].__name__}" for of in (before, after))
         return f"returns {now} instead of {was}" if was != now else f"returns {now} of other content"

@@ -96,12 +96,12 @@ def rewrite(
 
 
 def _called(graph: fx.Graph) -> Counter[str]:
-    """Where the modules are that it calls, and how often."""
+    """The modules that it calls, by their places, with the number of calls."""
     return Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
 
 
 def _undo(module: Any, layers: list[Any]) -> Callable[[], None]:
-    """What makes a forward, and layers that nothing is fused into, as they are now."""
+    """A function that brings the forward and these layers back to their present state."""
     kind: Any = type(module)
     graph: Any = module.graph if isinstance(module, fx.GraphModule) else None
     owner = vars(module).get("written_by")
@@ -120,7 +120,7 @@ def _undo(module: Any, layers: list[Any]) -> Callable[[], None]:
 
 
 def inputs_of(model: nn.Module, example: Any, names: list[str]) -> dict[str, tuple[list[Any], bool]]:
-    """What these modules are called with when the model runs on the example; whether they change that in place."""
+    """The inputs of these modules when the model runs on the example, and whether they change them in place."""
     twin = scratch(model)
     found: dict[str, tuple[list[Any], list[bool]]] = {name: ([], []) for name in names}
 

@@ -1,4 +1,4 @@
-"""What a forward may find around it: autocast, gradients that are recorded or not, inference mode, a default dtype.
+"""Contexts that a forward may run in: autocast, gradients recorded or not, inference mode, a default dtype.
 
 Where it asks (``torch.is_autocast_enabled()``), the answer is a constant in what torch.fx writes. So a forward is
 traced in all of these, and must do the same.

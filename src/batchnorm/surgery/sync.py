@@ -90,7 +90,7 @@ def revert_sync_batchnorm(model: Model) -> Model:
 
 
 def _checked(kinds: dict[type, type | None], name: str, layer: _BatchNorm) -> Any:
-    """What the layer is to become; None: it stays as it is."""
+    """The layer's replacement; None: it stays as it is."""
     if type(layer) not in kinds:
         raise TypeError(
             f"layer {name!r} is a {type(layer).__module__}.{type(layer).__qualname__}, and what that adds to batch "

@@ -77,11 +77,11 @@ class Watched:
         return [call for call in self.calls if call.kind == "module" and call.name == name]
 
     def only_reader(self, call: Call) -> Call | None:
-        """What alone reads the tensors of a call, and reads them once."""
+        """The only call that reads the tensors of a call, if it reads them once."""
         return self.calls[call.readers[0]] if len(call.readers) == 1 else None
 
     def maker(self, call: Call, argument: int = 0) -> Call | None:
-        """What made the tensor that a call reads first."""
+        """The call that made the first tensor that a call reads."""
         return self.calls[call.inputs[argument]] if len(call.inputs) > argument else None
 
     def __str__(self) -> str:
@@ -143,7 +143,7 @@ def run(
     train: bool = False,
     prepare: Callable[[nn.Module], Any] | None = None,
 ) -> Any:
-    """What a copy of the model gives, hooks included. Random numbers and the example are as before afterwards.
+    """The output of a copy of the model, hooks included. Random numbers and the example are as before afterwards.
 
     ``prepare`` gets the copy before it runs, to put hooks of ours on it: those of the model tell nobody outside.
     """
@@ -156,7 +156,7 @@ def run(
 def run_itself(
     model: nn.Module, example: Any, watched_by: AbstractContextManager[Any] | None = None, train: bool = False
 ) -> Any:
-    """What the model gives, no copy of it, and on the example itself; random numbers are as before."""
+    """The output of the model itself on the example itself; random numbers are as before."""
     positional, named = arguments(example)
     with torch.no_grad(), in_eager(model), watched_by or nullcontext():
         return model.train(train)(*positional, **named)
@@ -250,7 +250,7 @@ class _Noted(TorchFunctionMode):
         super().__exit__(*details)
 
     def held(self, shown: Any) -> list[Tensor]:
-        """What something keeps after the run, and is not shown: attributes, lists of hooks, closures in an output."""
+        """Tensors that outlive the run unseen: in attributes, lists of hooks, closures in an output."""
         known = {id(each) for t in tensors_of(shown) for each in (t, t._base)}
         found = [weakref.ref(t) for t in self.kept]
         self.kept.clear()
