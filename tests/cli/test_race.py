@@ -326,3 +326,22 @@ def test_a_baseline_that_sets_no_target_is_said_before_the_others_have_trained(
     said, rest = capsys.readouterr().out.split("NOTE: baseline: accuracy is 27.40% at every evaluation", 1)
     assert "short (seed 0" not in said
     assert "Timing steps" in rest
+
+
+def test_a_race_that_goes_on_with_other_code_says_so(tmp_path: Path) -> None:
+    """A run of the old code is there already; of a race that had ended nothing is said."""
+    code = tmp_path / "of_somebody.py"
+    code.write_text(f"import sys\nsys.path.append({str(TESTS)!r})\nfrom racing.toy import task\n")
+    names, note = ["baseline", "short"], "NOTE: the code of toy was changed while it raced"
+    options = ("--task", "of_somebody:task", "--seeds", "1", "--workers", "1", "--contenders")
+    for done in (True, False):
+        directory = tmp_path / f"done {done}"
+        code.write_text(code.read_text().replace("# changed\n", ""))
+        assert invoke(race, tmp_path, *options, ",".join(names), "--out", str(directory)).returncode == 0
+        code.write_text(code.read_text() + "# changed\n")
+        if not done:
+            next((directory / "runs").glob("short*.json")).unlink()
+        again = invoke(race, tmp_path, "--resume", str(directory), "--workers", "1")
+        assert again.returncode == 0, again.stderr
+        assert (note in again.stdout) is not done
+        assert (note in (directory / "results.md").read_text()) is not done

@@ -40,7 +40,6 @@ class Result:
 
     @property
     def verdict(self) -> str:
-        """In words."""
         return "confirmed" if self.confirmed else "not confirmed"
 
 

@@ -107,7 +107,7 @@ def run_race(
     main, processes = (dist.get_rank() == 0, dist.get_world_size()) if dist.is_initialized() else (True, 1)
     check_same(plan, task, processes)
     source = source_of(task, plan.task)
-    if plan.sources[-1] != source:
+    if plan.sources[-1] != source and not all(pool.finished(directory / "runs", run) for run in plan.runs()):
         plan = replace(plan, sources=(*plan.sources, source))
     try_contenders(task, plan)
     refusal = _agreed(_prepare(directory, plan, resume) if main else None)
