@@ -21,9 +21,9 @@ The target is what the network without BN ends at after N steps, mean over seeds
 to it are where its mean accuracy over budgets, made monotone (isotonic regression), is at the target, linear in
 log(steps) in between; the share is that with BN over that without. Where BN does not reach the target within N steps,
 the target is what BN ends at, and the share is above 1. "At most": BN is there with its smallest budget; "never": the
-other side has not begun to learn (below 25%) after N steps. Intervals: 95%, from the seeds resampled with replacement,
-the same ones on both sides, the target computed anew each time; of three seeds they are rough, and the choice of the
-rates is not in them.
+other side has not begun to learn (below 25%) after N steps. Intervals: from the seeds resampled with replacement, the
+same ones on both sides, the target computed anew each time; of fewer than six seeds the range of all resamples, which
+is no interval of 95%. The choice of the rates is not in them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import numpy as np
 from batchnorm.experiments import style
 from batchnorm.experiments.annealing import OPTIMIZERS, annealed, chosen, network_of
 from batchnorm.experiments.claim import Cell, Claim, Record, Result
-from batchnorm.racing.score import Curves, resamples
+from batchnorm.racing.score import ENOUGH, Curves, level, resamples, tail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -158,7 +158,9 @@ def conclude(records: list[Record]) -> Result:
         shares[key] = share_of(without, with_bn, np.arange(number))
         if number > 1:
             found = sorted((share_of(without, with_bn, seeds) for seeds in resamples(number)), key=_by_value)
-            intervals[key] = (found[int(0.025 * len(found))], found[math.ceil(0.975 * len(found)) - 1])
+            beyond = int(tail(number) * len(found)) if number >= ENOUGH else 0
+            intervals[key] = (found[beyond], found[-1 - beyond])
+    seeds = min(len(r["ends"]) for r in records)
     depths = sorted({case[0] for case, _ in cases if case[2:] == ("relu", BATCH)})
     holds = {o: _holds(shares, o, depths) for o in optimizers}
     held = {part: [o for o in optimizers if all(holds[o][part])] for part in holds[optimizers[0]]}
@@ -166,7 +168,8 @@ def conclude(records: list[Record]) -> Result:
     def field(key: Key) -> str:
         if key not in shares:
             return "-"
-        low_high = f" ({intervals[key][0]} to {intervals[key][1]})" if key in intervals else ""
+        ends = [str(end) for end in intervals.get(key, ())]
+        low_high = f" ({' to '.join(ends)})" if len(set(ends)) > 1 else ""
         without, with_bn = (f"{100 * np.mean(cases[key][norm][-1]['ends']):.1f}" for norm in (False, True))
         return f"{shares[key]}{low_high}; {without} → {with_bn}%"
 
@@ -176,7 +179,7 @@ def conclude(records: list[Record]) -> Result:
 
     order = sorted({case for case, _ in cases}, key=lambda c: (c[3] != BATCH, c[2] != "relu", c[3], c[2], c[1], c[0]))
     plain, skips = ([over_optimizers(depth, skip) for depth in (depths[0], depths[-1])] for skip in (False, True))
-    title = f"With BN, at {depths[-1]} layers: {plain[1]} of the steps without it; with skip connections {skips[1]}"
+    title = f"Steps with BN, of those without: at {depths[-1]} layers {plain[1]}, with skip connections {skips[1]}"
     return Result(
         all(len(some) == len(optimizers) for some in held.values()),
         f"Steps with BN, of those without to the same accuracy, over {', '.join(optimizers)}: at {depths[0]} layers "
@@ -184,7 +187,7 @@ def conclude(records: list[Record]) -> Result:
         [{"network": _name(case)} | {o: field((case, o)) for o in optimizers} for case in order],
         lambda figure: _draw(figure, title, shares, intervals, optimizers, depths),
         [
-            "A field: steps with BN over steps without (95%); test accuracy after N steps without BN → with.",
+            f"A field: steps with BN over those without ({level(seeds)}); accuracy after N steps without BN → with.",
             *(f"The part on {part} holds with {', '.join(some) or 'no optimizer'}." for part, some in held.items()),
             *(f"Learning rates of {o}: {_rates(records, o)}." for o in optimizers),
             f"{sum(r['at_edge'] for r in records)} of {len(records)} rates are at the edge of what was tried for them.",
