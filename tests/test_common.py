@@ -47,8 +47,8 @@ def test_an_error_in_one_line_tells_where_in_the_users_code_it_came_from() -> No
 def test_names_of_users_are_found_or_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "of_a_user.py").write_text("x = 3\n")
-    assert named("of_a_user:x") == 3
+    (tmp_path / "of_a_user.py").write_text("x = 3\nclass Net:\n    size = 4\n")
+    assert [named("of_a_user:x"), named("of_a_user:Net.size")] == [3, 4]
     with pytest.raises(NoSuchName, match=r"of_a_user has no y\."):
         named("of_a_user:y")
     assert [is_path(spec) for spec in ("a:b", "a:", ":b", "a.b")] == [True, False, False, False]

@@ -1,8 +1,10 @@
 """racing/plan.py and racing/task.py: everything is decided, or refused, before any long work."""
 
 import functools
+import inspect
 import itertools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -417,7 +419,9 @@ def test_what_changed_of_a_task_is_named() -> None:
 
 def test_a_metric_that_is_no_number_is_refused_before_any_long_work() -> None:
     wrong = replace(toy.task(), metric=lambda outputs, targets: float("nan"), metric_name="mine")
-    with pytest.raises(RaceError, match=r"as contender 'baseline': its mine is nan after the first step, and must be"):
+    with pytest.raises(
+        RaceError, match=r"as contender 'baseline': its mine is nan of the untrained network: it must be"
+    ):
         try_contenders(wrong, plan(wrong))
 
 
@@ -428,3 +432,21 @@ def test_an_error_in_the_users_code_comes_with_its_place() -> None:
     wrong = replace(toy.task(), metric=metric)
     with pytest.raises(RaceError, match=r"no attribute 'foo' \(test_plan\.py, line \d+, in metric\)$"):
         try_contenders(wrong, plan(wrong))
+
+
+def test_a_contender_that_diverges_in_its_first_step_does_not_stop_the_race() -> None:
+    loud = bn.Contender("loud", recipe=bn.Recipe(learning_rate=1e30))
+    task = replace(toy.task(), metric="loss", optimizer=lambda parameters: torch.optim.SGD(parameters, 1.0))
+    task = replace(task, scheduler=lambda optimizer, steps: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
+    try_contenders(task, plan(task, contenders=["baseline", loud]))
+
+
+def test_a_class_of_an_interactive_session_can_be_raced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """inspect finds no file of it."""
+    kind = type(
+        "Net", (nn.Linear,), {"__module__": "__main__", "__init__": lambda self: nn.Linear.__init__(self, 8, 4)}
+    )
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
+    with pytest.raises(OSError, match="source code not available"):
+        inspect.getsourcefile(kind)
+    assert len(plan(replace(toy.task(), model=kind), contenders=["baseline"]).sources) == 1

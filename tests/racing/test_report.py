@@ -236,6 +236,9 @@ def test_who_changes_kernels_alone_is_not_the_answer_and_who_is_slower_is_said_t
     told = report.sentence(*results(0.8, 0.82, 0.9, 0.9, names=("as-is", "fused", "fast", "ghost")))
     assert told.startswith("ghost: the accuracy of as-is (80.00%) in ")
     assert told.endswith(" fused: the same steps, each in 100.0% of the time.")
+    alone = report.sentence(*results(0.8, 0.82, 0.7, names=("as-is", "fused", "fast")))
+    assert alone.startswith("No contender reached the target (accuracy 80.00%): fast came to 70.00%")
+    assert alone.endswith(" fused: the same steps, each in 100.0% of the time.")
     found, plan = results(0.8, 0.9, names=("as-is", "without-bn"))
     found["contenders"][1]["steps_fraction"] = 1.1
     assert report.sentence(found, plan).startswith(

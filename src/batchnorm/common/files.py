@@ -22,5 +22,5 @@ def replacing(file: Path, *, suffix: str = "") -> Iterator[Path]:
         yield part
         part.replace(file)
     finally:
-        for leftover in file.parent.glob(f"{glob.escape(part.name)}*"):
-            leftover.unlink()
+        for leftover in (part, *file.parent.glob(f"{glob.escape(part.name)}.*")):
+            leftover.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from operator import attrgetter
 from typing import Any
 
 
@@ -19,7 +20,7 @@ def is_path(spec: str) -> bool:
 
 
 def named(spec: str) -> Any:
-    """What ``package.module:name`` is; modules in the current directory are found too, as ``python -m`` finds them.
+    """The object ``package.module:name``, or ``:Class.name``; modules in the current directory are found too.
 
     Raises:
         NoSuchName: the module has no such name. Importing it may raise anything.
@@ -28,6 +29,7 @@ def named(spec: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     module = importlib.import_module(module_name)
-    if not hasattr(module, name):
-        raise NoSuchName(f"{module_name} has no {name}.")
-    return getattr(module, name)
+    try:
+        return attrgetter(name)(module)
+    except AttributeError:
+        raise NoSuchName(f"{module_name} has no {name}.") from None

@@ -94,11 +94,14 @@ def of_contender(plan: Plan, name: str, curves: Curves | None, steps: float) -> 
     at = int(np.searchsorted(curves.steps, steps))
     gap = float(curves.steps[at] - curves.steps[at - 1])
     if gap > COARSE * steps:
+        speed = 2 * plan.steps / curves.steps[-1]
+        smaller = f"a smaller budget (--contenders {plan.baseline},{name.partition('@')[0]}@{speed:.2g})"
+        advice = f"race it with {smaller}, or the baseline with more steps (--steps {3 * plan.steps})"
+        if name == plan.baseline:
+            advice = f"give it fewer steps (--steps {max(1, plan.steps // 2)})"
         return [
             f"{name} is at the target within {steps:,.0f} steps, where it was evaluated too seldom to tell (the "
-            f"nearest evaluations are {gap:,.0f} steps apart): race it with a smaller budget (--contenders "
-            f"{plan.baseline},{name.partition('@')[0]}@{2 * plan.steps / curves.steps[-1]:.2g}), or the baseline with "
-            f"more steps (--steps {3 * plan.steps})."
+            f"nearest evaluations are {gap:,.0f} steps apart): {advice}."
         ]
     return []
 

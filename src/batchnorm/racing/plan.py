@@ -200,7 +200,7 @@ def make_plan(
         score_falls=task.score_falls,
         command=command,
         tuned=tuple(c.name for c in chosen if c.tuned and c.name in tuned),
-        tuned_at={} if rates is None else {c.name: tuned_at[c.name] for c in chosen if c.tuned and c.name in tuned_at},
+        tuned_at={c.name: tuned_at[c.name] for c in chosen if c.tuned and c.name in tuned_at},
         normalized=normalized,
         left_out=tuple(left_out),
         specs=tuple(specs),
@@ -217,7 +217,7 @@ def _untuned(contender: Contender, baseline: float) -> float:
 def source_of(task: Task, spec: str) -> str:
     """A digest of the files in which the task and its network are written."""
     files = {getattr(sys.modules.get(spec.partition(":")[0]), "__file__", None)} if ":" in spec else set()
-    with suppress(TypeError):  # of an object that is called
+    with suppress(TypeError, OSError):  # an object that is called; a class of an interactive session
         files.add(inspect.getsourcefile(getattr(task.model, "func", task.model)))
     written = [Path(file).read_bytes() for file in sorted(filter(None, files)) if Path(file).exists()]
     return hashlib.sha256(b"".join(written)).hexdigest()[:16]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batchnorm.racing.plan import Plan
-from batchnorm.racing.report import answers, share
+from batchnorm.racing.report import answers, others, share
 from batchnorm.racing.score import Record, curves_of
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _as_percent(axis: Any, plan: Plan) -> None:
 
 def _message(results: Mapping[str, Any], plan: Plan, quantity: str) -> str:
     key = f"{quantity}_fraction"
-    if not any(row["name"] != plan.baseline and row[key] for row in results["contenders"]):
+    if not any(row[key] for row in others(results, plan)):
         return f"No contender reached what {plan.baseline} ends at"
     first, _ = answers(results, plan, quantity)
     return f"{first['name']}: the {plan.metric} of {plan.baseline} in {share(first, quantity, plan)} of its {quantity}"

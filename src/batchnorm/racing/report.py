@@ -20,16 +20,25 @@ from batchnorm.racing.score import ENOUGH, REACHED, UNKNOWN, Record, level
 
 
 def sentence(results: Mapping[str, Any], plan: Plan) -> str:
+    """The answer; of contenders that change kernels alone, the time of their steps."""
+    rows, words = {row["name"]: row for row in results["contenders"]}, [_answer(results, plan)]
+    for name in (contender.name for contender in plan.contenders if contender.is_the_same):
+        step = rows[name]["seconds_per_step"] / rows[plan.baseline]["seconds_per_step"]
+        words.append(f"{name}: the same steps, each in {step:.1%} of the time.")
+    return " ".join(words)
+
+
+def _answer(results: Mapping[str, Any], plan: Plan) -> str:
     """The answer: the contender with the fewest steps, and its control; or why there is none.
 
     Optimizers apart: first what the baseline's own comes to, then what another one adds, where that is faster.
     """
-    if not _others(results, plan) and not results["warnings"]:
+    if not others(results, plan) and not results["warnings"]:
         return f"{plan.baseline} ends at {plan.metric} {plan.shown(results['target'])}, and nobody raced against it."
-    others = _others(results, plan)
-    if results["target"] is None or not any(row["steps_fraction"] for row in others):
+    rivals = others(results, plan)
+    if results["target"] is None or not any(row["steps_fraction"] for row in rivals):
         sound = any(row["name"] == plan.baseline and row["steps_fraction"] for row in results["contenders"])
-        if sound and all(row["steps_to_target"] is None for row in others):
+        if sound and all(row["steps_to_target"] is None for row in rivals):
             return _nobody(results, plan)
         return (results["warnings"] or [_nobody(results, plan)])[0]
     best, other = answers(results, plan)
@@ -39,10 +48,6 @@ def sentence(results: Mapping[str, Any], plan: Plan) -> str:
         words = f"No contender needs fewer steps than {plan.baseline}. {words}"
     if other is not None:
         words += f" With another optimizer too, {other['name']}: {_both(other, plan)}{_without(other, results, plan)}."
-    rows = {row["name"]: row for row in results["contenders"]}
-    for name in (contender.name for contender in plan.contenders if contender.is_the_same):
-        step = rows[name]["seconds_per_step"] / rows[plan.baseline]["seconds_per_step"]
-        words += f" {name}: the same steps, each in {step:.1%} of the time."
     return words
 
 
@@ -52,9 +57,7 @@ def answers(
     """The row with the smallest share by the baseline's optimizer; and by another one, where that is smaller."""
     key = f"{quantity}_fraction"
     brings = {contender.name for contender in plan.contenders if contender.recipe.muon_lr}
-    same = {contender.name for contender in plan.contenders if contender.is_the_same}
-    found = [row for row in _others(results, plan) if row[key]]
-    rows = sorted([row for row in found if row["name"] not in same] or found, key=lambda row: row[key])
+    rows = sorted((row for row in others(results, plan) if row[key]), key=lambda row: row[key])
     own = next((row for row in rows if row["name"] not in brings), rows[0])
     return own, rows[0] if rows[0] is not own else None
 
@@ -66,7 +69,7 @@ def _both(row: Mapping[str, Any], plan: Plan) -> str:
 def _without(row: Mapping[str, Any], results: Mapping[str, Any], plan: Plan) -> str:
     """The outcome of its control; where that was too short, of the next one."""
     controls = {contender.name: contender.control for contender in plan.contenders}
-    rows = {other["name"]: other for other in _others(results, plan)}
+    rows = {other["name"]: other for other in others(results, plan)}
     name = controls.get(row["name"])
     control = rows.get("without-bn" if name not in rows and row["name"] != "without-bn" else name)
     while control is not None and control["steps_to_target"] is None and controls[control["name"]] in rows:
@@ -83,7 +86,7 @@ def _nobody(results: Mapping[str, Any], plan: Plan) -> str:
     words = f"No contender reached the target ({plan.metric} {plan.shown(results['target'])})"
     sign = -1 if plan.score_falls else 1
     rows = [
-        row for row in _others(results, plan) if any(not run["status"].startswith("diverged") for run in row["runs"])
+        row for row in others(results, plan) if any(not run["status"].startswith("diverged") for run in row["runs"])
     ]
     if not rows:
         return f"{words}: all diverged."
@@ -106,8 +109,10 @@ def _range(ends: Sequence[Any]) -> str:
     return f"{ends[0]:.1%} or more" if ends[1] is None else f"{100 * ends[0]:.1f} to {ends[1]:.1%}"
 
 
-def _others(results: Mapping[str, Any], plan: Plan) -> list[Mapping[str, Any]]:
-    return [row for row in results["contenders"] if row["name"] != plan.baseline]
+def others(results: Mapping[str, Any], plan: Plan) -> list[Mapping[str, Any]]:
+    """The rows that race against the baseline: not those that are the same training on other kernels."""
+    same = {contender.name for contender in plan.contenders if contender.is_the_same}
+    return [row for row in results["contenders"] if row["name"] not in {plan.baseline, *same}]
 
 
 def rules(plan: Plan) -> str:

@@ -114,6 +114,8 @@ def run_race(
     if refusal is not None:
         raise RaceError(refusal)
     with _locked(directory, main):
+        if main and resume:
+            pool.write_json(directory / CONFIG, plan.values())  # its sources may be more
         runs = plan.runs()
         _train(task, plan, runs, directory, console, main, workers)
         while plan.tune and (more := _agreed(_beyond(plan, runs, directory, console) if main else [])):
@@ -138,7 +140,7 @@ def _prepare(directory: Path, plan: Plan, resume: bool) -> str | None:
             if (directory / CONFIG).exists():
                 return f"{directory} already holds a race: go on with --resume {directory}, or choose another --out."
             (directory / "runs").mkdir(parents=True, exist_ok=True)
-        pool.write_json(directory / CONFIG, plan.values())
+            pool.write_json(directory / CONFIG, plan.values())
     except OSError as error:
         return f"--out {directory} cannot be written: {error.strerror}."
     return None

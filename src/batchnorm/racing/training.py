@@ -45,7 +45,7 @@ def _events(trainer: Trainer, checkpoint: Path | None) -> Iterator[Event]:
         except (RuntimeError, ValueError, KeyError) as error:
             raise RaceError(
                 f"the run in {checkpoint} is of another network, optimizer or schedule than the task has now "
-                f"({one_line(error)}): race again in a new directory."
+                f"({one_line(error)}): bring that back, or race again in a new directory."
             ) from error
         curve = [Evaluation(**row) for row in state["curve"]]
         yield Resumed(trainer.step_count, tuple(curve))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 
 import torch
@@ -27,9 +27,13 @@ def try_contenders(task: Task, plan: Plan) -> None:
         run = Run(brief, 0, plan.rates_of(contender)[0], plan.steps_of(contender), plan.evaluations)
         try:
             with closing(Trainer(task, run)) as trainer:
+                untrained = _score(trainer)
                 trainer.step()
                 _check_last_batch(trainer)
-                _check_score(trainer, plan)
+                if _score(trainer) is None:
+                    trainer.evaluate(run.scored)  # raises, with the metric's own words
+                if untrained is not None and not math.isfinite(untrained):
+                    raise RaceError(f"its {plan.metric} is {untrained} of the untrained network: it must be finite.")
                 _check_checkpoint(trainer)
         except UnreadableFile:
             raise
@@ -50,16 +54,14 @@ def try_contenders(task: Task, plan: Plan) -> None:
         raise RaceError(f"task {task.name!r}: model must return a new network each time, and returned the same twice.")
 
 
-def _check_score(trainer: Trainer, plan: Plan) -> None:
-    """The metric is a number, of two test examples, or else of all: of two some are none, as they want all classes."""
-    try:
-        score = trainer.evaluate(most=2)
-    except Exception:
-        score = math.nan
-    if not math.isfinite(score):
-        score = trainer.evaluate(trainer.run.scored)
-    if not math.isfinite(score):
-        raise RaceError(f"its {plan.metric} is {score} after the first step, and must be a finite number.")
+def _score(trainer: Trainer) -> float | None:
+    """Of two test examples, or where a metric is none of them (it wants all classes, say) of all; None: it raises."""
+    for most in (2, trainer.run.scored):
+        with suppress(Exception):
+            score = trainer.evaluate(most)
+            if math.isfinite(score) or most != 2:
+                return score
+    return None
 
 
 def _check_last_batch(trainer: Trainer) -> None:

@@ -50,8 +50,8 @@ def orthogonalized(x: Tensor, steps: Sequence[Quintic] = STEPS) -> Tensor:
     X_KMN = X_KMN / torch.linalg.vector_norm(X_KMN, dim=(1, 2), keepdim=True).clamp(min=_TINY)
     # Entries whose fourth power is no normal number count as zero: products of subnormal ones take 40 times as long on
     # a CPU. Dead units have them: their momentum falls by 0.9 a step, and is there after 200.
-    X_KMN = nn.functional.hardshrink(X_KMN, torch.finfo(X_KMN.dtype).tiny ** 0.25)
-    X_KMN = X_KMN.bfloat16() if small else X_KMN
+    least = torch.finfo(X_KMN.dtype).tiny ** 0.25
+    X_KMN = X_KMN.bfloat16() if small else nn.functional.hardshrink(X_KMN, least)
     for a, b, c in steps:
         G_KMM = torch.bmm(X_KMN, X_KMN.mT)
         G_KMM = torch.baddbmm(G_KMM, G_KMM, G_KMM, beta=b, alpha=c)
