@@ -101,7 +101,7 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(
         True
-    )  # momenta of dead units come to that, and others' optimizers multiply them: 40 times slower
+    )  # momenta of dead units come to that, and SOAP's products of them are 40 times slower
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
