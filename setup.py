@@ -2,6 +2,7 @@
 
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,19 +31,27 @@ FILES = ["ops.cpp", "leaves_generic.cpp", *(FLAGS if X86 else [])]
 
 
 class BuildKernels(build_ext):
-    """Per-file flags; torch's headers; a file name without the Python version, since no Python symbol is used."""
+    """Per-file flags, files side by side; torch's headers; a file name without the Python version, since no Python symbol is used."""
 
     def build_extension(self, extension: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
 
         extension.include_dirs += include_paths()
         extension.library_dirs += library_paths()
-        compile_one = self.compiler._compile
+        compile_one, compile_all = self.compiler._compile, self.compiler.compile
+        pool, running = ThreadPoolExecutor(), []
 
-        def compile_with_flags(obj, source, suffix, common, extra, macros):  # type: ignore[no-untyped-def]
-            compile_one(obj, source, suffix, common, [*extra, *FLAGS.get(Path(source).name, [])], macros)
+        def start(obj, source, suffix, common, extra, macros):  # type: ignore[no-untyped-def]
+            flags = [*extra, *FLAGS.get(Path(source).name, [])]
+            running.append(pool.submit(compile_one, obj, source, suffix, common, flags, macros))
 
-        self.compiler._compile = compile_with_flags
+        def all_at_once(*args, **kwargs):  # type: ignore[no-untyped-def]
+            objects = compile_all(*args, **kwargs)
+            for one in running:
+                one.result()
+            return objects
+
+        self.compiler._compile, self.compiler.compile = start, all_at_once
         super().build_extension(extension)
 
     def get_ext_filename(self, fullname: str) -> str:

@@ -16,9 +16,10 @@ SHAPES = ((6, 3), (33, 17), (5, 3, 7), (4, 5, 6, 3), (2, 16, 33, 35), (3, 2, 3, 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "every_second", "expanded")
 
 SLOPE = 0.2
-ACTIVATIONS = (None, "relu", "relu6", ("leaky_relu", SLOPE), "silu", "hardswish", "sigmoid", "tanh")
-# Every value at which an activation has a kink.
-KINKS = (-3.0, 0.0, 3.0, 6.0)
+ACTIVATIONS = (
+    None, "relu", "relu6", ("leaky_relu", SLOPE), "silu", "hardswish", "sigmoid", "tanh",
+    ("elu", 0.7), "mish", ("hardtanh", -1.25, 0.75),
+)  # fmt: skip
 
 # Largest error against float64, in units of the dtype's eps and of the largest value of the channel.
 # The reference rounds once, after sums in a wider dtype: half a unit, and a little for what the wider dtype rounded.

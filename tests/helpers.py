@@ -1,5 +1,7 @@
 """Tensors in the shapes, layouts and dtypes of `cases`, and the measure of error."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,11 +39,10 @@ def channel_tensors(channels: int, dtype: torch.dtype) -> list[Tensor]:
     return [mean.to(dtype), var.to(dtype), weight.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()]
 
 
-def stock_activation(y: Tensor, activation: str | tuple[str, float] | None) -> Tensor:
+def stock_activation(y: Tensor, activation: str | tuple[Any, ...] | None) -> Tensor:
     """What a user writes behind torch's layer."""
-    if isinstance(activation, tuple):
-        return F.leaky_relu(y, activation[1])
-    return y if activation is None else getattr(torch.nn.functional, activation)(y)
+    name, *parameters = activation if isinstance(activation, tuple) else (activation,)
+    return y if name is None else getattr(F, name)(y, *parameters)
 
 
 def ulps(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None, least: float = 0.0) -> float:

@@ -59,22 +59,29 @@ def test_errors_are_torchs_with_advice(call):
 @pytest.mark.parametrize(
     ("given", "parsed"),
     [
-        (None, (None, 0.01)),
-        ("silu", ("silu", 0.01)),
-        ("leaky_relu", ("leaky_relu", 0.01)),
-        (("leaky_relu", 0.3), ("leaky_relu", 0.3)),
-        (nn.LeakyReLU(0.3), ("leaky_relu", 0.3)),
-        (nn.ReLU(inplace=True), ("relu", 0.01)),
-        (nn.ReLU6(), ("relu6", 0.01)),
-        (nn.SiLU(), ("silu", 0.01)),
-        (nn.Hardswish(), ("hardswish", 0.01)),
-        (nn.Sigmoid(), ("sigmoid", 0.01)),
-        (nn.Tanh(), ("tanh", 0.01)),
+        (None, (None, {})),
+        ("silu", ("silu", {})),
+        ("leaky_relu", ("leaky_relu", {"negative_slope": 0.01})),
+        (("leaky_relu", 0.3), ("leaky_relu", {"negative_slope": 0.3})),
+        (nn.LeakyReLU(0.3), ("leaky_relu", {"negative_slope": 0.3})),
+        (nn.ReLU(inplace=True), ("relu", {})),
+        (nn.ReLU6(), ("relu6", {})),
+        (nn.SiLU(), ("silu", {})),
+        (nn.Hardswish(), ("hardswish", {})),
+        (nn.Sigmoid(), ("sigmoid", {})),
+        (nn.Tanh(), ("tanh", {})),
+        (nn.ELU(0.5), ("elu", {"alpha": 0.5})),
+        ("elu", ("elu", {"alpha": 1.0})),
+        (nn.Mish(), ("mish", {})),
+        (nn.Hardtanh(-2, 3), ("hardtanh", {"min_val": -2.0, "max_val": 3.0})),
+        (("hardtanh", -2, 3), ("hardtanh", {"min_val": -2.0, "max_val": 3.0})),
     ],
     ids=str,
 )
 def test_every_way_to_name_an_activation(given, parsed):
-    assert parse_activation(given) == parsed
+    g = parse_activation(given)
+    assert (g.name, g.parameters) == parsed
+    assert parse_activation(g.as_users_write_it()) == parse_activation(g.module() if g.name else None) == g
 
 
 class Shifted(nn.ReLU):
@@ -85,10 +92,12 @@ class Shifted(nn.ReLU):
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ("gelu", ValueError, 'unknown activation "gelu". Known: relu, relu6,'),
-        (nn.GELU(), TypeError, "cannot fuse activation GELU. Known: ReLU, ReLU6,"),
+        ("softplus", ValueError, 'unknown activation "softplus". Known: relu, relu6,'),
+        (nn.Softplus(), TypeError, "cannot fuse activation Softplus. Known: ReLU, ReLU6,"),
+        (nn.PReLU(), TypeError, "cannot fuse activation PReLU: its slope is a parameter that is trained"),
         (Shifted(), TypeError, "cannot fuse activation Shifted"),
-        (("relu", 0.1), ValueError, 'activation "relu" has no slope'),
+        (("relu", 0.1), ValueError, 'activation "relu" has no parameters'),
+        (("hardtanh", 0.1), ValueError, 'activation "hardtanh" takes .*min_val, max_val'),
     ],
     ids=str,
 )
@@ -107,7 +116,7 @@ def test_an_activation_may_be_set_in_every_way_that_it_may_be_given(given):
     assert layer(torch.randn(4, 3)).min() == 0
     assert not list(layer.children())
     with pytest.raises(ValueError, match="unknown activation"):
-        layer.activation = "gelu"
+        layer.activation = "softplus"
 
 
 @pytest.mark.parametrize("given", [ones(4, 3).numpy(), [[1.0] * 3] * 4], ids=["array", "list"])

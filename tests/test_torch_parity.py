@@ -97,7 +97,7 @@ def test_first_and_second_derivatives(path, activation, with_residual, training)
             return torch.func.functional_call(layer, state, (x, residual))
         statistics = mean.clone(), var.clone()
         return reference.batch_norm(
-            x, *statistics, weight, bias, training, 0.1, 1e-5, *parse_activation(activation), residual
+            x, *statistics, weight, bias, training, 0.1, 1e-5, parse_activation(activation), residual
         )
 
     inputs = [x.requires_grad_(), weight, bias, *([residual.requires_grad_()] if with_residual else [])]

@@ -14,21 +14,12 @@ from torch.overrides import handle_torch_function
 
 from batchnorm import ops
 from batchnorm.ops import split
+from batchnorm.ops.activations import NO_ACTIVATION, REFUSED, ROWS, Activation, activation_named, activation_of
 
-# None, a name, ("leaky_relu", slope), or a torch.nn module (or its class) of one of these kinds.
-Activation = str | tuple[str, float] | nn.Module | type[nn.Module] | None
+# None, a name, (name, parameters ...), or a torch.nn module (or its class) of one of these kinds.
+ActivationLike = str | tuple[Any, ...] | nn.Module | type[nn.Module] | None
 
-MODULES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-}
-_TORCH_SLOPE = 0.01  # torch's default for leaky_relu
-_KNOWN = f"Known: {', '.join(kind.__name__ for kind in MODULES)}."
+_KNOWN = f"Known: {', '.join(dict.fromkeys(row.module.__name__ for row in ROWS.values()))}."
 
 _DTYPES = "weight, bias, running_mean and running_var have input's dtype, or all are float32 beside a 16-bit input"
 _dispatched: Any = handle_torch_function
@@ -48,35 +39,34 @@ _ADVICE = {
 }
 
 
-def parse_activation(activation: Activation) -> tuple[str | None, float]:
-    """The name of an activation and its slope, which only leaky_relu looks at; see ``batch_norm``."""
+def parse_activation(activation: ActivationLike) -> Activation:
+    """The activation that a user means; see ``batch_norm``."""
     if activation is None:
-        return None, _TORCH_SLOPE
+        return NO_ACTIVATION
     if isinstance(activation, type) and issubclass(activation, nn.Module):  # as timm's act_layer=nn.ReLU
-        return parse_activation(_constructed(activation))
+        known = any(row.module is activation for row in ROWS.values())
+        return parse_activation(activation() if known else activation.__new__(activation))
     if isinstance(activation, nn.Module):
-        if type(activation) not in MODULES:  # a subclass may compute anything
-            raise TypeError(f"cannot fuse activation {type(activation).__name__}. {_KNOWN} Put others after the layer.")
-        return MODULES[type(activation)], getattr(activation, "negative_slope", _TORCH_SLOPE)
-    pair = (activation, _TORCH_SLOPE) if isinstance(activation, str) else activation
-    if not (
-        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], int | float)
-    ):
+        found = activation_of(activation)
+        if found is None:  # a subclass may compute anything
+            kind = type(activation)
+            why = f": {REFUSED[kind]}" if kind in REFUSED else ""
+            raise TypeError(f"cannot fuse activation {kind.__name__}{why}. {_KNOWN} Put others after the layer.")
+        return found
+    given = (activation,) if isinstance(activation, str) else activation
+    name, *parameters = given if isinstance(given, tuple) and given else (None,)
+    if not (isinstance(name, str) and all(isinstance(value, int | float) for value in parameters)):
         raise TypeError(
-            'activation takes a name, "relu", a pair ("leaky_relu", slope), or a torch.nn module, got '
-            f"{activation!r}. {_KNOWN}"
+            'activation takes a name, "relu", a tuple with parameters, ("leaky_relu", slope), or a torch.nn module, '
+            f"got {activation!r}. {_KNOWN}"
         )
-    name, slope = pair
-    if name not in ops.fallback.ACTIVATIONS:
-        raise ValueError(f'unknown activation "{name}". Known: {", ".join(ops.fallback.ACTIVATIONS)}.')
-    if not isinstance(activation, str) and name != "leaky_relu":
-        raise ValueError(f'activation "{name}" has no slope, got {activation!r}: pass "{name}" alone.')
-    return name, slope
-
-
-def _constructed(kind: type[nn.Module]) -> nn.Module:
-    """A module of this class, with its default arguments; one that is not known comes as it is, to be refused."""
-    return kind() if kind in MODULES else kind.__new__(kind)
+    if name not in ROWS:
+        raise ValueError(f'unknown activation "{name}". Known: {", ".join(ROWS)}.')
+    wanted = ROWS[name].parameters
+    if not isinstance(activation, str) and len(parameters) != len(wanted):
+        takes = f'takes ("{name}", {", ".join(wanted)})' if wanted else "has no parameters"
+        raise ValueError(f'activation "{name}" {takes}, got {activation!r}: pass "{name}" alone for torch\'s defaults.')
+    return activation_named(name, *parameters)
 
 
 @overload
@@ -90,7 +80,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    activation: Activation = None,
+    activation: ActivationLike = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     return_statistics: Literal[False] = False,
@@ -108,7 +98,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    activation: Activation = None,
+    activation: ActivationLike = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     return_statistics: Literal[True],
@@ -125,7 +115,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
-    activation: Activation = None,
+    activation: ActivationLike = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
     return_statistics: bool = False,
@@ -147,8 +137,8 @@ def batch_norm(
         training: normalize with batch statistics instead of the running ones.
         momentum: share of the batch in the new running statistics.
         eps: added to the variance; above 0 in training.
-        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", or the torch.nn
-            module of one of them. ("leaky_relu", 0.2) gives a slope; without one it is 0.01, as in torch.
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "elu", "mish", "hardtanh", or the torch.nn module of one of them. ("leaky_relu", 0.2), ("elu", 0.5),
+            ("hardtanh", -2, 2) give parameters; without them they are torch's defaults.
         residual: of input's shape; added before the activation, with type promotion as in ``y + residual``.
         mask: bool, (N, ...) or (N, 1, ...) with input's places, True where a place counts (the opposite of
             attention's ``key_padding_mask``). The others enter no statistics, get no gradient, and are 0 in y. A batch
@@ -184,7 +174,7 @@ def batch_norm(
         }
         return _dispatched(batch_norm, tensors, *tensors[:5], training, momentum, eps, **keywords)
     refuse_others(input=input, residual=residual)
-    name, slope = parse_activation(activation)
+    g = parse_activation(activation)
     if return_statistics:
         if running_mean is None or running_var is None:
             raise ValueError(
@@ -195,9 +185,9 @@ def batch_norm(
         running_mean = running_mean.detach() + input.new_zeros(running_mean.shape, dtype=running_mean.dtype)
         running_var = running_var.detach() + input.new_zeros(running_var.shape, dtype=running_var.dtype)
     if mask is None:
-        y = normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, name, slope, residual)
+        y = normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, g, residual)
     else:
-        mask, affine = as_mask(mask, input), split.Affine(weight, bias, residual, eps, name, slope)
+        mask, affine = as_mask(mask, input), split.Affine(weight, bias, residual, eps, g)
         if training:
             y = normalize_by(split.of_batch, input, running_mean, running_var, affine, mask, momentum)
         else:
@@ -224,8 +214,7 @@ def normalize(
     training: bool,
     momentum: float | None,
     eps: float,
-    activation: str | None,
-    slope: float,
+    g: Activation,
     residual: Tensor | None,
     batches: Tensor | None = None,
     skipped: Tensor | None = None,
@@ -239,12 +228,11 @@ def normalize(
             running_mean,
             running_var,
             weight,
-            bias if activation is None else _steady(bias, weight),
+            _steady(bias, weight) if g.code else bias,
             training,
             momentum,
             eps,
-            activation,
-            slope,
+            g,
             residual,
             batches,
             skipped,
@@ -291,9 +279,9 @@ def normalize_masked(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, affine: split.Affine, mask: Tensor
 ) -> Tensor:
     """Evaluation, with 0 and no gradient where the mask is False, whatever is there."""
-    weight, bias, residual, eps, name, slope = affine
+    weight, bias, residual, eps, g = affine
     input, residual = input.where(mask, 0), None if residual is None else residual.where(mask, 0)
-    y = normalize(input, running_mean, running_var, weight, bias, False, 0.0, eps, name, slope, residual)
+    y = normalize(input, running_mean, running_var, weight, bias, False, 0.0, eps, g, residual)
     return y.where(mask, 0)
 
 

@@ -120,19 +120,21 @@ def test_affine_parameters_that_others_compute_are_frozen_and_freed(change, trai
 
 @pytest.mark.parametrize(
     "given",
-    [torch.relu, ("leaky_relu",), {"type": "ReLU"}, 3, ("leaky_relu", "0.1")],
-    ids=["function", "pair", "dict", "number", "slope"],
+    [torch.relu, (), {"type": "ReLU"}, 3, ("leaky_relu", "0.1")],
+    ids=["function", "nothing", "dict", "number", "slope"],
 )
 def test_an_activation_that_is_none_is_described(given):
-    with pytest.raises(TypeError, match=r"activation takes a name, \"relu\", a pair.*Known: ReLU"):
+    with pytest.raises(TypeError, match=r"activation takes a name, \"relu\", a tuple with.*Known: ReLU"):
         bn.BatchNorm2d(3, activation=given)
 
 
 def test_a_class_stands_for_its_module():
     assert bn.BatchNorm2d(3, activation=nn.ReLU).activation == "relu"
     assert bn.BatchNorm2d(3, activation=nn.LeakyReLU).activation == ("leaky_relu", 0.01)
-    with pytest.raises(TypeError, match="cannot fuse activation GELU"):
-        bn.BatchNorm2d(3, activation=nn.GELU)
+    with pytest.raises(TypeError, match="cannot fuse activation Softplus"):
+        bn.BatchNorm2d(3, activation=nn.Softplus)
+    with pytest.raises(TypeError, match="cannot fuse activation PReLU: its slope is a parameter that is trained"):
+        bn.BatchNorm2d(3, activation=nn.PReLU)
     with pytest.raises(TypeError, match="cannot fuse activation Conv2d"):
         bn.BatchNorm2d(3, activation=nn.Conv2d)
 

@@ -19,7 +19,7 @@ from cases import (
     SLOPE,
 )
 from helpers import arrange, channel_tensors, ulps
-from test_kernels import KERNEL_ULP, WRONG, op_calls
+from test_kernels import KERNEL_ULP, NONE, RELU, SILU, WRONG, op_calls
 
 import batchnorm as bn
 from batchnorm import ops
@@ -84,7 +84,7 @@ def compare(x, residual, activation, training):
     """Output, gradients and buffers beside the reference in float64: the largest error of each over the allowed one."""
     channels, dtype = x.shape[1], x.dtype
     tensors = channel_tensors(channels, torch.float32)
-    name, slope = parse_activation(activation)
+    g = parse_activation(activation)
     d_y, results = torch.randn(x.shape).to(dtype), []
     for function, device, wide in ((ops.batch_norm, DEVICE, False), (reference.batch_norm, "cpu", True)):
 
@@ -93,15 +93,14 @@ def compare(x, residual, activation, training):
 
         leaf, other = on(x).requires_grad_(), None if residual is None else on(residual).requires_grad_()
         mean, var, weight, bias = map(on, tensors)
-        y = function(leaf, mean, var, weight, bias, training, 0.1, 1e-5, name, slope, other)
+        y = function(leaf, mean, var, weight, bias, training, 0.1, 1e-5, g, other)
         inputs = [t for t in (leaf, weight, bias, other) if t is not None]
         results.append([t.cpu() for t in (y.detach(), *torch.autograd.grad(y, inputs, on(d_y)), mean, var)])
-    if residual is not None and name is not None:
+    if residual is not None and g.code:
         # Backward looks at the rounded y (as torch's does), which may lie on the other side of a kink.
-        code = schema.ACTIVATIONS.index(name)
-        kept = results[0][0] if schema.result_tells(code, slope) else residual
+        kept = results[0][0] if g.result_tells else residual
         given = (t.detach().double() for t in (d_y, x, *tensors[2:], kept, *tensors[:2]))
-        results[1][1:5] = schema._reference_backward(*given, 1e-5, code, slope, training)
+        results[1][1:5] = schema._reference_backward(*given, 1e-5, *g, training)
     allowed = [
         KERNEL_ULP[dtype] if t.dim() > 1 else max(KERNEL_ULP[t.dtype], REFERENCE_SUM_ULP[dtype]) for t in results[0]
     ]
@@ -166,7 +165,7 @@ def test_adversarial_batches(name, dtype, mean, deviation, m):
         expected = exact.mean(1), exact.var(1, correction=0)
         spread = expected[1].sqrt().clamp(min=torch.finfo(dtype).eps * abs(mean)) + 1e-45
         assert ((mu - expected[0]).abs() / spread).max() <= ADVERSARIAL_ULP * torch.finfo(torch.float32).eps * 16
-        y = OP.normalize(x.to(DEVICE), mu.to(DEVICE), var.to(DEVICE), None, None, None, 1e-5, 0, 0.0).cpu()
+        y = OP.normalize(x.to(DEVICE), mu.to(DEVICE), var.to(DEVICE), None, None, None, 1e-5, *NONE).cpu()
         right = reference.normalize(x.double(), *expected, None, None, 1e-5)
         aten = torch.nn.functional.batch_norm(x, None, None, training=True)
         assert ulps(y, right, least=1e-30) <= max(ADVERSARIAL_ULP, ulps(aten, right, least=1e-30))
@@ -177,10 +176,10 @@ def test_split_ops_make_the_fused_ones():
     for shape, layout in (((4, 5, 6, 3), "contiguous"), ((9, 3, 7), "channels_last")):
         x, d_y, r = (arrange(torch.randn(shape), layout).to(DEVICE) for _ in range(3))
         affine = [t.detach().to(DEVICE) for t in channel_tensors(shape[1], torch.float32)[2:]]
-        y, mean, var = OP.forward(x, *affine, r, 1e-5, 4, 0.0)
+        y, mean, var = OP.forward(x, *affine, r, 1e-5, *SILU)
         torch.testing.assert_close(OP.statistics(x), (mean, var), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(OP.normalize(x, mean, var, *affine, r, 1e-5, 4, 0.0), y)
-        given = (d_y, x, mean, var, *affine, r, 1e-5, 4, 0.0)
+        torch.testing.assert_close(OP.normalize(x, mean, var, *affine, r, 1e-5, *SILU), y)
+        given = (d_y, x, mean, var, *affine, r, 1e-5, *SILU)
         dx, dweight, dbias, dresidual = OP.backward(*given, True)
         dz, dz_xhat = OP.gradient_sums(*given)
         torch.testing.assert_close((dz.float(), dz_xhat.float()), (dbias, dweight))
@@ -194,8 +193,8 @@ def test_same_bits_from_run_to_run():
     x, d_y = torch.randn(8, 20, 9, 9).to(DEVICE), torch.randn(8, 20, 9, 9).to(DEVICE)
 
     def run():
-        y, mean, var = OP.forward(x, None, None, None, 1e-5, 1, 0.0)
-        return y, mean, var, *OP.backward(d_y, x, mean, var, None, None, None, 1e-5, 1, 0.0, True)[:3]
+        y, mean, var = OP.forward(x, None, None, None, 1e-5, *RELU)
+        return y, mean, var, *OP.backward(d_y, x, mean, var, None, None, None, 1e-5, *RELU, True)[:3]
 
     assert all(map(torch.equal, run(), run()))
 
@@ -234,10 +233,10 @@ def test_what_is_not_finite_stays_out_of_the_running_statistics(momentum, layout
 def test_ops_take_empty_tensors(shape):  # as an empty rank has them
     x, c = torch.empty(shape, device=DEVICE), torch.ones(shape[1], device=DEVICE)
     assert all(t.isnan().all() for t in OP.statistics(x))
-    y, mean, var = OP.forward(x, c, c, x, 1e-5, 1, 0.0)
-    assert y.shape == OP.normalize(x, c, c, c, c, None, 1e-5, 1, 0.0).shape == shape
+    y, mean, var = OP.forward(x, c, c, x, 1e-5, *RELU)
+    assert y.shape == OP.normalize(x, c, c, c, c, None, 1e-5, *RELU).shape == shape
     assert mean.shape == var.shape == c.shape
-    given = (x, x, c, c, c, c, x, 1e-5, 1, 0.0)
+    given = (x, x, c, c, c, c, x, 1e-5, *RELU)
     dx, dweight, dbias, _ = OP.backward(*given, True)
     assert dx.shape == OP.input_gradient(*given[:7], c, c, *given[7:])[0].shape == shape
     assert not dweight.any()
@@ -256,7 +255,9 @@ def test_empty_batches_and_one_channel():
 def test_float64_takes_torchs_own_kernels():
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     y = bn.batch_norm(x.to(DEVICE), training=True, activation="tanh").cpu()
-    torch.testing.assert_close(y, reference.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, "tanh"))
+    torch.testing.assert_close(
+        y, reference.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, parse_activation("tanh"))
+    )
 
 
 SOURCES = (bn.Batch(), bn.Ghost(3), bn.Renorm(2, 1, ((0, 0), (0, 0))))
@@ -301,7 +302,7 @@ def test_second_derivatives_and_checkpointing_go_through():
     gradient = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)[0]
     second = torch.autograd.grad(gradient.square().sum(), x)[0]
     twin = x.detach().double().requires_grad_()
-    y = reference.batch_norm(twin, None, None, None, None, True, 0.1, 1e-5, "silu")
+    y = reference.batch_norm(twin, None, None, None, None, True, 0.1, 1e-5, parse_activation("silu"))
     right = torch.autograd.grad(torch.autograd.grad(y.square().sum(), twin, create_graph=True)[0].square().sum(), twin)[
         0
     ]
@@ -361,9 +362,9 @@ def test_tensors_of_more_than_2_to_the_31_values(shape, layout):
         pytest.skip("needs 45 GB of GPU memory")
     x = arrange(torch.randn(shape, device="cuda", dtype=torch.bfloat16), layout).mul_(3).add_(5)
     d_y = torch.ones_like(x)
-    y, mean, var = OP.forward(x, None, None, None, 1e-5, 1, 0.0)
+    y, mean, var = OP.forward(x, None, None, None, 1e-5, *RELU)
     torch.testing.assert_close((mean, var), (torch.full_like(mean, 5), torch.full_like(var, 9)), rtol=1e-2, atol=1e-2)
-    dx, _, dbias, _ = OP.backward(d_y, x, mean, var, None, None, None, 1e-5, 1, 0.0, False)
+    dx, _, dbias, _ = OP.backward(d_y, x, mean, var, None, None, None, 1e-5, *RELU, False)
     for part in (slice(None, 1), slice(-1, None)):  # in examples and, where there are some, in places
         for places in (slice(None, 1000), slice(-1000, None)) if x.dim() > 2 else (slice(None),):
             at = (part, slice(None), places)[: x.dim()]

@@ -1,6 +1,7 @@
 """The compiled kernels against the reference: values, gradients, layouts, dtypes, threads, instruction sets."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -17,11 +18,13 @@ import batchnorm as bn
 from batchnorm import ops
 from batchnorm.functional import parse_activation
 from batchnorm.ops import reference, schema
+from batchnorm.ops.activations import ROWS
 
 # Beside the reference, which computes float32 in float64: a kernel rounds x - mu, its product and the sum to float32.
 KERNEL_ULP = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.float64: 64}
 
 OP = torch.ops.batchnorm
+NONE, RELU, RELU6, LEAKY, SILU = (0, 0.0, 0.0), (1, 0.0, 0.0), (2, 0.0, 0.0), (3, SLOPE, 0.0), (4, 0.0, 0.0)
 
 
 @pytest.fixture
@@ -41,22 +44,21 @@ def compare(x, residual, activation, training, mixed=False):
     """Output, gradients and buffers of ours beside the reference's: the largest error of each over the allowed one."""
     channels, dtype = x.shape[1], x.dtype
     tensors = channel_tensors(channels, parameter_dtype(dtype) if mixed else dtype)
-    name, slope = parse_activation(activation)
+    g = parse_activation(activation)
     d_y = torch.randn(x.shape).to(dtype)
     results = []
     for function in (ops.batch_norm, reference.batch_norm):
         leaf, other = x.detach().requires_grad_(), None if residual is None else residual.detach().requires_grad_()
         mean, var, weight, bias = (t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
-        y = function(leaf, mean, var, weight, bias, training, 0.1, 1e-5, name, slope, other)
+        y = function(leaf, mean, var, weight, bias, training, 0.1, 1e-5, g, other)
         inputs = [t for t in (leaf, weight, bias, other) if t is not None]
         results.append([y.detach(), *torch.autograd.grad(y, inputs, d_y), mean, var])
-    if residual is not None and dtype in HALF_DTYPES and name is not None:
+    if residual is not None and dtype in HALF_DTYPES and g.code:
         # Backward looks at the rounded y (as torch's does), which may lie on the other side of a kink.
-        code = schema.ACTIVATIONS.index(name)
-        kept = results[0][0] if schema.result_tells(code, slope) else residual
+        kept = results[0][0] if g.result_tells else residual
         mean, var, weight, bias = (t.detach() for t in tensors)
         results[1][1:5] = schema._reference_backward(
-            d_y, x, weight, bias, kept, mean, var, 1e-5, code, slope, training
+            d_y, x, weight, bias, kept, mean, var, 1e-5, *g, training
         )  # fmt: skip
     allowed = [
         KERNEL_ULP[dtype] if t.dim() > 1 else max(KERNEL_ULP[t.dtype], REFERENCE_SUM_ULP[dtype]) for t in results[0]
@@ -87,21 +89,21 @@ def test_every_fusion_is_the_reference_in_every_layout(dtype, activation, with_r
 @pytest.mark.parametrize("activation", ["relu", "silu"])  # y is kept, the residual is kept
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 def test_split_ops_have_the_bits_of_the_fused_ones(dtype, activation, with_residual):
-    code = schema.ACTIVATIONS.index(activation)
+    g = parse_activation(activation)
     for shape in SHAPES:
         for layout in LAYOUTS:
             x, d_y = arrange(torch.randn(shape).to(dtype), layout), torch.randn(shape).to(dtype)
             r = torch.randn(shape).to(dtype) if with_residual else None
             affine = [t.detach() for t in channel_tensors(shape[1], parameter_dtype(dtype))[2:]]
-            y, mean, var = OP.forward(x, *affine, r, 1e-5, code, 0.0)
+            y, mean, var = OP.forward(x, *affine, r, 1e-5, *g)
             assert all(map(torch.equal, OP.statistics(x), (mean, var)))
-            assert torch.equal(OP.normalize(x, mean, var, *affine, r, 1e-5, code, 0.0), y)
+            assert torch.equal(OP.normalize(x, mean, var, *affine, r, 1e-5, *g), y)
             given = (d_y, x, mean, var, *affine, None if r is None else y if activation == "relu" else r)
-            dx, dweight, dbias, dresidual = OP.backward(*given, 1e-5, code, 0.0, True)
-            sums = OP.gradient_sums(*given, 1e-5, code, 0.0)
+            dx, dweight, dbias, dresidual = OP.backward(*given, 1e-5, *g, True)
+            sums = OP.gradient_sums(*given, 1e-5, *g)
             assert all(map(torch.equal, (t.to(dbias.dtype) for t in sums), (dbias, dweight)))
             means = (t / (x.numel() // shape[1]) for t in sums)
-            assert all(map(torch.equal, OP.input_gradient(*given, *means, 1e-5, code, 0.0), (dx, dresidual)))
+            assert all(map(torch.equal, OP.input_gradient(*given, *means, 1e-5, *g), (dx, dresidual)))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -126,21 +128,21 @@ def test_ops_on_groups_are_those_on_each_group(dtype, activation, threads):
 
 def check_groups(x, size, groups, activation):
     """To one unit of rounding: the threads that share a group cut its sums elsewhere."""
-    code, channels = schema.ACTIVATIONS.index(activation), x.shape[1]
+    g, channels = parse_activation(activation), x.shape[1]
     d_y, r = torch.randn(x.shape).to(x.dtype), torch.randn(x.shape).to(x.dtype)
     affine = [t.detach() for t in channel_tensors(channels, parameter_dtype(x.dtype))[2:]]
-    y, mean, var = OP.forward_groups(x, *affine, r, size, groups, 1e-5, code, 0.0)
-    assert y.stride() == torch.ops.batchnorm.forward(x, *affine, r, 1e-5, code, 0.0)[0].stride()
+    y, mean, var = OP.forward_groups(x, *affine, r, size, groups, 1e-5, *g)
+    assert y.stride() == torch.ops.batchnorm.forward(x, *affine, r, 1e-5, *g)[0].stride()
     kept = None if activation is None else y if activation == "relu" else r
-    dx, dweight, dbias, dresidual = OP.backward_groups(d_y, x, mean, var, *affine, kept, size, groups, 1e-5, code, 0.0)
+    dx, dweight, dbias, dresidual = OP.backward_groups(d_y, x, mean, var, *affine, kept, size, groups, 1e-5, *g)
     parts = []
     for i in range(groups):
         part = slice(i * size, None if i == groups - 1 else (i + 1) * size)
-        expected, *moments = OP.forward(x[part], *affine, r[part], 1e-5, code, 0.0)
+        expected, *moments = OP.forward(x[part], *affine, r[part], 1e-5, *g)
         assert ulps(y[part], expected) <= 1
         assert all(ulps(a[i], b, torch.float32) <= 1 for a, b in zip((mean, var), moments, strict=True))
         given = (d_y[part], x[part], mean[i], var[i], *affine, None if kept is None else kept[part])
-        parts.append(OP.backward(*given, 1e-5, code, 0.0, True))
+        parts.append(OP.backward(*given, 1e-5, *g, True))
     for found, each in ((dx, 0), (dresidual, 3)):
         expected = torch.cat([p[each] for p in parts])
         assert ulps(found, expected, least=1.0) <= 1 if found.numel() else not expected.numel()
@@ -150,19 +152,19 @@ def check_groups(x, size, groups, activation):
 
 def test_split_ops_on_parts_of_a_batch_make_the_whole():
     x, d_y, *affine = (torch.randn(s, dtype=torch.float64) for s in ((11, 5, 6, 7), (11, 5, 6, 7), (5,), (5,)))
-    y, mean, var = OP.forward(x, *affine, None, 1e-5, 1, 0.0)
+    y, mean, var = OP.forward(x, *affine, None, 1e-5, *RELU)
     parts, m = x.split([3, 7, 1]), 11 * 6 * 7
     counts = [part.numel() // 5 for part in parts]
     each = [OP.statistics(part) for part in parts]
     merged = sum(n * mu for n, (mu, _) in zip(counts, each, strict=True)) / m
     spread = sum(n * (v + (mu - merged) ** 2) for n, (mu, v) in zip(counts, each, strict=True)) / m
     torch.testing.assert_close((merged, spread), (mean, var), rtol=1e-12, atol=1e-12)
-    normalized = [OP.normalize(part, merged, spread, *affine, None, 1e-5, 1, 0.0) for part in parts]
+    normalized = [OP.normalize(part, merged, spread, *affine, None, 1e-5, *RELU) for part in parts]
     torch.testing.assert_close(torch.cat(normalized), y)
     given = [(g, part, merged, spread, *affine, None) for g, part in zip(d_y.split([3, 7, 1]), parts, strict=True)]
-    sums = [sum(s) / m for s in zip(*(OP.gradient_sums(*g, 1e-5, 1, 0.0) for g in given), strict=True)]
-    dx = torch.cat([OP.input_gradient(*g, *sums, 1e-5, 1, 0.0)[0] for g in given])
-    torch.testing.assert_close(dx, OP.backward(d_y, x, mean, var, *affine, None, 1e-5, 1, 0.0, True)[0])
+    sums = [sum(s) / m for s in zip(*(OP.gradient_sums(*g, 1e-5, *RELU) for g in given), strict=True)]
+    dx = torch.cat([OP.input_gradient(*g, *sums, 1e-5, *RELU)[0] for g in given])
+    torch.testing.assert_close(dx, OP.backward(d_y, x, mean, var, *affine, None, 1e-5, *RELU, True)[0])
 
 
 @st.composite
@@ -207,12 +209,12 @@ def test_where_a_first_look_misleads_or_squares_overflow_sums_are_in_double(dtyp
         return t.double().movedim(1, 0).flatten(1)
 
     for case in (far, large):
-        _, mean, var = OP.forward(arrange(case, layout), None, None, None, 1e-5, 0, 0.0)
+        _, mean, var = OP.forward(arrange(case, layout), None, None, None, 1e-5, *NONE)
         torch.testing.assert_close(mean, channels(case).mean(1), rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(var, channels(case).var(1, correction=0), rtol=1e-11, atol=0)
     d_y = x * 1e20
     dweight, dbias = OP.backward(
-        arrange(d_y, layout), arrange(large, layout), mean, var, *[None] * 3, 1e-5, 0, 0.0, False
+        arrange(d_y, layout), arrange(large, layout), mean, var, *[None] * 3, 1e-5, *NONE, False
     )[1:3]
     terms = channels(d_y) * (channels(large) - mean[:, None]) * (var + 1e-5).rsqrt()[:, None]
     torch.testing.assert_close(dweight.double(), terms.sum(1), rtol=1e-6, atol=0)
@@ -235,8 +237,8 @@ def test_results_written_past_the_caches_have_the_bits_of_small_ones(layout, dty
         mean, var, weight, bias = (t.detach() for t in channel_tensors(shape[1], torch.float32))
 
         def results(x, r, d_y, statistics=(mean, var, weight, bias)):
-            y = OP.normalize(x, *statistics, r, 1e-5, 4, 0.0)
-            return y, *(OP.backward(d_y, x, *statistics, r, 1e-5, 4, 0.0, False)[i] for i in (0, 3))
+            y = OP.normalize(x, *statistics, r, 1e-5, *SILU)
+            return y, *(OP.backward(d_y, x, *statistics, r, 1e-5, *SILU, False)[i] for i in (0, 3))
 
         assert x.nbytes > 10 << 20 > x[: shape[0] // 24].nbytes
         parts = [results(*part) for part in zip(*(t.chunk(24) for t in (x, r, d_y)), strict=True)]
@@ -252,8 +254,8 @@ def test_same_bits_from_run_to_run_and_rounding_alone_between_numbers_of_threads
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            y, mean, var = OP.forward(x, None, None, None, 1e-5, 1, 0.0)
-            return y, mean, var, *OP.backward(d_y, x, mean, var, None, None, None, 1e-5, 1, 0.0, True)[:3]
+            y, mean, var = OP.forward(x, None, None, None, 1e-5, *RELU)
+            return y, mean, var, *OP.backward(d_y, x, mean, var, None, None, None, 1e-5, *RELU, True)[:3]
         finally:
             torch.set_num_threads(before)
 
@@ -279,26 +281,26 @@ def test_every_instruction_set_that_this_processor_has(instructions):
 
 X, CHANNELS, LESS = torch.randn(4, 3, 5, 5), torch.ones(3), torch.ones(2)
 WRONG = {
-    "one dimension": ("forward", (CHANNELS, None, None, None, 1e-5, 0, 0.0), r"must be \(N, C, ...\), got \(3\)"),
-    "integer x": ("forward", (X.long(), None, None, None, 1e-5, 0, 0.0), "expected float32"),
-    "activation": ("forward", (X, None, None, None, 1e-5, 8, 0.0), "unknown activation 8"),
-    "weight": ("forward", (X, LESS, None, None, 1e-5, 0, 0.0), r"weight must be \(3,\).*got \(2\)"),
-    "2-D bias": ("normalize", (X, CHANNELS, CHANNELS, None, CHANNELS[None], None, 1e-5, 0, 0.0), r"bias.*got \(1, 3\)"),
-    "mean": ("normalize", (X, LESS, CHANNELS, None, None, None, 1e-5, 0, 0.0), "mean must be"),
-    "residual": ("forward", (X, None, None, X[:1], 1e-5, 0, 0.0), r"residual must.* \(4, 3, 5, 5\), got \(1, 3,"),
-    "dtype of residual": ("forward", (X, None, None, X.double(), 1e-5, 0, 0.0), "residual must have x's dtype"),
-    "dy": ("backward", (X[:2], X, CHANNELS, CHANNELS, None, None, None, 1e-5, 1, 0.0, True), "dy must have x's shape"),
-    "kept": ("backward", (X, X, CHANNELS, CHANNELS, None, None, X[:2], 1e-5, 1, 0.0, True), "kept must have x's shape"),
-    "dz_mean": ("input_gradient", (X, X, *[CHANNELS] * 2, *[None] * 3, LESS, CHANNELS, 1e-5, 1, 0.0), "dz_mean must"),
-    "dy of sums": ("gradient_sums", (X[:2], X, *[CHANNELS] * 2, *[None] * 3, 1e-5, 1, 0.0), "dy must have x's shape"),
-    "running_mean": ("train", (X, None, None, None, LESS, CHANNELS, None, None, 0.1, 1e-5, 0, 0.0), "running_mean"),
-    "one of two": ("train", (X, None, None, None, CHANNELS, None, None, None, 0.1, 1e-5, 0, 0.0), "given together"),
+    "one dimension": ("forward", (CHANNELS, None, None, None, 1e-5, *NONE), r"must be \(N, C, ...\), got \(3\)"),
+    "integer x": ("forward", (X.long(), None, None, None, 1e-5, *NONE), "expected float32"),
+    "activation": ("forward", (X, None, None, None, 1e-5, 99, 0.0, 0.0), "unknown activation 99"),
+    "weight": ("forward", (X, LESS, None, None, 1e-5, *NONE), r"weight must be \(3,\).*got \(2\)"),
+    "2-D bias": ("normalize", (X, CHANNELS, CHANNELS, None, CHANNELS[None], None, 1e-5, *NONE), r"bias.*got \(1, 3\)"),
+    "mean": ("normalize", (X, LESS, CHANNELS, None, None, None, 1e-5, *NONE), "mean must be"),
+    "residual": ("forward", (X, None, None, X[:1], 1e-5, *NONE), r"residual must.* \(4, 3, 5, 5\), got \(1, 3,"),
+    "dtype of residual": ("forward", (X, None, None, X.double(), 1e-5, *NONE), "residual must have x's dtype"),
+    "dy": ("backward", (X[:2], X, CHANNELS, CHANNELS, None, None, None, 1e-5, *RELU, True), "dy must have x's shape"),
+    "kept": ("backward", (X, X, CHANNELS, CHANNELS, None, None, X[:2], 1e-5, *RELU, True), "kept must have x's shape"),
+    "dz_mean": ("input_gradient", (X, X, *[CHANNELS] * 2, *[None] * 3, LESS, CHANNELS, 1e-5, *RELU), "dz_mean must"),
+    "dy of sums": ("gradient_sums", (X[:2], X, *[CHANNELS] * 2, *[None] * 3, 1e-5, *RELU), "dy must have x's shape"),
+    "running_mean": ("train", (X, None, None, None, LESS, CHANNELS, None, None, 0.1, 1e-5, *NONE), "running_mean"),
+    "one of two": ("train", (X, None, None, None, CHANNELS, None, None, None, 0.1, 1e-5, *NONE), "given together"),
     "batches": ("update_running_", (CHANNELS, CHANNELS, CHANNELS, None, CHANNELS, CHANNELS, 9, 0.1), "one int64"),
     "no momentum": ("update_running_", (CHANNELS, CHANNELS, None, None, CHANNELS, CHANNELS, 9, None), "number of"),
-    "groups": ("forward_groups", (X, None, None, None, 2, 3, 1e-5, 0, 0.0), "3 groups of 2 examples do not fit into 4"),
-    "size of groups": ("forward_groups", (X, None, None, None, 0, 1, 1e-5, 0, 0.0), "1 groups of 0 examples"),
+    "groups": ("forward_groups", (X, None, None, None, 2, 3, 1e-5, *NONE), "3 groups of 2 examples do not fit into 4"),
+    "size of groups": ("forward_groups", (X, None, None, None, 0, 1, 1e-5, *NONE), "1 groups of 0 examples"),
     "a row for each": (
-        "backward_groups", (X, X, *[CHANNELS] * 2, *[None] * 3, 2, 2, 1e-5, 0, 0.0), r"mean must be \(2, 3\).*got \(3\)"
+        "backward_groups", (X, X, *[CHANNELS] * 2, *[None] * 3, 2, 2, 1e-5, *NONE), r"mean must be \(2, 3\).*got \(3\)"
     ),
     "skipped": ("update_running_", (*[CHANNELS] * 2, None, LESS.long(), *[CHANNELS] * 2, 9, 0.1), r"skipped must"),
 }  # fmt: skip
@@ -322,28 +324,28 @@ def op_calls():
     rows = [t.expand(2, 3).contiguous() for t in wide]
     cl = x.contiguous(memory_format=torch.channels_last)
     return {
-        "forward": (OP.forward, (x, weight, bias, None, 1e-5, 1, 0.0)),
-        "forward residual": (OP.forward, (cl, None, None, r, 1e-5, 4, 0.0)),
-        "forward (N, C)": (OP.forward, (torch.randn(6, 3).bfloat16(), weight, bias, None, 1e-5, 0, 0.0)),
+        "forward": (OP.forward, (x, weight, bias, None, 1e-5, *RELU)),
+        "forward residual": (OP.forward, (cl, None, None, r, 1e-5, *SILU)),
+        "forward (N, C)": (OP.forward, (torch.randn(6, 3).bfloat16(), weight, bias, None, 1e-5, *NONE)),
         "train": (
             OP.train,
-            (x, weight, bias, None, mean, var, torch.tensor(2), torch.zeros(3).long(), 0.1, 1e-5, 1, 0.0),
+            (x, weight, bias, None, mean, var, torch.tensor(2), torch.zeros(3).long(), 0.1, 1e-5, *RELU),
         ),
         "train without running statistics": (
             OP.train,
-            (x, weight, bias, r, None, None, None, None, None, 1e-5, 1, 0.0),
+            (x, weight, bias, r, None, None, None, None, None, 1e-5, *RELU),
         ),
-        "normalize": (OP.normalize, (x, mean, var, weight, bias, r, 1e-5, 2, 0.0)),
-        "backward": (OP.backward, (r, x, *wide, weight, bias, None, 1e-5, 1, 0.0, True)),
-        "backward residual": (OP.backward, (r, cl, *wide, weight, bias, r, 1e-5, 3, SLOPE, False)),
+        "normalize": (OP.normalize, (x, mean, var, weight, bias, r, 1e-5, *RELU6)),
+        "backward": (OP.backward, (r, x, *wide, weight, bias, None, 1e-5, *RELU, True)),
+        "backward residual": (OP.backward, (r, cl, *wide, weight, bias, r, 1e-5, *LEAKY, False)),
         "statistics": (OP.statistics, (cl,)),
-        "gradient_sums": (OP.gradient_sums, (r, x, *wide, weight, bias, None, 1e-5, 1, 0.0)),
-        "gradient_sums residual": (OP.gradient_sums, (r, cl, *wide, weight, bias, r, 1e-5, 4, 0.0)),
-        "input_gradient": (OP.input_gradient, (r, x, *wide, weight, bias, None, *wide, 1e-5, 1, 0.0)),
-        "input_gradient residual": (OP.input_gradient, (r, cl, *wide, weight, None, r, *wide, 1e-5, 4, 0.0)),
-        "forward_groups": (OP.forward_groups, (cl, weight, None, r, 3, 2, 1e-5, 4, 0.0)),
-        "backward_groups": (OP.backward_groups, (r, x, *rows, weight, bias, None, 3, 2, 1e-5, 1, 0.0)),
-        "backward_groups residual": (OP.backward_groups, (r, cl, *rows, weight, bias, r, 3, 2, 1e-5, 4, 0.0)),
+        "gradient_sums": (OP.gradient_sums, (r, x, *wide, weight, bias, None, 1e-5, *RELU)),
+        "gradient_sums residual": (OP.gradient_sums, (r, cl, *wide, weight, bias, r, 1e-5, *SILU)),
+        "input_gradient": (OP.input_gradient, (r, x, *wide, weight, bias, None, *wide, 1e-5, *RELU)),
+        "input_gradient residual": (OP.input_gradient, (r, cl, *wide, weight, None, r, *wide, 1e-5, *SILU)),
+        "forward_groups": (OP.forward_groups, (cl, weight, None, r, 3, 2, 1e-5, *SILU)),
+        "backward_groups": (OP.backward_groups, (r, x, *rows, weight, bias, None, 3, 2, 1e-5, *RELU)),
+        "backward_groups residual": (OP.backward_groups, (r, cl, *rows, weight, bias, r, 3, 2, 1e-5, *SILU)),
         "update": (OP.update_running_, (mean, var, torch.tensor(2), None, *wide, 120, 0.1)),
         "update average": (OP.update_running_, (mean, var, torch.tensor(2), torch.zeros(3).long(), *wide, 120, None)),
     }
@@ -360,13 +362,13 @@ def test_opcheck(call):
 def test_ops_on_nothing(shape):
     for layout in ("contiguous", "channels_last"):
         x, channels = arrange(torch.randn(shape), layout), torch.ones(shape[1])
-        assert all(t.isnan().all() for t in (*OP.statistics(x), *OP.forward(x, None, None, None, 1e-5, 1, 0.0)[1:]))
-        assert OP.normalize(x, channels, channels, None, None, x, 1e-5, 4, 0.0).shape == shape
+        assert all(t.isnan().all() for t in (*OP.statistics(x), *OP.forward(x, None, None, None, 1e-5, *RELU)[1:]))
+        assert OP.normalize(x, channels, channels, None, None, x, 1e-5, *SILU).shape == shape
         given = (x, x, channels.double(), channels.double(), channels, None, x)
-        assert not any(t.any() for t in OP.gradient_sums(*given, 1e-5, 4, 0.0))
-        assert OP.input_gradient(*given, channels, channels, 1e-5, 4, 0.0)[0].shape == shape
-        assert [t.numel() for t in OP.backward(*given, 1e-5, 4, 0.0, True)] == [0, shape[1], shape[1], 0]
-        groups = (3, 1 if shape[0] == 0 else 2, 1e-5, 4, 0.0)
+        assert not any(t.any() for t in OP.gradient_sums(*given, 1e-5, *SILU))
+        assert OP.input_gradient(*given, channels, channels, 1e-5, *SILU)[0].shape == shape
+        assert [t.numel() for t in OP.backward(*given, 1e-5, *SILU, True)] == [0, shape[1], shape[1], 0]
+        groups = (3, 1 if shape[0] == 0 else 2, 1e-5, *SILU)
         assert OP.forward_groups(x, None, None, None, *groups)[1].shape == (groups[1], shape[1])
         rows = [t.expand(groups[1], -1).contiguous() for t in given[2:4]]
         assert not any(t.any() for t in OP.backward_groups(x, x, *rows, None, None, x, *groups))
@@ -478,7 +480,11 @@ def test_kernels_may_be_loaded_while_a_model_is_compiled(monkeypatch):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_codes_of_activations_are_those_of_the_kernels():
+def test_rows_of_activations_are_those_of_the_kernels():
     header = (Path(ops.__file__).parent / "csrc" / "kernels.h").read_text()
-    names = header.split("enum class Activation {")[1].split("}")[0].replace(",", " ").split()
-    assert names == ["none", *(name for name in schema.ACTIVATIONS if name)]
+    rows = re.findall(r"_\((\w+), (\w+)\)", header.split("#define FOR_EACH_ACTIVATION(_)")[1].split("#define")[0])
+    assert rows == [("none", "always"), *((row.name, row.result_tells.__name__) for row in ROWS.values())]
+
+
+def test_every_activation_is_tested():
+    assert [parse_activation(activation).name for activation in ACTIVATIONS] == [None, *ROWS]

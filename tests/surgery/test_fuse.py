@@ -587,3 +587,52 @@ def test_shared_layers_are_left_alone_and_the_rest_is_done():
     assert fused[0].alias is fused[6]
     same(model, fused, X)
     assert_back(model, fused)
+
+
+ACTS = [nn.ELU(0.5), nn.Mish(), nn.Hardtanh(-2.0, 0.5)]
+
+
+class Calls(nn.Module):
+    """The function that a module stands for, as a network's forward calls it."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.norm, self.function = nn.BatchNorm2d(4), function
+
+    def forward(self, x):
+        return self.function(self.norm(x) + x)
+
+
+@pytest.mark.parametrize(
+    ("function", "activation"),
+    [
+        (lambda y: F.elu(y, 0.5), ("elu", 0.5)),
+        (F.mish, "mish"),
+        (lambda y: F.hardtanh(y, -2.0, max_val=0.5), ("hardtanh", -2.0, 0.5)),
+        (lambda y: F.leaky_relu(y, negative_slope=0.25), ("leaky_relu", 0.25)),
+    ],
+)
+def test_functions_with_parameters_are_taken_over_with_them(function, activation):
+    model = shaken(Calls(function))
+    fused = bn.from_torch(model, example=X)
+    assert fused.norm.activation == activation
+    same(model, fused, X)
+    assert_back(model, fused)
+
+
+@pytest.mark.parametrize("act", ACTS, ids=str)
+def test_every_activation_is_taken_over_and_given_back(act):
+    model = shaken(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), act))
+    fused = bn.from_torch(model, example=X)
+    assert isinstance(fused[2], nn.Identity)
+    assert repr(fused[1].g.module()) == repr(act)
+    same(model, fused, X)
+    assert_back(model, fused)
+
+
+def test_a_slope_that_is_trained_stays_where_it_is():
+    model = shaken(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.PReLU()))
+    fused = bn.from_torch(model, example=X)
+    assert type(fused[2]) is nn.PReLU
+    assert fused.batchnorm_report[0].why.startswith("its output goes to 2, a PReLU: its slope is a parameter that is")
+    same(model, fused, X)

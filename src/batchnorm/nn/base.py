@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
 from batchnorm.functional import (
-    Activation,
+    ActivationLike,
     as_mask,
     normalize,
     normalize_by,
@@ -28,7 +28,7 @@ from batchnorm.nn.guards import Epsilon, QConfig
 from batchnorm.nn.state import State
 from batchnorm.nn.statistics import Batch, Renorm, Running, Statistics, Synced
 from batchnorm.nn.tracking import has_running_statistics
-from batchnorm.ops.fallback import ACTIVATIONS
+from batchnorm.ops.activations import NO_ACTIVATION
 from batchnorm.ops.repetition import is_repeated, own_copies
 from batchnorm.ops.split import Affine, count_, is_eager
 
@@ -45,7 +45,8 @@ class FusedBatchNorm(State):
     Its state, and what of it is saved, is in ``state.py``.
     """
 
-    activation: str | tuple[str, float] | None = None
+    activation: str | tuple[Any, ...] | None = None
+    g = NO_ACTIVATION  # the same, as ops take it
     before_sync: type | None = None  # the class that ``revert_sync_batchnorm`` restores
     held: Running | None = None  # of Renorm: what to correct towards while the running statistics are in use elsewhere
     counts: list[Tensor] | None = None  # where someone wants to know how many values a batch had
@@ -69,7 +70,7 @@ class FusedBatchNorm(State):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: Activation = None,
+        activation: ActivationLike = None,
         statistics: Statistics = _BATCH,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -81,10 +82,11 @@ class FusedBatchNorm(State):
         self.statistics = statistics
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """torch's; an activation in any form, a module too, is kept as its name, or (name, slope)."""
+        """torch's; an activation in any form, a module too, is kept as its name, or (name, parameters ...)."""
         if name == "activation":
-            found, slope = parse_activation(value)
-            value = (found, slope) if found == "leaky_relu" else found
+            g = parse_activation(value)
+            vars(self)["g"] = g
+            value = g.as_users_write_it()
         super().__setattr__(name, value)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -166,10 +168,10 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
     # A count of another dtype, of a checkpoint that was averaged say, or on another device, is none that kernels take.
     plain = batches is None or (batches.dtype == torch.int64 and batches.is_cpu == input.is_cpu)
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
-    name, slope = parse_activation(layer.activation)
+    g = layer.g
     behind = None  # a sum that the network broadcasts, where it did not do so when the layer took it over
     if layer.fused and residual is not None and residual.shape != input.shape:
-        behind, residual, name = (residual, name), None, None
+        behind, residual, g = (residual, g), None, NO_ACTIVATION
     if mask is None and plain and (not in_train or type(layer.statistics) is Batch):
         y = normalize(
             input,
@@ -180,14 +182,13 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             training,
             momentum,
             layer.epsilon,
-            name,
-            slope,
+            g,
             residual,
             batches,
             skipped,
         )
     else:
-        affine = Affine(weight, bias, residual, layer.epsilon, name, slope)
+        affine = Affine(weight, bias, residual, layer.epsilon, g)
         mask = None if mask is None else as_mask(mask, input)
         if training:
             source = _source(layer, in_train, updates)
@@ -195,11 +196,7 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             y = normalize_by(source, input, mean, var, affine, mask, momentum, batches, skipped, one_value)
         else:
             y = normalize_masked(input, mean, var, affine, mask)  # type: ignore[arg-type]
-    return y if behind is None else _activated(y + behind[0], behind[1], slope)
-
-
-def _activated(y: Tensor, name: str | None, slope: float) -> Tensor:
-    return y if name is None else ACTIVATIONS[name](y, slope)
+    return y if behind is None else behind[1].in_place(y + behind[0])
 
 
 def _tensors(layer: FusedBatchNorm) -> list[Any]:

@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchnorm.functional import parse_activation
-
 
 class Scripted(nn.Module):
     """A layer in torch's own functions, for ``torch.jit.script``."""
 
-    __constants__ = ("momentum", "epsilon", "tracks", "has_statistics", "frozen", "activation", "slope")
+    __constants__ = ("momentum", "epsilon", "tracks", "has_statistics", "frozen")
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -23,8 +21,7 @@ class Scripted(nn.Module):
         self.tracks = layer.track_running_stats and layer.running_mean is not None
         self.has_statistics = layer.running_mean is not None
         self.frozen = layer.frozen_statistics
-        name, slope = parse_activation(layer.activation)
-        self.activation, self.slope = name or "", slope
+        self.then = layer.g.module()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(BN(input) + residual)"""
@@ -48,18 +45,4 @@ class Scripted(nn.Module):
         )
         if residual is not None:
             y = y + residual
-        if self.activation == "relu":
-            return torch.relu(y)
-        if self.activation == "relu6":
-            return torch.nn.functional.relu6(y)
-        if self.activation == "leaky_relu":
-            return torch.nn.functional.leaky_relu(y, self.slope)
-        if self.activation == "silu":
-            return torch.nn.functional.silu(y)
-        if self.activation == "hardswish":
-            return torch.nn.functional.hardswish(y)
-        if self.activation == "sigmoid":
-            return torch.sigmoid(y)
-        if self.activation == "tanh":
-            return torch.tanh(y)
-        return y
+        return self.then(y)

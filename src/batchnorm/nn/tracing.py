@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from batchnorm.functional import as_mask, normalize, normalize_by, normalize_masked, parse_activation
+from batchnorm.functional import as_mask, normalize, normalize_by, normalize_masked
 from batchnorm.nn.statistics import Batch
 from batchnorm.nn.torchscript import Scripted
 from batchnorm.nn.tracking import has_running_statistics, is_frozen, updates_running_statistics
+from batchnorm.ops.activations import Activation
 from batchnorm.ops.split import Affine, of_batch
 
 if TYPE_CHECKING:
@@ -96,9 +97,8 @@ def _as_function(layer: FusedBatchNorm, tracer: Any, path: str, *given: Any) -> 
         if getattr(layer, name, None) is not None
     }
     batches = tensors.pop("num_batches_tracked", None)
-    name, slope = parse_activation(layer.activation)
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
-    scalars = (in_train or not read, momentum, layer.epsilon, name, slope)
+    scalars = (in_train or not read, momentum, layer.epsilon, *layer.g)
     return tracer.create_proxy(
         "call_function", batch_norm_or_masked, (*given, *scalars), {**tensors, "batches": batches}
     )
@@ -111,8 +111,9 @@ def batch_norm_or_masked(
     training: bool,
     momentum: float | None,
     eps: float,
-    activation: str | None,
-    slope: float,
+    activation: int,
+    a: float,
+    b: float,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -120,11 +121,11 @@ def batch_norm_or_masked(
     batches: Tensor | None = None,
 ) -> Tensor:
     """A layer's forward as a graph calls it, which may learn only when it runs whether there is a mask."""
-    running = running_mean, running_var
+    running, g = (running_mean, running_var), Activation(activation, a, b)
     if mask is None:
         given = (input, *running, weight, bias)
-        return normalize(*given, training, momentum, eps, activation, slope, residual, batches)
-    affine, mask = Affine(weight, bias, residual, eps, activation, slope), as_mask(mask, input)
+        return normalize(*given, training, momentum, eps, g, residual, batches)
+    affine, mask = Affine(weight, bias, residual, eps, g), as_mask(mask, input)
     if training:
         return normalize_by(of_batch, input, *running, affine, mask, momentum, batches)
     return normalize_masked(input, *running, affine, mask)

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from batchnorm.ops import fallback, reference, schema
+from batchnorm.ops.activations import NO_ACTIVATION, Activation
 from batchnorm.ops.running import blend_, is_transformed
 
 _HALVES = (torch.bfloat16, torch.float16)
-_CODES = {name: code for code, name in enumerate(schema.ACTIVATIONS)}
 
 
 def _load_cpu() -> tuple[torch.dtype, ...]:
@@ -81,8 +81,7 @@ def batch_norm(
     training: bool,
     momentum: float | None,
     eps: float,
-    activation: str | None = None,
-    slope: float = 0.01,
+    g: Activation = NO_ACTIVATION,
     residual_NCS: Tensor | None = None,
     batches: Tensor | None = None,
     skipped: Tensor | None = None,
@@ -94,7 +93,7 @@ def batch_norm(
     With ``skipped``, (C,), a channel's running statistics never take up what is not finite: it is counted there.
     """
     tensors = (x_NCS, running_mean_C, running_var_C, gamma_C, beta_C)
-    rest = (activation, slope, residual_NCS)
+    rest = (g, residual_NCS)
     if not has_kernel(*tensors, residual_NCS, training, eps) or (momentum is None and batches is None):
         return _through(fallback.batch_norm, batches, skipped, tensors, training, momentum, eps, *rest)
     if forward_ad._current_level >= 0:  # ops have no forward-mode derivative
@@ -102,7 +101,7 @@ def batch_norm(
     if residual_NCS is not None and residual_NCS.dtype != x_NCS.dtype:
         dtype = torch.promote_types(x_NCS.dtype, residual_NCS.dtype)  # as y + residual has it
         x_NCS, residual_NCS = x_NCS.to(dtype), residual_NCS.to(dtype)
-    code, eager = _CODES[activation], is_eager()
+    eager = is_eager()
     if residual_NCS is x_NCS and not eager:  # torch.compile takes no tensor twice
         residual_NCS = residual_NCS.view_as(residual_NCS)
     if not training:
@@ -111,7 +110,7 @@ def batch_norm(
             normalize = (schema.EagerNormalize if eager else schema.Normalize).apply
         else:
             normalize = torch.ops.batchnorm.normalize.default
-        return normalize(x_NCS, running_mean_C, running_var_C, gamma_C, beta_C, residual_NCS, eps, code, slope)
+        return normalize(x_NCS, running_mean_C, running_var_C, gamma_C, beta_C, residual_NCS, eps, *g)
     if eager:
         train = schema.eager_forward if torch.is_grad_enabled() else _train_without_gradient
         return train(
@@ -125,10 +124,9 @@ def batch_norm(
             skipped,
             momentum,
             eps,
-            code,
-            slope,
+            *g,
         )
-    y, mean, var = schema.Forward.apply(x_NCS, gamma_C, beta_C, residual_NCS, eps, code, slope)
+    y, mean, var = schema.Forward.apply(x_NCS, gamma_C, beta_C, residual_NCS, eps, *g)
     if running_mean_C is not None and running_var_C is not None:
         values = x_NCS.numel() // x_NCS.shape[1]
         running = (running_mean_C, running_var_C, batches, skipped)

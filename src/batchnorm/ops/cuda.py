@@ -16,6 +16,7 @@ from torch import Tensor
 
 from batchnorm.ops import cuda_kernels as kernels
 from batchnorm.ops import schema
+from batchnorm.ops.activations import NAMES, Activation
 from batchnorm.ops.running import blend_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 goes through torch's own kernels
@@ -101,7 +102,7 @@ def _shape(t: Tensor) -> str:
 
 def _check_input(x: Tensor, activation: int = 0) -> None:
     _check(x.dim() >= 2, f"x must be (N, C, ...), got {_shape(x)}")
-    _check(0 <= activation < len(schema.ACTIVATIONS), f"unknown activation {activation}")
+    _check(0 <= activation < len(NAMES), f"unknown activation {activation}")
     _check(x.dtype in DTYPES, f"expected float32, bfloat16 or float16, got {x.dtype}")
 
 
@@ -187,7 +188,7 @@ def _merge(k: Cut) -> tuple[tuple[int], dict[str, Any]]:
 
 def normalize(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    eps: float, activation: int, slope: float,
+    eps: float, activation: int, a: float, b: float,
 ) -> Tensor:  # fmt: skip
     """Algorithm 1, lines 3 and 4, with given statistics: one launch."""
     _check_input(x, activation)
@@ -197,7 +198,7 @@ def normalize(
     y, k, residual = torch.empty_like(x), cut(x), _laid_out_as(residual, x)
     if x.numel():
         channels = _contiguous(mean, var, weight, bias)
-        kernels.write_y[k.blocks, k.parts](x, residual, y, *channels, eps, slope, ACTIVATION=activation, **k.sizes)
+        kernels.write_y[k.blocks, k.parts](x, residual, y, *channels, eps, a, b, ACTIVATION=activation, **k.sizes)
     return y
 
 
@@ -207,16 +208,16 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float, activation: int,
-    slope: float,
+    a: float, b: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Algorithm 1: ``train`` without running statistics."""
-    return train(x, weight, bias, residual, None, None, None, None, None, eps, activation, slope)
+    return train(x, weight, bias, residual, None, None, None, None, None, eps, activation, a, b)
 
 
 def train(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, batches: Tensor | None, skipped: Tensor | None, momentum: float | None, eps: float,
-    activation: int, slope: float,
+    activation: int, a: float, b: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Algorithm 1 and the running statistics: one launch for short channels, else three; and one for ``batches``."""
     _check_input(x, activation)
@@ -224,7 +225,7 @@ def train(
     _check_channels(x, weight=weight, bias=bias)
     _check_like(x, residual=residual)
     if _enters_as_a_whole(running_mean, skipped, momentum) and x.numel():
-        y, mean, var = train(x, weight, bias, residual, None, None, None, None, None, eps, activation, slope)
+        y, mean, var = train(x, weight, bias, residual, None, None, None, None, None, eps, activation, a, b)
         values = x.numel() // x.shape[1]
         blend_(running_mean, running_var, batches, skipped, mean, var * (values / (values - 1)), momentum)  # type: ignore[arg-type]
         return y, mean, var
@@ -236,11 +237,11 @@ def train(
     counts = batches, skipped, momentum
     if x.numel() == 0 or not k.whole:
         mean, var = _statistics(x, *given, *counts)
-        y = normalize(x, mean, var, weight, bias, residual, eps, activation, slope)
+        y = normalize(x, mean, var, weight, bias, residual, eps, activation, a, b)
     else:
         y, mean, var = torch.empty_like(x), _wide(x), _wide(x)
         kernels.forward[k.blocks, 1](
-            x, residual, y, mean, var, *_contiguous(weight, bias), *given, *counts, eps, slope,
+            x, residual, y, mean, var, *_contiguous(weight, bias), *given, *counts, eps, a, b,
             values=x.numel() // k.C, ACTIVATION=activation, **k.sizes,
         )  # fmt: skip
     _write_back(given, running_mean, running_var)
@@ -297,29 +298,29 @@ class _Gradient(NamedTuple):
 
 def _gradient(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
-    activation: int, slope: float,
+    activation: int, a: float, b: float,
 ) -> _Gradient:  # fmt: skip
     _check_input(x, activation)
     _check_channels(x, mean=mean, var=var, weight=weight, bias=bias)
     _check_like(x, dy=dy, kept=kept)
     x = _dense(x)
     kept = None if activation == 0 else _laid_out_as(kept, x)
-    told = schema.result_tells(activation, slope)
+    told = Activation(activation, a, b).result_tells
     kind = kernels.NOTHING if kept is None else kernels.RESULT if told else kernels.RESIDUAL
     return _Gradient(_laid_out_as(dy, x), x, kept, _contiguous(mean, var, weight, bias), kind.value)  # type: ignore[arg-type]
 
 
 def gradient_sums(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
-    eps: float, activation: int, slope: float,
+    eps: float, activation: int, a: float, b: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sums of Section 3: two launches."""
-    given = _gradient(dy, x, mean, var, weight, bias, kept, activation, slope)
-    return _gradient_sums(given, cut(given.x), eps, activation, slope)
+    given = _gradient(dy, x, mean, var, weight, bias, kept, activation, a, b)
+    return _gradient_sums(given, cut(given.x), eps, activation, a, b)
 
 
 def _gradient_sums(
-    given: _Gradient, k: Cut, eps: float, activation: int, slope: float, *parameters: Tensor
+    given: _Gradient, k: Cut, eps: float, activation: int, a: float, b: float, *parameters: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``parameters``: dweight and dbias, where to put the sums in float32 too."""
     x, dz, dz_xhat = given.x, _wide(given.x), _wide(given.x)
@@ -329,7 +330,7 @@ def _gradient_sums(
         return dz.zero_(), dz_xhat.zero_()
     partial = x.new_empty((2, k.parts, k.C), dtype=torch.float64)
     kernels.sum_dz[k.blocks, k.parts](
-        given.dy, x, given.kept, partial, *given.channels, eps, slope, ACTIVATION=activation, KEPT=given.kind, **k.sizes
+        given.dy, x, given.kept, partial, *given.channels, eps, a, b, ACTIVATION=activation, KEPT=given.kind, **k.sizes
     )
     grid, shape = _merge(k)
     dweight, dbias = parameters or (None, None)
@@ -339,23 +340,23 @@ def _gradient_sums(
 
 def input_gradient(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
-    dz_mean: Tensor, dz_xhat_mean: Tensor, eps: float, activation: int, slope: float,
+    dz_mean: Tensor, dz_xhat_mean: Tensor, eps: float, activation: int, a: float, b: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """d_x of Section 3 with the sums given: one launch."""
-    given = _gradient(dy, x, mean, var, weight, bias, kept, activation, slope)
+    given = _gradient(dy, x, mean, var, weight, bias, kept, activation, a, b)
     _check_channels(x, dz_mean=dz_mean, dz_xhat_mean=dz_xhat_mean)
     dz = _contiguous(dz_mean, dz_xhat_mean)
-    return _input_gradient(given, cut(given.x), dz, 1, eps, activation, slope, True)
+    return _input_gradient(given, cut(given.x), dz, 1, eps, activation, a, b, True)
 
 
 def _input_gradient(
-    given: _Gradient, k: Cut, dz: Any, values: int, eps: float, activation: int, slope: float, training: bool
+    given: _Gradient, k: Cut, dz: Any, values: int, eps: float, activation: int, a: float, b: float, training: bool
 ) -> tuple[Tensor, Tensor]:
     """dx and dresidual from the sums ``dz`` (of dz and of dz * xhat) over so many values."""
     x, dx, dresidual = given.x, torch.empty_like(given.x), given.empty_dresidual()
     if x.numel():
         kernels.write_dx[k.blocks, k.parts](
-            given.dy, x, given.kept, dx, dresidual, *given.channels, *dz, values, eps, slope,
+            given.dy, x, given.kept, dx, dresidual, *given.channels, *dz, values, eps, a, b,
             TRAINING=training, ACTIVATION=activation, KEPT=given.kind, **k.sizes,
         )  # fmt: skip
     return dx, x.new_empty(0) if dresidual is None else dresidual
@@ -363,20 +364,20 @@ def _input_gradient(
 
 def backward(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
-    eps: float, activation: int, slope: float, training: bool,
+    eps: float, activation: int, a: float, b: float, training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Section 3: one launch for short channels, else three."""
-    given = _gradient(dy, x, mean, var, weight, bias, kept, activation, slope)
+    given = _gradient(dy, x, mean, var, weight, bias, kept, activation, a, b)
     x, k = given.x, cut(given.x)
     dweight, dbias = (x.new_empty(k.C, dtype=torch.float32) for _ in range(2))
     values = x.numel() // max(k.C, 1)
     if x.numel() == 0 or not k.whole:
-        sums = _gradient_sums(given, k, eps, activation, slope, dweight, dbias)
-        dx, dresidual = _input_gradient(given, k, sums, values, eps, activation, slope, training)
+        sums = _gradient_sums(given, k, eps, activation, a, b, dweight, dbias)
+        dx, dresidual = _input_gradient(given, k, sums, values, eps, activation, a, b, training)
         return dx, dweight, dbias, dresidual
     dx, empty = torch.empty_like(x), given.empty_dresidual()
     kernels.backward[k.blocks, 1](
-        given.dy, x, given.kept, dx, empty, *given.channels, dweight, dbias, values, eps, slope,
+        given.dy, x, given.kept, dx, empty, *given.channels, dweight, dbias, values, eps, a, b,
         TRAINING=training, ACTIVATION=activation, KEPT=given.kind, **k.sizes,
     )  # fmt: skip
     return dx, dweight, dbias, x.new_empty(0) if empty is None else empty

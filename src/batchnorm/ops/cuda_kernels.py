@@ -18,9 +18,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from batchnorm.ops.cuda_activations import activate, derivative, derivative_from_result
+
 NOTHING, RESIDUAL, RESULT = (tl.constexpr(kind) for kind in range(3))  # what is kept beside x for backward
-# The places of schema.ACTIVATIONS.
-RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, SIGMOID, TANH = (tl.constexpr(code) for code in range(1, 8))
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -81,74 +81,6 @@ def _over_values(tile, PLANES: tl.constexpr):
         return tl.sum(columns, axis=0, keep_dims=True)
     else:
         return columns
-
-
-# ---- activations -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _tanh(z):
-    z2 = z * z  # near 0 by its series: 1 - 2 / (exp(2 z) + 1) would cancel
-    series = -1382 / 155925 + z2 * (21844 / 6081075 - z2 * (929569 / 638512875))
-    series = z + z * z2 * (-1 / 3 + z2 * (2 / 15 + z2 * (-17 / 315 + z2 * (62 / 2835 + z2 * series))))
-    e = tl.exp(-2 * tl.abs(z))
-    far = (1 - e) / (1 + e)
-    return tl.where(z2 < 0.25, series, tl.where(z < 0, -far, far))
-
-
-@triton.jit
-def _activate(z, ACTIVATION: tl.constexpr, slope):
-    """g(z). A comparison that is false for NaN lets it pass."""
-    if ACTIVATION == RELU:
-        return tl.where(z <= 0, 0.0, z)
-    elif ACTIVATION == RELU6:
-        return tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z))
-    elif ACTIVATION == LEAKY_RELU:
-        return tl.where(z > 0, z, z * slope)
-    elif ACTIVATION == SILU:
-        return z * tl.sigmoid(z)
-    elif ACTIVATION == HARDSWISH:
-        return tl.where(z <= -3, 0.0, tl.where(z >= 3, z, z * (z + 3) / 6))
-    elif ACTIVATION == SIGMOID:
-        return tl.sigmoid(z)
-    elif ACTIVATION == TANH:
-        return _tanh(z)
-    else:
-        return z
-
-
-@triton.jit
-def _derivative(z, ACTIVATION: tl.constexpr, slope):
-    """dg/dz at z; at a kink the one-sided derivative that torch takes."""
-    if ACTIVATION == RELU:
-        return tl.where(z > 0, 1.0, 0.0)
-    elif ACTIVATION == RELU6:
-        return tl.where((z > 0) & (z < 6), 1.0, 0.0)
-    elif ACTIVATION == LEAKY_RELU:
-        return tl.where(z > 0, 1.0, slope)
-    elif ACTIVATION == SILU:
-        sigmoid = tl.sigmoid(z)
-        return sigmoid * (1 + z * (1 - sigmoid))
-    elif ACTIVATION == HARDSWISH:
-        return tl.where(z <= -3, 0.0, tl.where(z >= 3, 1.0, z / 3 + 0.5))
-    elif ACTIVATION == SIGMOID:
-        sigmoid = tl.sigmoid(z)
-        return sigmoid * (1 - sigmoid)
-    else:
-        tl.static_assert(ACTIVATION == TANH)
-        e = tl.exp(-2 * tl.abs(z))  # 1 - tanh(z)^2 would cancel
-        return 4 * e / ((1 + e) * (1 + e))
-
-
-@triton.jit
-def _derivative_from_result(y, ACTIVATION: tl.constexpr, slope):
-    """dg/dz where y = g(z) tells it."""
-    if ACTIVATION == SIGMOID:
-        return y * (1 - y)
-    elif ACTIVATION == TANH:
-        return 1 - y * y
-    else:
-        return _derivative(y, ACTIVATION, slope)
 
 
 # ---- per channel -----------------------------------------------------------------------------------------------------
@@ -234,7 +166,7 @@ def _sum_x(x, N, C, S, part, parts, PLANES: tl.constexpr, A: tl.constexpr, B: tl
 
 @triton.jit
 def _write_y(
-    x, residual, y, mean, scale, shift, slope, N, C, S, part, parts,
+    x, residual, y, mean, scale, shift, a, b, N, C, S, part, parts,
     ACTIVATION: tl.constexpr, PLANES: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """Algorithm 1, lines 3 and 4, the residual, the activation."""
@@ -244,12 +176,12 @@ def _write_y(
         z = centered * scale[None, :] + shift[None, :]
         if residual is not None:
             z += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y + offsets, _activate(z, ACTIVATION, slope).to(y.dtype.element_ty), mask=mask)
+        tl.store(y + offsets, activate(z, ACTIVATION, a, b).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _load_dz(
-    dy, x, kept, offsets, mask, mean, scale, shift, slope, ACTIVATION: tl.constexpr, KEPT: tl.constexpr
+    dy, x, kept, offsets, mask, mean, scale, shift, a, b, ACTIVATION: tl.constexpr, KEPT: tl.constexpr
 ):  # fmt: skip
     """dz = dy * g'(z), and x - mean; zero outside of the mask."""
     dz = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -257,25 +189,25 @@ def _load_dz(
     if ACTIVATION != 0:
         if KEPT == RESULT:
             y = tl.load(kept + offsets, mask=mask, other=0.0).to(tl.float32)
-            dz *= _derivative_from_result(y, ACTIVATION, slope)
+            dz *= derivative_from_result(y, ACTIVATION, a, b)
         else:
             z = centered * scale[None, :] + shift[None, :]
             if KEPT == RESIDUAL:
                 z += tl.load(kept + offsets, mask=mask, other=0.0).to(tl.float32)
-            dz *= _derivative(z, ACTIVATION, slope)
+            dz *= derivative(z, ACTIVATION, a, b)
     return tl.where(mask, dz, 0.0), centered
 
 
 @triton.jit
 def _sum_dz(
-    dy, x, kept, mean, scale, shift, slope, N, C, S, part, parts,
+    dy, x, kept, mean, scale, shift, a, b, N, C, S, part, parts,
     ACTIVATION: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """The sums of dz and of dz * (x - mean) over every ``parts``-th tile."""
     sums, products = tl.zeros([A, B], tl.float32), tl.zeros([A, B], tl.float32)
     for t in range(part, _tiles(N, S, PLANES, A, B), parts):
         offsets, mask, _ = _tile(t, N, C, S, PLANES, A, B)
-        dz, centered = _load_dz(dy, x, kept, offsets, mask, mean, scale, shift, slope, ACTIVATION, KEPT)
+        dz, centered = _load_dz(dy, x, kept, offsets, mask, mean, scale, shift, a, b, ACTIVATION, KEPT)
         sums += dz
         products += dz * centered
     return _over_values(sums.to(tl.float64), PLANES), _over_values(products.to(tl.float64), PLANES)
@@ -283,7 +215,7 @@ def _sum_dz(
 
 @triton.jit
 def _write_dx(
-    dy, x, kept, dx, dresidual, mean, scale, shift, rest, rstd, dz_mean, dz_xhat_mean, slope, N, C, S, part, parts,
+    dy, x, kept, dx, dresidual, mean, scale, shift, rest, rstd, dz_mean, dz_xhat_mean, a, b, N, C, S, part, parts,
     ACTIVATION: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """dx = scale * (dz - E[dz] - xhat * E[dz * xhat]) (Section 3, with its sums collected); dresidual = dz."""
@@ -292,7 +224,7 @@ def _write_dx(
     centered_term = centered_term.to(tl.float32)[None, :]
     for t in range(part, _tiles(N, S, PLANES, A, B), parts):
         offsets, mask, _ = _tile(t, N, C, S, PLANES, A, B)
-        dz, centered = _load_dz(dy, x, kept, offsets, mask, mean, scale, shift, slope, ACTIVATION, KEPT)
+        dz, centered = _load_dz(dy, x, kept, offsets, mask, mean, scale, shift, a, b, ACTIVATION, KEPT)
         d = scale[None, :] * dz - mean_term - centered * centered_term
         tl.store(dx + offsets, d.to(dx.dtype.element_ty), mask=mask)
         if dresidual is not None:
@@ -348,7 +280,7 @@ def merge_x(
 
 @_kernel
 def write_y(
-    x, residual, y, mu, var, weight, bias, eps, slope, N, C, S, inner,
+    x, residual, y, mu, var, weight, bias, eps, a, b, N, C, S, inner,
     ACTIVATION: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, BIG: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -358,12 +290,12 @@ def write_y(
     mu, var = _load_channels(mu, channels, ok, 0.0), _load_channels(var, channels, ok, 1.0)
     mean, scale, shift, _ = _affine(mu, var, weight, bias, eps, channels, ok)
     part, parts = tl.program_id(1), tl.num_programs(1)
-    _write_y(x, residual, y, mean, scale, shift, slope, N, C, S, part, parts, ACTIVATION, PLANES, A, B)
+    _write_y(x, residual, y, mean, scale, shift, a, b, N, C, S, part, parts, ACTIVATION, PLANES, A, B)
 
 
 @_kernel
 def forward(
-    x, residual, y, mu, var, weight, bias, running_mean, running_var, batches, skipped, momentum, eps, slope, N, C, S,
+    x, residual, y, mu, var, weight, bias, running_mean, running_var, batches, skipped, momentum, eps, a, b, N, C, S,
     inner, values, ACTIVATION: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, BIG: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -377,12 +309,12 @@ def forward(
     tl.store(var + channels, variance, mask=ok)
     _update_running(running_mean, running_var, batches, skipped, mean64, variance, values, momentum, channels, ok)
     mean, scale, shift, _ = _affine(mean64, variance, weight, bias, eps, channels, ok)
-    _write_y(x, residual, y, mean, scale, shift, slope, N, C, S, 0, 1, ACTIVATION, PLANES, A, B)
+    _write_y(x, residual, y, mean, scale, shift, a, b, N, C, S, 0, 1, ACTIVATION, PLANES, A, B)
 
 
 @_kernel
 def sum_dz(
-    dy, x, kept, partial, mu, var, weight, bias, eps, slope, N, C, S, inner,
+    dy, x, kept, partial, mu, var, weight, bias, eps, a, b, N, C, S, inner,
     ACTIVATION: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr,
     BIG: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -394,7 +326,7 @@ def sum_dz(
     mean, scale, shift, _ = _affine(mu, var, weight, bias, eps, channels, ok)
     part, parts = tl.program_id(1), tl.num_programs(1)
     sums, products = _sum_dz(
-        dy, x, kept, mean, scale, shift, slope, N, C, S, part, parts, ACTIVATION, KEPT, PLANES, A, B
+        dy, x, kept, mean, scale, shift, a, b, N, C, S, part, parts, ACTIVATION, KEPT, PLANES, A, B
     )
     tl.store(partial + part * C + channels, sums, mask=ok)
     tl.store(partial + (parts + part) * C + channels, products, mask=ok)
@@ -428,7 +360,7 @@ def merge_dz(
 
 @_kernel
 def write_dx(
-    dy, x, kept, dx, dresidual, mu, var, weight, bias, dz, dz_xhat, values, eps, slope, N, C, S, inner,
+    dy, x, kept, dx, dresidual, mu, var, weight, bias, dz, dz_xhat, values, eps, a, b, N, C, S, inner,
     TRAINING: tl.constexpr, ACTIVATION: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr,
     BIG: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -445,14 +377,14 @@ def write_dx(
     rest = mu - mu.to(tl.float32).to(tl.float64)
     part, parts = tl.program_id(1), tl.num_programs(1)
     _write_dx(
-        dy, x, kept, dx, dresidual, mean, scale, shift, rest, rstd, dz_mean, dz_xhat_mean, slope, N, C, S, part, parts,
+        dy, x, kept, dx, dresidual, mean, scale, shift, rest, rstd, dz_mean, dz_xhat_mean, a, b, N, C, S, part, parts,
         ACTIVATION, KEPT, PLANES, A, B,
     )  # fmt: skip
 
 
 @_kernel
 def backward(
-    dy, x, kept, dx, dresidual, mu, var, weight, bias, dweight, dbias, values, eps, slope, N, C, S, inner,
+    dy, x, kept, dx, dresidual, mu, var, weight, bias, dweight, dbias, values, eps, a, b, N, C, S, inner,
     TRAINING: tl.constexpr, ACTIVATION: tl.constexpr, KEPT: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr,
     BIG: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -462,7 +394,7 @@ def backward(
     channels, ok = _channels(C, PLANES, B)
     mu, var = _load_channels(mu, channels, ok, 0.0), _load_channels(var, channels, ok, 1.0)
     mean, scale, shift, rstd = _affine(mu, var, weight, bias, eps, channels, ok)
-    sums, products = _sum_dz(dy, x, kept, mean, scale, shift, slope, N, C, S, 0, 1, ACTIVATION, KEPT, PLANES, A, B)
+    sums, products = _sum_dz(dy, x, kept, mean, scale, shift, a, b, N, C, S, 0, 1, ACTIVATION, KEPT, PLANES, A, B)
     products = _finish_sums(sums, products, mu, var, eps)
     tl.store(dweight + channels, products.to(tl.float32), mask=ok)
     tl.store(dbias + channels, sums.to(tl.float32), mask=ok)
@@ -471,7 +403,7 @@ def backward(
         dz_mean, dz_xhat_mean = sums / values.to(tl.float64), products / values.to(tl.float64)
     rest = mu - mu.to(tl.float32).to(tl.float64)
     _write_dx(
-        dy, x, kept, dx, dresidual, mean, scale, shift, rest, rstd, dz_mean, dz_xhat_mean, slope, N, C, S, 0, 1,
+        dy, x, kept, dx, dresidual, mean, scale, shift, rest, rstd, dz_mean, dz_xhat_mean, a, b, N, C, S, 0, 1,
         ACTIVATION, KEPT, PLANES, A, B,
     )  # fmt: skip
 

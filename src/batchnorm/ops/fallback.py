@@ -7,26 +7,13 @@ takes the statistics that it saved for constants there; ``ops.reference`` is rig
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from batchnorm.ops import reference, schema
+from batchnorm.ops.activations import NO_ACTIVATION, Activation
 from batchnorm.ops.reference import over_NS, per_channel
-
-# In place where the gradient needs the result alone: no memory besides y. For the others, in place would copy y for
-# backward. (leaky_relu finds its gradient in the result only for slopes that keep the sign.)
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "relu": lambda y, slope: y.relu_(),
-    "relu6": lambda y, slope: F.relu6(y),
-    "leaky_relu": lambda y, slope: F.leaky_relu(y, slope, inplace=slope >= 0),
-    "silu": lambda y, slope: F.silu(y),
-    "hardswish": lambda y, slope: F.hardswish(y),
-    "sigmoid": lambda y, slope: y.sigmoid_(),
-    "tanh": lambda y, slope: y.tanh_(),
-}
 
 
 def batch_norm(
@@ -38,8 +25,7 @@ def batch_norm(
     training: bool,
     momentum: float,
     eps: float,
-    activation: str | None = None,
-    slope: float = 0.01,
+    g: Activation = NO_ACTIVATION,
     residual_NCS: Tensor | None = None,
 ) -> Tensor:
     """y = g(BN(x) + residual), with batch statistics in training, else with the running ones.
@@ -49,7 +35,7 @@ def batch_norm(
     y = F.batch_norm(x_NCS, running_mean_C, running_var_C, gamma_C, beta_C, training, momentum, eps)
     if residual_NCS is not None:
         y = y + residual_NCS
-    return y if activation is None else ACTIVATIONS[activation](y, slope)
+    return g.in_place(y)
 
 
 # ---- the pieces, as ``schema`` has them: equations instead of kernels ------------------------------------------------
@@ -63,33 +49,32 @@ def statistics(x_NCS: Tensor) -> tuple[Tensor, Tensor]:
 
 def normalize(
     x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, gamma_C: Tensor | None, beta_C: Tensor | None,
-    residual_NCS: Tensor | None, eps: float, activation: int, slope: float,
+    residual_NCS: Tensor | None, eps: float, activation: int, a: float, b: float,
 ) -> Tensor:  # fmt: skip
     """y by the given statistics."""
     z = reference.normalize(reference.widen(x_NCS), mean_C, var_C, gamma_C, beta_C, eps)
     z = z if residual_NCS is None else z + residual_NCS
-    name = schema.ACTIVATIONS[activation]
-    return (z if name is None else ACTIVATIONS[name](z, slope)).to(x_NCS.dtype)
+    return Activation(activation, a, b).in_place(z).to(x_NCS.dtype)
 
 
 def gradient_sums(
     dy_NCS: Tensor, x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, gamma_C: Tensor | None, beta_C: Tensor | None,
-    kept_NCS: Tensor | None, eps: float, activation: int, slope: float,
+    kept_NCS: Tensor | None, eps: float, activation: int, a: float, b: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sums of dz and of dz * xhat, in float64."""
     x = reference.widen(x_NCS)
-    d_z = schema.reference_d_z(dy_NCS, x, mean_C, var_C, gamma_C, beta_C, kept_NCS, eps, activation, slope)
+    d_z = schema.reference_d_z(dy_NCS, x, mean_C, var_C, gamma_C, beta_C, kept_NCS, eps, activation, a, b)
     xhat = reference.normalize(x, mean_C, var_C, None, None, eps)
     return d_z.sum(over_NS(x)).double(), (d_z * xhat).sum(over_NS(x)).double()
 
 
 def input_gradient(
     dy_NCS: Tensor, x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, gamma_C: Tensor | None, beta_C: Tensor | None,
-    kept_NCS: Tensor | None, dz_mean_C: Tensor, dz_xhat_mean_C: Tensor, eps: float, activation: int, slope: float,
+    kept_NCS: Tensor | None, dz_mean_C: Tensor, dz_xhat_mean_C: Tensor, eps: float, activation: int, a: float, b: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]), and dresidual = dz."""
     x = reference.widen(x_NCS)
-    d_z = schema.reference_d_z(dy_NCS, x, mean_C, var_C, gamma_C, beta_C, kept_NCS, eps, activation, slope)
+    d_z = schema.reference_d_z(dy_NCS, x, mean_C, var_C, gamma_C, beta_C, kept_NCS, eps, activation, a, b)
     xhat = reference.normalize(x, mean_C, var_C, None, None, eps)
     scale_C = (var_C + eps).rsqrt() * (1 if gamma_C is None else gamma_C)
     d_x = d_z - per_channel(dz_mean_C, x) - xhat * per_channel(dz_xhat_mean_C, x)

@@ -92,16 +92,13 @@ class _NormalizeGroups(torch.autograd.Function):
     """``forward_groups`` and ``backward_groups``."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, activation, slope, size, groups):  # type: ignore[no-untyped-def]
-        code = schema.ACTIVATIONS.index(activation)
-        y, mean, var = torch.ops.batchnorm.forward_groups.default(
-            x, weight, bias, residual, size, groups, eps, code, slope
-        )
+    def forward(ctx, x, weight, bias, residual, eps, g, size, groups):  # type: ignore[no-untyped-def]
+        y, mean, var = torch.ops.batchnorm.forward_groups.default(x, weight, bias, residual, size, groups, eps, *g)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        needed = schema.bias_kept(bias, residual, code, slope)
-        ctx.save_for_backward(x, mean, var, weight, needed, schema.kept(residual, y, code, slope))
-        ctx.scalars, ctx.has_residual = (size, groups, eps, code, slope), residual is not None
+        needed = schema.bias_kept(bias, residual, *g)
+        ctx.save_for_backward(x, mean, var, weight, needed, schema.kept(residual, y, *g))
+        ctx.scalars, ctx.has_residual = (size, groups, eps, *g), residual is not None
         ctx.dtypes = schema.dtype_of(weight), schema.dtype_of(bias)
         return y, mean, var
 
@@ -109,7 +106,7 @@ class _NormalizeGroups(torch.autograd.Function):
     def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
         x, mean, var, weight, bias, kept = ctx.saved_tensors
         if dy is None:
-            return (None,) * 9
+            return (None,) * 8
         if torch.is_grad_enabled():
             found = _differentiable_gradients_of_groups(dy, x, weight, bias, kept, *ctx.scalars)
         else:
@@ -117,7 +114,7 @@ class _NormalizeGroups(torch.autograd.Function):
         dx, dweight, dbias, dresidual = found
         dresidual = None if not ctx.has_residual else dy if kept is None else dresidual
         dweight, dbias = map(schema.as_parameter, (dweight, dbias), ctx.dtypes)
-        return dx, dweight, dbias, dresidual, *(None,) * 5
+        return dx, dweight, dbias, dresidual, *(None,) * 4
 
 
 _normalize_groups = without_functorch(_NormalizeGroups)

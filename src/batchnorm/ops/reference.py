@@ -8,25 +8,10 @@ Every step is differentiable, the gradients too: derivatives of any order are ri
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# g(z) and dg/dz; at a kink, the one-sided derivative that torch takes. `a` is the slope of leaky_relu.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]] = {
-    "relu": (lambda z, a: F.relu(z), lambda z, a: z > 0),
-    "relu6": (lambda z, a: F.relu6(z), lambda z, a: (z > 0) & (z < 6)),
-    "leaky_relu": (lambda z, a: F.leaky_relu(z, a), lambda z, a: torch.where(z > 0, torch.ones_like(z), a)),
-    "silu": (lambda z, a: z * z.sigmoid(), lambda z, a: z.sigmoid() * (1 + z * (1 - z.sigmoid()))),
-    "hardswish": (
-        lambda z, a: z * F.relu6(z + 3) / 6,
-        lambda z, a: torch.where(z <= -3, 0.0, torch.where(z >= 3, 1.0, z / 3 + 0.5)),
-    ),
-    "sigmoid": (lambda z, a: z.sigmoid(), lambda z, a: z.sigmoid() * (1 - z.sigmoid())),
-    "tanh": (lambda z, a: z.tanh(), lambda z, a: 1 - z.tanh() ** 2),
-}
+from batchnorm.ops.activations import NO_ACTIVATION, Activation
 
 
 def widen(t: Tensor) -> Tensor:
@@ -114,8 +99,7 @@ def batch_norm(
     training: bool,
     momentum: float,
     eps: float,
-    activation: str | None = None,
-    slope: float = 0.01,
+    g: Activation = NO_ACTIVATION,
     residual_NCS: Tensor | None = None,
 ) -> Tensor:
     """y = g(BN(x) + residual), with batch statistics in training, else with the running ones.
@@ -133,7 +117,7 @@ def batch_norm(
     dtype = x_NCS.dtype
     if residual_NCS is not None:
         z, dtype = z + residual_NCS, torch.result_type(x_NCS, residual_NCS)
-    return (z if activation is None else ACTIVATIONS[activation][0](z, slope)).to(dtype)
+    return g.value(z).to(dtype)
 
 
 def backward(
@@ -168,18 +152,17 @@ def batch_norm_backward(
     beta_C: Tensor | None,
     training: bool,
     eps: float,
-    activation: str | None = None,
-    slope: float = 0.01,
+    g: Activation = NO_ACTIVATION,
     residual_NCS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradient of ``batch_norm``: d_x, d_gamma, d_beta, d_residual, in their tensors' dtypes; None for None."""
     x = widen(x_NCS)
     mu_C, var_C = chosen_statistics(x, running_mean_C, running_var_C, training)
     d_z = d_y_NCS.to(x.dtype)
-    if activation is not None:
+    if g.code:
         z = normalize(x, mu_C, var_C, gamma_C, beta_C, eps)
         z = z if residual_NCS is None else z + residual_NCS
-        d_z = d_z * ACTIVATIONS[activation][1](z, slope)
+        d_z = d_z * g.derivative(z)
     d_x, d_gamma_C, d_beta_C = backward(d_z, x, mu_C, var_C, gamma_C, eps, training)
     return (
         d_x.to(x_NCS.dtype),

@@ -17,43 +17,43 @@ import torch
 from torch import Tensor
 
 from batchnorm.ops import reference
-
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh")  # ops take the index
+from batchnorm.ops.activations import Activation
 
 library = torch.library.Library("batchnorm", "DEF")
 library.define("statistics(Tensor x) -> (Tensor mean, Tensor var)")
 library.define(  # statistics and normalize in one go
-    "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, int activation, float slope)"
+    "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, int activation, float a, float b)"
     " -> (Tensor y, Tensor mean, Tensor var)"
 )
 library.define(
     "normalize(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps,"
-    " int activation, float slope) -> Tensor"
+    " int activation, float a, float b) -> Tensor"
 )
 library.define(
     "gradient_sums(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? kept, float eps,"
-    " int activation, float slope) -> (Tensor dz, Tensor dz_xhat)"
+    " int activation, float a, float b) -> (Tensor dz, Tensor dz_xhat)"
 )
 library.define(
     "input_gradient(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? kept,"
-    " Tensor dz_mean, Tensor dz_xhat_mean, float eps, int activation, float slope) -> (Tensor dx, Tensor dresidual)"
+    " Tensor dz_mean, Tensor dz_xhat_mean, float eps, int activation, float a, float b)"
+    " -> (Tensor dx, Tensor dresidual)"
 )
 library.define(  # gradient_sums and input_gradient in one go
     "backward(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? kept, float eps,"
-    " int activation, float slope, bool training) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
+    " int activation, float a, float b, bool training) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
 library.define(  # forward for each `size` examples, and for what is left: mean and var are (groups, C)
     "forward_groups(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, int size, int groups, float eps,"
-    " int activation, float slope) -> (Tensor y, Tensor mean, Tensor var)"
+    " int activation, float a, float b) -> (Tensor y, Tensor mean, Tensor var)"
 )
 library.define(
     "backward_groups(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? kept,"
-    " int size, int groups, float eps, int activation, float slope)"
+    " int size, int groups, float eps, int activation, float a, float b)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)"
 )
 library.define(  # forward and update_running_ in one call
     "train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var,"
-    " Tensor(c!)? batches, Tensor(d!)? skipped, float? momentum, float eps, int activation, float slope)"
+    " Tensor(c!)? batches, Tensor(d!)? skipped, float? momentum, float eps, int activation, float a, float b)"
     " -> (Tensor y, Tensor mean, Tensor var)"
 )
 library.define(
@@ -66,12 +66,6 @@ library.define(  # update_running_ under torch.compile: whether a forward is a r
     " Tensor mean, Tensor var, SymInt? values, Tensor? counts, float? momentum) -> ()"
 )
 library.define("count_once_(Tensor(a!) steps, Tensor counts) -> ()")  # the same for the steps that Renorm counts
-
-
-def result_tells(activation: int, slope: float) -> bool:
-    """Whether dg/dz follows from y = g(z): then a layer with a residual keeps y for backward, else the residual."""
-    name = ACTIVATIONS[activation]
-    return name in ("relu", "relu6", "sigmoid", "tanh") or (name == "leaky_relu" and slope >= 0)
 
 
 # ---- fake kernels: shapes, dtypes and layouts, for torch.compile -----------------------------------------------------
@@ -102,43 +96,43 @@ def _(x):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("batchnorm::forward", lib=library)
-def _(x, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, residual, eps, activation, a, b):  # type: ignore[no-untyped-def]
     return _dense(x), *_wide(x)
 
 
 @torch.library.register_fake("batchnorm::train", lib=library)
-def _(x, weight, bias, residual, running_mean, running_var, batches, skipped, momentum, eps, activation, slope):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, residual, running_mean, running_var, batches, skipped, momentum, eps, activation, a, b):  # type: ignore[no-untyped-def]
     return _dense(x), *_wide(x)
 
 
 @torch.library.register_fake("batchnorm::normalize", lib=library)
-def _(x, mean, var, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
+def _(x, mean, var, weight, bias, residual, eps, activation, a, b):  # type: ignore[no-untyped-def]
     return _dense(x)
 
 
 @torch.library.register_fake("batchnorm::backward", lib=library)
-def _(dy, x, mean, var, weight, bias, kept, eps, activation, slope, training):  # type: ignore[no-untyped-def]
+def _(dy, x, mean, var, weight, bias, kept, eps, activation, a, b, training):  # type: ignore[no-untyped-def]
     return _dense(x), _per_channel(x), _per_channel(x), _d_residual(x, kept, activation)
 
 
 @torch.library.register_fake("batchnorm::gradient_sums", lib=library)
-def _(dy, x, mean, var, weight, bias, kept, eps, activation, slope):  # type: ignore[no-untyped-def]
+def _(dy, x, mean, var, weight, bias, kept, eps, activation, a, b):  # type: ignore[no-untyped-def]
     return _wide(x)
 
 
 @torch.library.register_fake("batchnorm::input_gradient", lib=library)
-def _(dy, x, mean, var, weight, bias, kept, dz_mean, dz_xhat_mean, eps, activation, slope):  # type: ignore[no-untyped-def]
+def _(dy, x, mean, var, weight, bias, kept, dz_mean, dz_xhat_mean, eps, activation, a, b):  # type: ignore[no-untyped-def]
     return _dense(x), _d_residual(x, kept, activation)
 
 
 @torch.library.register_fake("batchnorm::forward_groups", lib=library)
-def _(x, weight, bias, residual, size, groups, eps, activation, slope):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, residual, size, groups, eps, activation, a, b):  # type: ignore[no-untyped-def]
     mean = x.new_empty(groups, x.shape[1], dtype=torch.float64)
     return _dense(x), mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("batchnorm::backward_groups", lib=library)
-def _(dy, x, mean, var, weight, bias, kept, size, groups, eps, activation, slope):  # type: ignore[no-untyped-def]
+def _(dy, x, mean, var, weight, bias, kept, size, groups, eps, activation, a, b):  # type: ignore[no-untyped-def]
     return _dense(x), _per_channel(x), _per_channel(x), _d_residual(x, kept, activation)
 
 
@@ -201,16 +195,16 @@ for name, inputs, outputs in (
 
 
 @torch.library.register_vmap("batchnorm::forward", lib=library)
-def _(info, in_dims, x, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
+def _(info, in_dims, x, weight, bias, residual, eps, activation, a, b):  # type: ignore[no-untyped-def]
     """One batch with many parameters has one mean and variance: so the running statistics need not be batched."""
     if in_dims[0] is not None:
         return _batched(ops.forward, 4, (1, 0, 0, 1), (1, 0, 0))(
-            info, in_dims, x, weight, bias, residual, eps, activation, slope
+            info, in_dims, x, weight, bias, residual, eps, activation, a, b
         )
     mean, var = ops.statistics(x)
     dims = (None, None, None, *in_dims[1:4], None, None, None)
     normalize = _batched(ops.normalize, 6, (1, 0, 0, 0, 0, 1), (1,))
-    y, y_dim = normalize(info, dims, x, mean, var, weight, bias, residual, eps, activation, slope)
+    y, y_dim = normalize(info, dims, x, mean, var, weight, bias, residual, eps, activation, a, b)
     return (y, mean, var), (y_dim, None, None)
 
 
@@ -223,23 +217,23 @@ class Forward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
-        return ops.forward.default(x, weight, bias, residual, eps, activation, slope)
+    def forward(x, weight, bias, residual, eps, activation, a, b):  # type: ignore[no-untyped-def]
+        return ops.forward.default(x, weight, bias, residual, eps, activation, a, b)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, weight, bias, residual, eps, activation, slope = inputs
+        x, weight, bias, residual, eps, activation, a, b = inputs
         y, mean, var = output
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)  # no zeros for those of mean and var
-        _keep(ctx, x, mean, var, weight, bias, residual, y, (eps, activation, slope, True))
+        _keep(ctx, x, mean, var, weight, bias, residual, y, (eps, activation, a, b, True))
 
     @staticmethod
     def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
         if dy is None:
-            return (None,) * 7
+            return (None,) * 8
         dx, dweight, dbias, dresidual = _gradients(ctx, dy)
-        return dx, dweight, dbias, dresidual, None, None, None
+        return dx, dweight, dbias, dresidual, None, None, None, None
 
 
 class EagerForward(torch.autograd.Function):
@@ -247,17 +241,17 @@ class EagerForward(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x, weight, bias, residual, running_mean, running_var, batches, skipped, momentum, eps, activation, slope
+        ctx, x, weight, bias, residual, running_mean, running_var, batches, skipped, momentum, eps, activation, a, b
     ):
         y, mean, var = ops.train.default(
-            x, weight, bias, residual, running_mean, running_var, batches, skipped, momentum, eps, activation, slope
+            x, weight, bias, residual, running_mean, running_var, batches, skipped, momentum, eps, activation, a, b
         )
-        _keep(ctx, x, mean, var, weight, bias, residual, y, (eps, activation, slope, True))
+        _keep(ctx, x, mean, var, weight, bias, residual, y, (eps, activation, a, b, True))
         return y
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        return *_gradients(ctx, dy), None, None, None, None, None, None, None, None
+        return *_gradients(ctx, dy), *(None,) * 9
 
 
 # Without what `Function.apply` does in Python for torch.func.
@@ -270,18 +264,18 @@ class Normalize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, mean, var, weight, bias, residual, eps, activation, slope):  # type: ignore[no-untyped-def]
-        return ops.normalize.default(x, mean, var, weight, bias, residual, eps, activation, slope)
+    def forward(x, mean, var, weight, bias, residual, eps, activation, a, b):  # type: ignore[no-untyped-def]
+        return ops.normalize.default(x, mean, var, weight, bias, residual, eps, activation, a, b)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, mean, var, weight, bias, residual, eps, activation, slope = inputs
-        _keep(ctx, x, mean, var, weight, bias, residual, output, (eps, activation, slope, False))
+        x, mean, var, weight, bias, residual, eps, activation, a, b = inputs
+        _keep(ctx, x, mean, var, weight, bias, residual, output, (eps, activation, a, b, False))
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         dx, dweight, dbias, dresidual = _gradients(ctx, dy)
-        return dx, None, None, dweight, dbias, dresidual, None, None, None
+        return dx, None, None, dweight, dbias, dresidual, *(None,) * 4
 
 
 class EagerNormalize(Normalize):
@@ -298,19 +292,19 @@ class EagerNormalize(Normalize):
 
 def _keep(ctx: Any, x: Any, mean: Any, var: Any, weight: Any, bias: Any, residual: Any, y: Any, scalars: Any) -> None:
     """For backward: x and (C,) values; with a residual and an activation also y or the residual."""
-    needed = bias_kept(bias, residual, *scalars[1:3])
-    ctx.save_for_backward(x, mean, var, weight, needed, kept(residual, y, *scalars[1:3]))
+    needed = bias_kept(bias, residual, *scalars[1:4])
+    ctx.save_for_backward(x, mean, var, weight, needed, kept(residual, y, *scalars[1:4]))
     ctx.scalars, ctx.has_residual, ctx.bias_dtype = scalars, residual is not None, dtype_of(bias)
 
 
-def kept(residual: Tensor | None, y: Tensor, activation: int, slope: float) -> Tensor | None:
+def kept(residual: Tensor | None, y: Tensor, activation: int, a: float, b: float) -> Tensor | None:
     """The tensor that backward needs of a layer with a residual and an activation."""
-    return None if residual is None or activation == 0 else y if result_tells(activation, slope) else residual
+    return None if residual is None or activation == 0 else y if Activation(activation, a, b).result_tells else residual
 
 
-def bias_kept(bias: Tensor | None, residual: Tensor | None, activation: int, slope: float) -> Tensor | None:
+def bias_kept(bias: Tensor | None, residual: Tensor | None, activation: int, a: float, b: float) -> Tensor | None:
     """The bias, where dg/dz hangs on it. Elsewhere it may change between forward and backward, as torch's may."""
-    return None if activation == 0 or (residual is not None and result_tells(activation, slope)) else bias
+    return None if activation == 0 or (residual is not None and Activation(activation, a, b).result_tells) else bias
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -341,8 +335,8 @@ class Backward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dy, x, mean, var, weight, bias, kept, eps, activation, slope, training):  # type: ignore[no-untyped-def]
-        return ops.backward.default(dy, x, mean, var, weight, bias, kept, eps, activation, slope, training)
+    def forward(dy, x, mean, var, weight, bias, kept, eps, activation, a, b, training):  # type: ignore[no-untyped-def]
+        return ops.backward.default(dy, x, mean, var, weight, bias, kept, eps, activation, a, b, training)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -352,14 +346,14 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
         dy, x, mean, var, weight, bias, kept = ctx.saved_tensors
-        eps, activation, slope, training = ctx.scalars
+        eps, activation, a, b, training = ctx.scalars
         given: dict[str, Any] = {"dy": dy, "x": x, "weight": weight, "bias": bias, "kept": kept}
         present = {name: t for name, t in given.items() if t is not None}
 
         def gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
             values = given | dict(zip(present, tensors, strict=True))
             return _reference_backward(
-                **values, mean=mean, var=var, eps=eps, activation=activation, slope=slope, training=training
+                **values, mean=mean, var=var, eps=eps, activation=activation, a=a, b=b, training=training
             )
 
         outputs, pullback = torch.func.vjp(gradient, *present.values())
@@ -367,22 +361,19 @@ class Backward(torch.autograd.Function):
         found = dict(zip(present, pullback(grads), strict=True))
         return (
             found["dy"], found["x"], None, None, found.get("weight"), found.get("bias"), found.get("kept"),
-            None, None, None, None,
+            *(None,) * 5,
         )  # fmt: skip
-
-
-_FROM_RESULT = {"sigmoid": lambda y: y * (1 - y), "tanh": lambda y: 1 - y * y}  # the others: g' at y is g' at z
 
 
 def _reference_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
-    mean: Tensor, var: Tensor, eps: float, activation: int, slope: float, training: bool,
+    mean: Tensor, var: Tensor, eps: float, activation: int, a: float, b: float, training: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The op ``backward`` in differentiable steps; in training mean and var are functions of x again."""
     wide = reference.widen(x)
     if training:
         mean, var = reference.statistics(wide)
-    d_z = reference_d_z(dy, wide, mean, var, weight, bias, kept, eps, activation, slope)
+    d_z = reference_d_z(dy, wide, mean, var, weight, bias, kept, eps, activation, a, b)
     dx, dweight, dbias = reference.backward(d_z, wide, mean, var, weight, eps, training)
     d_residual = x.new_empty(0) if kept is None or activation == 0 else d_z.to(x.dtype)
     return dx.to(x.dtype), dweight.to(_per_channel(x).dtype), dbias.to(_per_channel(x).dtype), d_residual
@@ -390,15 +381,14 @@ def _reference_backward(
 
 def reference_d_z(
     dy: Tensor, wide: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None,
-    kept: Tensor | None, eps: float, activation: int, slope: float,
+    kept: Tensor | None, eps: float, activation: int, a: float, b: float,
 ) -> Tensor:  # fmt: skip
     """dy through the activation, in the dtype of sums, as x is here; ``kept`` as the ops have it."""
-    name, d_z = ACTIVATIONS[activation], dy.to(wide.dtype)
-    if name is None:
+    g, d_z = Activation(activation, a, b), dy.to(wide.dtype)
+    if activation == 0:
         return d_z
     kept = None if kept is None else kept.to(wide.dtype)
-    derivative = reference.ACTIVATIONS[name][1]
-    if kept is None or not result_tells(activation, slope):
+    if kept is None or not g.result_tells:
         z = reference.normalize(wide, mean, var, weight, bias, eps)
-        return d_z * derivative(z if kept is None else z + kept, slope)
-    return d_z * (_FROM_RESULT[name](kept) if name in _FROM_RESULT else derivative(kept, slope))
+        return d_z * g.derivative(z if kept is None else z + kept)
+    return d_z * g.from_result(kept)

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from batchnorm import ops
 from batchnorm.ops import fallback, reference, schema
+from batchnorm.ops.activations import Activation
 from batchnorm.ops.reference import over_NS, per_channel
 from batchnorm.ops.repetition import is_repeated
 
@@ -41,8 +42,7 @@ class Affine(NamedTuple):
     bias_C: Tensor | None
     residual_NCS: Tensor | None
     eps: float
-    activation: str | None
-    slope: float
+    g: Activation
 
 
 def statistics(x_NCS: Tensor, mask_N1S: Tensor | None = None) -> tuple[Tensor, Moments]:
@@ -208,10 +208,10 @@ def _plain_statistics(x_NCS: Tensor, mask_N1S: Tensor | None) -> tuple[Tensor, M
 
 def _plain(x_NCS: Tensor, moments: Moments, affine: Affine) -> Tensor:
     """y in torch's own ops, differentiable through the moments too."""
-    weight_C, bias_C, residual_NCS, eps, activation, slope = affine
+    weight_C, bias_C, residual_NCS, eps, g = affine
     z = reference.normalize(reference.widen(x_NCS), moments.mean_C, moments.var_C, weight_C, bias_C, eps)
     z = z if residual_NCS is None else z + residual_NCS
-    return (z if activation is None else reference.ACTIVATIONS[activation][0](z, slope)).to(x_NCS.dtype)
+    return g.value(z).to(x_NCS.dtype)
 
 
 def without_functorch(function: type[torch.autograd.Function]) -> Any:
@@ -224,13 +224,12 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x, weight, bias, residual, eps, activation, slope, mean, var, count, mask, reduce
+        ctx, x, weight, bias, residual, eps, g, mean, var, count, mask, reduce
     ):
-        code = schema.ACTIVATIONS.index(activation)
-        y = _piece("normalize", x)(x, mean, var, weight, bias, residual, eps, code, slope)
-        needed = schema.bias_kept(bias, residual, code, slope)
-        ctx.save_for_backward(x, mean, var, weight, needed, schema.kept(residual, y, code, slope), count, mask)
-        ctx.scalars, ctx.reduce, ctx.has_residual = (eps, code, slope), reduce, residual is not None
+        y = _piece("normalize", x)(x, mean, var, weight, bias, residual, eps, *g)
+        needed = schema.bias_kept(bias, residual, *g)
+        ctx.save_for_backward(x, mean, var, weight, needed, schema.kept(residual, y, *g), count, mask)
+        ctx.scalars, ctx.reduce, ctx.has_residual = (eps, *g), reduce, residual is not None
         ctx.dtypes = schema.dtype_of(weight), schema.dtype_of(bias)
         return y
 
@@ -254,7 +253,7 @@ class _Normalize(torch.autograd.Function):
                 dx, dresidual = _piece("input_gradient", x)(*given, means[0], means[1], *ctx.scalars)
         dresidual = None if not ctx.has_residual else dy if kept is None else dresidual
         dweight, dbias = map(schema.as_parameter, (dz_xhat, dz), ctx.dtypes)
-        return dx, dweight, dbias, dresidual, *(None,) * 8
+        return dx, dweight, dbias, dresidual, *(None,) * 7
 
 
 _normalize = without_functorch(_Normalize)

@@ -1,7 +1,7 @@
 """Modules that may stand between a layer and the activation that it takes over: ``Identity``, and dropout.
 
-Dropout multiplies by 0 or 1 / (1 - p), so that relu and leaky_relu, with g(a z) = a g(z) for a >= 0, may come before it
-as well as behind it. What else is taken over across a dropout with p = 0 goes back when p is set to something else.
+Dropout multiplies by 0 or 1 / (1 - p), so that an activation with g(c z) = c g(z) for c >= 0, as relu, may come before
+it as well as behind it. What else is taken over across a dropout with p = 0 goes back when p is set to something else.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.ops.activations import Activation
 
 NOTHING = (nn.Identity,)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_COMMUTE = ("relu", "leaky_relu")
 
 
 def passes(module: Any) -> bool:
@@ -28,12 +28,16 @@ def _kind(module: Any) -> Any:
     return type(module).watched_for if hasattr(type(module), "watched_for") else type(module)
 
 
-def in_the_way(passed: list[Any], activation: str | None, adds: bool) -> str | None:
+def in_the_way(passed: list[Any], g: Activation, adds: bool) -> str | None:
     """Why not, in this case."""
     drops = [module for module in passed if getattr(module, "p", 0) > 0]
-    if not drops or (activation in _COMMUTE and not adds):
+    if not drops or _commutes(g, adds):
         return None
-    return f"a {type(drops[0]).__name__}(p={drops[0].p:g}) is between it and {'an addition' if adds else activation}"
+    return f"a {type(drops[0]).__name__}(p={drops[0].p:g}) is between it and {'an addition' if adds else g.name}"
+
+
+def _commutes(g: Activation, adds: bool) -> bool:
+    return g.code != 0 and g.row.homogeneous and not adds
 
 
 class Crossed:
@@ -57,9 +61,9 @@ class Crossed:
             self.dropout.__class__ = type(self.dropout).watched_for  # type: ignore[attr-defined]
 
 
-def crossed(passed: list[Any], layer: FusedBatchNorm, activation: str | None, adds: bool) -> tuple[Crossed, ...]:
+def crossed(passed: list[Any], layer: FusedBatchNorm, g: Activation, adds: bool) -> tuple[Crossed, ...]:
     """Have those that must not drop anything tell when they are to."""
-    if activation in _COMMUTE and not adds:
+    if _commutes(g, adds):
         return ()
     return tuple(Crossed(module, layer) for module in passed if hasattr(module, "p"))
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from batchnorm.functional import parse_activation
 from batchnorm.nn.base import FusedBatchNorm
-from batchnorm.ops import fallback
+from batchnorm.ops.activations import NO_ACTIVATION, REFUSED, ROWS, Activation, activation_named, activation_of
 from batchnorm.surgery.adopt import Fused, adopt
 from batchnorm.surgery.between import crossed, in_the_way, passes
 from batchnorm.surgery.checks import hooked, replaced, scripted
@@ -115,8 +115,10 @@ def _follow(seen: Watched, name: str, layer: FusedBatchNorm) -> _Followed:
         other = _summand(seen, call, reader)
         unusual = ", which has hooks" if reader.kind == "module" and not _unwatched(reader.target) else ""
         unusual = f", of something of another shape, {other.shape}" if other and other.shape != call.shape else unusual
+        if type(reader.target) in REFUSED:
+            unusual = f", a {type(reader.target).__name__}: {REFUSED[type(reader.target)]}"
         return _Followed(f"its output goes to {reader.label}{unusual}")
-    why = in_the_way(between, activation, adds)
+    why = in_the_way(between, activation or NO_ACTIVATION, adds)
     if why is not None:
         return _Followed(why)
     if after is None or activation is None:
@@ -143,16 +145,11 @@ def _summand(seen: Watched, call: Call, reader: Call) -> Call | None:
     return seen.calls[reader.inputs[1 - reader.inputs.index(call.index)]]
 
 
-def _activation(call: Call) -> str | None:
+def _activation(call: Call) -> Activation | None:
     if call.kind == "module":
-        if not _unwatched(call.target):
-            return None
-        try:
-            return parse_activation(call.target)[0]
-        except TypeError:
-            return None
-    name = call.name.rstrip("_")
-    return name if call.kind == "function" and name in fallback.ACTIVATIONS and len(call.inputs) == 1 else None
+        return activation_of(call.target) if _unwatched(call.target) else None
+    row = ROWS.get(call.name.rstrip("_")) if call.kind == "function" and len(call.inputs) == 1 else None
+    return activation_named(row.name) if row else None  # its parameters are read when the forward is rewritten
 
 
 def _around(layer: str, owner: str) -> str:
@@ -165,14 +162,14 @@ def _take_over(model: nn.Module, place: str, call: Call, between: tuple[Any, ...
     activation, around = call.target, _around(place, call.owner)
     layer: Any = model.get_submodule(place)
     path = place.removeprefix(f"{around}.").split(".")
-    name, _ = parse_activation(activation)
+    g = parse_activation(activation)
     layer.activation, layer.fused = activation, True
     root = model.get_submodule(around)
     parent, _, child = call.name.rpartition(".")
     by, held = (root, path, layer), (model.get_submodule(parent), child)
     where = () if isinstance(root, fx.GraphModule) else (by, held)  # such a program cannot hold itself
     placeholder = Fused(activation, layer, *where)
-    layer.taken_from = (*layer.taken_from, placeholder, *crossed(list(between), layer, name, adds=False))
+    layer.taken_from = (*layer.taken_from, placeholder, *crossed(list(between), layer, g, adds=False))
     for module in model.modules():
         for child, found in module._modules.items():
             if found is activation:

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from batchnorm.functional import parse_activation
-from batchnorm.ops import fallback
+from batchnorm.ops.activations import NO_ACTIVATION, Activation, activation_called, activation_of
 from batchnorm.surgery.between import crossed, in_the_way, passes
 from batchnorm.surgery.checks import hooked, replaced
 
@@ -35,8 +34,8 @@ def fuse_in_graph(graph: fx.Graph, module: nn.Module, name: str, layer: Any) -> 
     if after is not None and activation is not None:
         chain.append(after)
     taken = chain[1 + len(between) :]
-    known = activation[0] if isinstance(activation, tuple) else activation
-    if not taken or in_the_way(passed, known, adds):
+    g = activation or NO_ACTIVATION
+    if not taken or in_the_way(passed, g, adds):
         return "", ()
     with graph.inserting_before(chain[-1]):
         new = graph.call_module(name, node.args, kwargs)
@@ -45,9 +44,9 @@ def fuse_in_graph(graph: fx.Graph, module: nn.Module, name: str, layer: Any) -> 
         chain[-1].replace_all_uses_with(new)
     for done in reversed(chain):
         graph.erase_node(done)
-    layer.activation, layer.fused = activation, True
+    layer.activation, layer.fused = g.as_users_write_it(), True
     what = [str(done.target) if done.op == "call_module" else f"{_name(done)}()" for done in taken]
-    return " and ".join(what), crossed(passed, layer, known, adds)
+    return " and ".join(what), crossed(passed, layer, g, adds)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -58,20 +57,11 @@ def _name(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _activation_of(module: nn.Module, node: fx.Node) -> str | tuple[str, float] | None:
-    """As a layer has it."""
+def _activation_of(module: nn.Module, node: fx.Node) -> Activation | None:
+    """The activation that a node computes."""
     if node.op == "call_module":
         target = module.get_submodule(str(node.target))
-        if hooked(target) or replaced(target):
-            return None
-        try:
-            name, slope = parse_activation(target)
-        except TypeError:
-            return None
-    else:
-        found, (_, *args) = _name(node).rstrip("_"), node.args
-        if found not in fallback.ACTIVATIONS or len(node.all_input_nodes) != 1:
-            return None
-        slope = node.kwargs.get("negative_slope", args[0] if args else 0.01) if found == "leaky_relu" else 0.01  # type: ignore[assignment]
-        name = found
-    return (name, float(slope)) if name == "leaky_relu" else name
+        return None if hooked(target) or replaced(target) else activation_of(target)
+    if len(node.all_input_nodes) != 1:
+        return None
+    return activation_called(_name(node).rstrip("_"), node.args[1:], node.kwargs)

@@ -18,14 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.functional import parse_activation
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.norm import AnyBatchNorm
-from batchnorm.ops import fallback
+from batchnorm.ops.activations import ROWS, activation_called
 from batchnorm.ops.reference import per_channel
 from batchnorm.surgery.convert import OURS
 from batchnorm.surgery.fold_check import error
 from batchnorm.surgery.weights import affine
 
 KNOWN = {*OURS, *OURS.values(), AnyBatchNorm, nn.SyncBatchNorm}
-_NAMED = {"identity": nn.Identity, "none": nn.Identity, "elu": nn.ELU, "gelu": nn.GELU, "selu": nn.SELU}
+_NAMED = {"selu": nn.SELU}  # of those that no layer takes over; any other is none
 _AGREES = 1e-10  # relative to the largest value, in float64
 
 
@@ -38,9 +38,8 @@ class Rest(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(input + residual)"""
-        name, slope = parse_activation(self.activation)
-        x = input if residual is None else input + residual
-        return x if name is None else fallback.ACTIVATIONS[name](x.clone() if residual is None else x, slope)
+        g = parse_activation(self.activation)
+        return g.in_place(input + residual) if residual is not None else g.in_place(input.clone()) if g.code else input
 
     def extra_repr(self) -> str:
         """The activation."""
@@ -73,9 +72,10 @@ def rest_of(layer: Any, with_residual: bool) -> nn.Module:
     named = vars(layer).get("activation")
     children = OrderedDict(layer.named_children())
     if not children and isinstance(named, str):
-        slope = vars(layer).get("activation_param", 0.01)  # as inplace_abn names it
-        if named in fallback.ACTIVATIONS:
-            return Rest((named, slope) if named == "leaky_relu" else named)
+        if named in ROWS:
+            given = [vars(layer)["activation_param"]] if "activation_param" in vars(layer) else []  # of inplace_abn
+            g = activation_called(named, given, {})
+            return Rest(named if g is None else g.as_users_write_it())
         return _NAMED.get(named, nn.Identity)()
     if all(type(child) is nn.Identity for child in children.values()):
         return nn.Identity()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.ops.activations import activation_of
 from batchnorm.surgery.form import Form
 
 
@@ -83,7 +84,8 @@ class Rewritten:
         inner = [vars(each).get("written_by") for each, *_ in passed]  # what these went through is in the text too
         self.passed = [*passed, *(each for other in inner if other for each in other.passed)]
         children = [child for *_, same in self.passed for _, child in same]
-        self.slopes = [(child, child.negative_slope) for child in children if isinstance(child, nn.LeakyReLU)]
+        known = [(child, activation_of(child)) for child in children]
+        self.activations = [(child, g) for child, g in known if g and (g.row.parameters or g.row.fixed)]
 
     def is_whole(self) -> bool:
         """Whether all of its layers are where they were, and what the forward went through is what it was."""
@@ -93,8 +95,8 @@ class Rewritten:
             for name, child in same:
                 if module._modules[name] is not child:
                     return False
-        for child, slope in self.slopes:
-            if child.negative_slope != slope:
+        for child, g in self.activations:
+            if activation_of(child) != g:
                 return False
         for around, name, layer in self.places:
             if not (around._modules.get(name) is layer and layer.fused) and not stands(around, [name], layer):
@@ -137,7 +139,7 @@ class Regraphed(Rewritten):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Regraphed:
         new = memo[id(self)] = Regraphed.__new__(Regraphed)
-        new.form, new.places, new.passed, new.slopes = None, [], [], []  # it is never asked
+        new.form, new.places, new.passed, new.activations = None, [], [], []  # it is never asked
         new.module, new.layers = copy.deepcopy(self.module, memo), copy.deepcopy(self.layers, memo)
         new.graph = copy.deepcopy(self.graph, memo)
         return new

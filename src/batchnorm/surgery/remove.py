@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from batchnorm.functional import MODULES, parse_activation
+from batchnorm.functional import parse_activation
 from batchnorm.surgery.checks import checked, on_all_ranks, only_copies_run
 from batchnorm.surgery.convert import Model
 from batchnorm.surgery.copies import copied
@@ -182,7 +182,7 @@ def _taken_out(model: Model, example: Any, names: set[str]) -> Model:
         if name in names and type(layer) is nn.Identity:
             become(layer, Removed())
         elif name in names and type(layer) is Rest and all(len(call.inputs) == 1 for call in seen.of(name)):
-            become(layer, _module(layer))
+            become(layer, parse_activation(layer.activation).module())
         elif name in names and type(layer) is nn.Sequential:
             _without(layer, [key for key, child in layer._modules.items() if type(child) is nn.Identity])
     short = copied(model)
@@ -208,13 +208,6 @@ def _without(sequence: nn.Sequential, keys: list[str]) -> None:
     numbered = [*children] == [str(i) for i in range(len(children))]
     left = [(key, child) for key, child in children.items() if key not in keys]
     sequence._modules = {str(i) if numbered else key: child for i, (key, child) in enumerate(left)}
-
-
-def _module(rest: Rest) -> nn.Module:
-    """torch's module of an activation."""
-    name, slope = parse_activation(rest.activation)
-    kinds: dict[str, Any] = {name: kind for kind, name in MODULES.items()}
-    return kinds[str(name)](slope) if name == "leaky_relu" else kinds[str(name)]()
 
 
 def _same(model: nn.Module, other: nn.Module, example: Any, train: bool) -> bool:

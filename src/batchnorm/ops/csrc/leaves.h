@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "vector.h"
+#include "activations.h"
 
 namespace {
 
@@ -160,13 +160,13 @@ template <class T, bool planes, Activation g, bool residual> void normalize(cons
   using A = typename Compute<T>::type;
   const auto x = static_cast<const T*>(block.x), other = static_cast<const T*>(block.kept);
   const auto y = static_cast<T*>(block.y);
-  const A slope = A(block.slope);
+  const A a = A(block.a), b = A(block.b);
   for (int64_t row = 0; row < block.rows; ++row) {
     const PerChannel<A, planes> mean(block.mean, row), scale(block.scale, row), shift(block.shift, row);
     write_vectors<T, planes>(block, row, [&](int64_t offset, int64_t i, auto load, auto store) {
       V<A> z = (load(x + offset) - mean.at(i)) * scale.at(i) + shift.at(i);
       if constexpr (residual) z += load(other + offset);
-      store(y + offset, activate<g, A>(z, slope));
+      store(y + offset, Row<g>::template value<A>(z, a, b));
     });
   }
   if (block.streaming) fence();
@@ -176,14 +176,14 @@ template <class T, bool planes, Activation g, bool residual> void normalize(cons
 template <class T, Activation g, Kept kept, class Load, class A = typename Compute<T>::type>
 inline V<A> pre_activation_gradient(const Block& block, int64_t offset, Load load, V<A> centered, V<A> scale, V<A> shift) {
   const V<A> dy = load(static_cast<const T*>(block.dy) + offset);
-  const A slope = A(block.slope);
+  const A a = A(block.a), b = A(block.b);
   if constexpr (g == Activation::none) return dy;
   else if constexpr (kept == Kept::result)
-    return dy * slope_from_result<g, A>(load(static_cast<const T*>(block.kept) + offset), slope);
+    return dy * Row<g>::template from_result<A>(load(static_cast<const T*>(block.kept) + offset), a, b);
   else {
     V<A> z = centered * scale + shift;
     if constexpr (kept == Kept::residual) z += load(static_cast<const T*>(block.kept) + offset);
-    return dy * slope_at<g, A>(z, slope);
+    return dy * Row<g>::template derivative<A>(z, a, b);
   }
 }
 
@@ -216,19 +216,13 @@ template <class T, bool planes, Activation g, Kept kept> void input_gradient(con
   if (block.streaming) fence();
 }
 
-// Which of y and the residual may be kept for an activation's backward.
-template <Activation g>
-constexpr bool result_tells = g == Activation::relu || g == Activation::relu6 || g == Activation::leaky_relu ||
-                              g == Activation::sigmoid || g == Activation::tanh;
-template <Activation g>
-constexpr bool needs_residual = g == Activation::silu || g == Activation::hardswish || g == Activation::leaky_relu;
-
-template <class T, bool planes, bool quick, Activation g> Leaf choose_sums(Kept kept) {
-  if (kept == Kept::nothing) return gradient_sums<T, planes, quick, g, Kept::nothing>;
-  if constexpr (result_tells<g>)
-    if (kept == Kept::result) return gradient_sums<T, planes, quick, g, Kept::result>;
-  if constexpr (needs_residual<g>)
-    if (kept == Kept::residual) return gradient_sums<T, planes, quick, g, Kept::residual>;
+// The pass for what is kept, of what may be kept for an activation: make<kept>() has it.
+template <Activation g, class Make> Leaf for_kept(Kept kept, Make make) {
+  if (kept == Kept::nothing) return make.template operator()<Kept::nothing>();
+  if constexpr (may_keep(g, Kept::result))
+    if (kept == Kept::result) return make.template operator()<Kept::result>();
+  if constexpr (may_keep(g, Kept::residual))
+    if (kept == Kept::residual) return make.template operator()<Kept::residual>();
   return nullptr;
 }
 
@@ -238,29 +232,20 @@ template <class T, bool planes, Activation g> Leaf choose(Choice choice) {
     case Pass::normalize:
       return choice.kept == Kept::nothing ? normalize<T, planes, g, false> : normalize<T, planes, g, true>;
     case Pass::gradient_sums:
-      return choice.quick ? choose_sums<T, planes, true, g>(choice.kept) : choose_sums<T, planes, false, g>(choice.kept);
+      return for_kept<g>(choice.kept, [&]<Kept kept>() -> Leaf {
+        return choice.quick ? gradient_sums<T, planes, true, g, kept> : gradient_sums<T, planes, false, g, kept>;
+      });
     case Pass::input_gradient:
-      if (choice.kept == Kept::nothing) return input_gradient<T, planes, g, Kept::nothing>;
-      if constexpr (result_tells<g>)
-        if (choice.kept == Kept::result) return input_gradient<T, planes, g, Kept::result>;
-      if constexpr (needs_residual<g>)
-        if (choice.kept == Kept::residual) return input_gradient<T, planes, g, Kept::residual>;
-      return nullptr;
+      return for_kept<g>(choice.kept, []<Kept kept>() -> Leaf { return input_gradient<T, planes, g, kept>; });
   }
   return nullptr;
 }
 
 template <class T, bool planes> Leaf choose(Choice choice) {
-  switch (choice.activation) {
-    case Activation::none: return choose<T, planes, Activation::none>(choice);
-    case Activation::relu: return choose<T, planes, Activation::relu>(choice);
-    case Activation::relu6: return choose<T, planes, Activation::relu6>(choice);
-    case Activation::leaky_relu: return choose<T, planes, Activation::leaky_relu>(choice);
-    case Activation::silu: return choose<T, planes, Activation::silu>(choice);
-    case Activation::hardswish: return choose<T, planes, Activation::hardswish>(choice);
-    case Activation::sigmoid: return choose<T, planes, Activation::sigmoid>(choice);
-    case Activation::tanh: return choose<T, planes, Activation::tanh>(choice);
-  }
+#define CASE(name, tells) \
+  case Activation::name: return choose<T, planes, Activation::name>(choice);
+  switch (choice.activation) { FOR_EACH_ACTIVATION(CASE) }
+#undef CASE
   return nullptr;
 }
 

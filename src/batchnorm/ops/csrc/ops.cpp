@@ -23,13 +23,6 @@ template <class A> void fill_channels(A value, const Tensor& a, const Tensor& b)
   for (const Tensor* t : {&a, &b}) std::fill_n(data_of<A>(*t), t->numel(), value);
 }
 
-// Where y tells dg/dz, y is kept of a layer with a residual, else the residual. As in schema.py.
-Kept kept_for(Activation activation, double slope) {
-  const bool result = activation == Activation::relu || activation == Activation::relu6 || activation == Activation::sigmoid ||
-                      activation == Activation::tanh || (activation == Activation::leaky_relu && slope >= 0);
-  return result ? Kept::result : Kept::residual;
-}
-
 // Calls body<A>() with the type that x is computed in.
 template <class Body> auto in_compute_type(const Tensor& x, Body body) {
   return x.scalar_type() == ScalarType::Double ? body.template operator()<double>() : body.template operator()<float>();
@@ -57,7 +50,7 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& input) {
   check_input(input, 0);
   const Tensor x = dense(input), mu = statistics_like(x), var = statistics_like(x);
   in_compute_type(x, [&]<class A>() {
-    Job<A> job(x, whole(x), 0);
+    Job<A> job(x, whole(x));
     if (job.g.C * job.g.values() == 0) return fill_channels<double>(NAN, mu, var);
     set_near_mean(job);
     run_passes<A>({Pass::statistics, job.type, Activation::none, Kept::nothing, job.g.planes}, std::nullopt, job,
@@ -71,8 +64,8 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& input) {
 template <class A>
 void normalize_part(
     const Tensor& x, Part part, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
-    Activation g, double slope, const Tensor& y, double* mu, double* var) {
-  Job<A> job(x, part, slope);
+    Activation g, double a, double b, const Tensor& y, double* mu, double* var) {
+  Job<A> job(x, part, a, b);
   job.y = job.out(y), job.kept = residual ? job.in(*residual) : nullptr;
   read_channels<A>(weight, job.g.C, 1, job.gamma), read_channels<A>(bias, job.g.C, 0, job.beta);
   set_near_mean(job);  // sums of x - K: E[x^2] - E[x]^2 alone would cancel
@@ -88,14 +81,14 @@ void normalize_part(
 
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
-    int64_t activation, double slope) {
+    int64_t activation, double a, double b) {
   check_input(input, activation), check_channels("weight", weight, input), check_channels("bias", bias, input);
   check_like("residual", residual, input);
   const Tensor x = dense(input), y = empty_as(x), mu = statistics_like(x), var = statistics_like(x);
   const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
   in_compute_type(x, [&]<class A>() {
     if (x.numel() == 0) return fill_channels<double>(NAN, mu, var);
-    normalize_part<A>(x, whole(x), weight, bias, r, eps, Activation(activation), slope, y, data_of<double>(mu), data_of<double>(var));
+    normalize_part<A>(x, whole(x), weight, bias, r, eps, Activation(activation), a, b, y, data_of<double>(mu), data_of<double>(var));
   });
   return {y, mu, var};
 }
@@ -118,7 +111,7 @@ template <class Body> void for_each_group(const Tensor& x, int64_t size, int64_t
 // forward for each group: mu and var are (groups, C).
 std::tuple<Tensor, Tensor, Tensor> forward_groups(
     const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, int64_t size,
-    int64_t groups, double eps, int64_t activation, double slope) {
+    int64_t groups, double eps, int64_t activation, double a, double b) {
   check_input(input, activation), check_channels("weight", weight, input), check_channels("bias", bias, input);
   check_like("residual", residual, input), check_groups(input, size, groups);
   const Tensor x = dense(input), y = empty_as(x), mu = statistics_like(x, groups), var = statistics_like(x, groups);
@@ -127,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_groups(
     if (x.numel() == 0) return fill_channels<double>(NAN, mu, var);
     for_each_group(x, size, groups, [&](int64_t, int64_t i, Part part) {
       const int64_t first = i * x.size(1);
-      normalize_part<A>(x, part, weight, bias, r, eps, Activation(activation), slope, y, data_of<double>(mu) + first,
+      normalize_part<A>(x, part, weight, bias, r, eps, Activation(activation), a, b, y, data_of<double>(mu) + first,
                         data_of<double>(var) + first);
     });
   });
@@ -137,13 +130,13 @@ std::tuple<Tensor, Tensor, Tensor> forward_groups(
 // y = g((x - mu) / sqrt(var + eps) * gamma + beta + residual) with the given mu and var.
 Tensor normalize(
     const Tensor& input, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
-    const MaybeTensor& residual, double eps, int64_t activation, double slope) {
+    const MaybeTensor& residual, double eps, int64_t activation, double a, double b) {
   check_input(input, activation), check_channels("mean", mu, input), check_channels("var", var, input);
   check_channels("weight", weight, input), check_channels("bias", bias, input), check_like("residual", residual, input);
   const Tensor x = dense(input), y = empty_as(x);
   const MaybeTensor r = residual ? MaybeTensor(laid_out_as(*residual, x)) : std::nullopt;
   in_compute_type(x, [&]<class A>() {
-    Job<A> job(x, whole(x), slope);
+    Job<A> job(x, whole(x), a, b);
     const int64_t C = job.g.C;
     if (C * job.g.values() == 0) return;
     job.y = job.out(y), job.kept = r ? job.in(*r) : nullptr;
@@ -160,17 +153,17 @@ Tensor normalize(
 struct Gradient {
   Tensor x, dy, mu, var;
   MaybeTensor weight, bias, kept;
-  double eps, slope;
+  double eps, a, b;
   Activation g;
   Kept kind;
 
   Gradient(const Tensor& gradient, const Tensor& input, const Tensor& mu, const Tensor& var, const MaybeTensor& weight,
-           const MaybeTensor& bias, const MaybeTensor& given, double eps, int64_t activation, double slope)
-      : x(input), dy(gradient), mu(mu), var(var), weight(weight), bias(bias), eps(eps), slope(slope), g(Activation(activation)) {
+           const MaybeTensor& bias, const MaybeTensor& given, double eps, int64_t activation, double a, double b)
+      : x(input), dy(gradient), mu(mu), var(var), weight(weight), bias(bias), eps(eps), a(a), b(b), g(Activation(activation)) {
     check_input(input, activation), check_channels("weight", weight, input), check_channels("bias", bias, input);
     check_like("dy", gradient, input), check_like("kept", given, input);
     x = dense(input), dy = laid_out_as(gradient, x);
-    kind = given && g != Activation::none ? kept_for(g, slope) : Kept::nothing;
+    kind = given && g != Activation::none ? kept_for(g, a) : Kept::nothing;
     if (kind != Kept::nothing) kept = laid_out_as(*given, x);
   }
 
@@ -179,7 +172,7 @@ struct Gradient {
 
   // Of one part of the examples, whose mu and var are this row of theirs.
   template <class A> Job<A> job(Part part, int64_t row = 0) const {
-    Job<A> job(x, part, slope);
+    Job<A> job(x, part, a, b);
     const int64_t C = job.g.C;
     job.dy = job.in(dy), job.kept = kept ? job.in(*kept) : nullptr;
     read_channels<A>(weight, C, 1, job.gamma), read_channels<A>(bias, C, 0, job.beta);
@@ -213,8 +206,8 @@ template <class A> void set_terms(const Job<A>& job, int64_t c, double dz, doubl
 // The local sums of the gradient, for who adds up those of others before `input_gradient`.
 std::tuple<Tensor, Tensor> gradient_sums(
     const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
-    const MaybeTensor& kept, double eps, int64_t activation, double slope) {
-  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, slope);
+    const MaybeTensor& kept, double eps, int64_t activation, double a, double b) {
+  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, a, b);
   check_channels("mean", mu, x), check_channels("var", var, x);
   const Tensor dz = statistics_like(x), dz_xhat = statistics_like(x);
   in_compute_type(x, [&]<class A>() {
@@ -230,8 +223,8 @@ std::tuple<Tensor, Tensor> gradient_sums(
 // dx and dresidual, with the given means of dz and of dz * xhat.
 std::tuple<Tensor, Tensor> input_gradient(
     const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
-    const MaybeTensor& kept, const Tensor& dz_mean, const Tensor& dz_xhat_mean, double eps, int64_t activation, double slope) {
-  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, slope);
+    const MaybeTensor& kept, const Tensor& dz_mean, const Tensor& dz_xhat_mean, double eps, int64_t activation, double a, double b) {
+  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, a, b);
   check_channels("mean", mu, x), check_channels("var", var, x);
   check_channels("dz_mean", dz_mean, x), check_channels("dz_xhat_mean", dz_xhat_mean, x);
   const Tensor dx = empty_as(given.x), dresidual = given.empty_dresidual();
@@ -287,16 +280,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(const Gradient& given, int6
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
-    const MaybeTensor& kept, double eps, int64_t activation, double slope, bool training) {
-  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, slope);
+    const MaybeTensor& kept, double eps, int64_t activation, double a, double b, bool training) {
+  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, a, b);
   check_channels("mean", mu, x), check_channels("var", var, x);
   return gradients(given, x.size(0), 1, training);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_groups(
     const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
-    const MaybeTensor& kept, int64_t size, int64_t groups, double eps, int64_t activation, double slope) {
-  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, slope);
+    const MaybeTensor& kept, int64_t size, int64_t groups, double eps, int64_t activation, double a, double b) {
+  const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, a, b);
   check_groups(x, size, groups), check_rows("mean", mu, x, groups), check_rows("var", var, x, groups);
   return gradients(given, size, groups, true);
 }
@@ -344,9 +337,9 @@ void update_running_(
 std::tuple<Tensor, Tensor, Tensor> train(
     const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
     const MaybeTensor& running_mean, const MaybeTensor& running_var, const MaybeTensor& batches, const MaybeTensor& skipped,
-    std::optional<double> momentum, double eps, int64_t activation, double slope) {
+    std::optional<double> momentum, double eps, int64_t activation, double a, double b) {
   check_input(x, activation), check_running(running_mean, running_var, batches, skipped, momentum, x, 1);
-  auto results = forward(x, weight, bias, residual, eps, activation, slope);
+  auto results = forward(x, weight, bias, residual, eps, activation, a, b);
   const auto& [y, mu, var] = results;
   const int64_t values = x.size(1) ? x.numel() / x.size(1) : 0;
   if (running_mean && running_var) update_running_(*running_mean, *running_var, batches, skipped, mu, var, values, momentum);

@@ -29,12 +29,15 @@ InstructionSet best_instruction_set() {
 
 Leaf leaf_for(Choice choice) {
   static const InstructionSet best = best_instruction_set();
+  Leaf leaf = nullptr;
 #if defined(__x86_64__)
-  if (best == InstructionSet::avx512_bf16) return avx512_bf16::choose(choice);
-  if (best == InstructionSet::avx512) return avx512::choose(choice);
-  if (best == InstructionSet::avx2) return avx2::choose(choice);
+  if (best == InstructionSet::avx512_bf16) leaf = avx512_bf16::choose(choice);
+  if (best == InstructionSet::avx512) leaf = avx512::choose(choice);
+  if (best == InstructionSet::avx2) leaf = avx2::choose(choice);
 #endif
-  return generic::choose(choice);
+  if (best == InstructionSet::generic) leaf = generic::choose(choice);
+  STD_TORCH_CHECK(leaf, "batchnorm: no loop for activation ", int(choice.activation), " with kept ", int(choice.kept));
+  return leaf;
 }
 
 int64_t padded(int64_t count) { return (count + LANES_OF_FLOAT - 1) / LANES_OF_FLOAT * LANES_OF_FLOAT; }
@@ -53,15 +56,15 @@ template <class A> struct Job {
   int64_t offset, total;  // of the part's first value; values of the whole tensor
   const char *x = nullptr, *dy = nullptr, *kept = nullptr;
   char *y = nullptr, *dx = nullptr, *dresidual = nullptr;
-  double slope = 0;
+  double a, b;  // the activation's parameters
   Array<A> values;
   Array<double> wide;
   A *mean, *scale, *shift, *mean_term, *centered_term, *gamma, *beta;
   double *sum, *product, *mu, *rstd;
 
-  Job(const Tensor& tensor, Part part, double slope)
+  Job(const Tensor& tensor, Part part, double a = 0, double b = 0)
       : g(geometry_of(tensor, part.examples, part.threads)), type(type_of(tensor)), item(size_of(type)),
-        offset(part.first * g.C * g.S), total(tensor.numel()), x(in(tensor)), slope(slope), values(7 * padded(g.C)),
+        offset(part.first * g.C * g.S), total(tensor.numel()), x(in(tensor)), a(a), b(b), values(7 * padded(g.C)),
         wide(4 * padded(g.C)) {
     A* next = values.get();
     for (A** p : {&mean, &scale, &shift, &mean_term, &centered_term, &gamma, &beta}) *p = next, next += padded(g.C);
@@ -123,7 +126,7 @@ void run(
     const auto sums = [&](double* p) { return p ? p + (channel - group.begin) * LANES : nullptr; };
     leaf({rows, length, at(job.x), at(job.dy), at(job.kept), at(job.y), at(job.dx), at(job.dresidual),
           lanes.at(0, channel), lanes.at(1, channel), lanes.at(2, channel), lanes.at(3, channel), lanes.at(4, channel),
-          sums(sum), sums(product), job.slope, ahead, streaming});
+          sums(sum), sums(product), job.a, job.b, ahead, streaming});
   };
   if (g.planes) {
     for (int64_t row = begin; row < end;) {  // the rows of one example lie together

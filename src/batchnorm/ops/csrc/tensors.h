@@ -162,7 +162,7 @@ std::string shape_of(const Tensor& t) {
 }
 void check_input(const Tensor& x, int64_t activation) {
   STD_TORCH_CHECK(x.dim() >= 2, "batchnorm: x must be (N, C, ...), got ", shape_of(x));
-  STD_TORCH_CHECK(0 <= activation && activation <= int64_t(Activation::tanh), "batchnorm: unknown activation ", activation);
+  STD_TORCH_CHECK(0 <= activation && activation < ACTIVATIONS, "batchnorm: unknown activation ", activation);
   type_of(x);
 }
 // (C,), C the size of x's dimension `channel`.

@@ -1,4 +1,4 @@
-// Vectors of one instruction set: loads, stores, conversions and activations, in the type that is computed in.
+// Vectors of one instruction set: loads, stores, conversions and sums, in the type that is computed in.
 //
 // T is the type in memory, A = Compute<T> the type of the arithmetic: float for float and the 16-bit types, else double.
 #pragma once
@@ -206,96 +206,5 @@ inline void add_centered(Sum<float>& sum, Sum<float>& square, V<float> x, V<floa
 }
 inline V<double> folded(const Sum<double>& sum) { return sum.lanes; }
 inline V<double> folded(const Sum<float>& sum) { return sum.low + sum.high; }
-
-// ---- activations ----------------------------------------------------------------------------------------------------
-
-// e^v to about 1 ulp; 0 below the normal numbers, infinity above the range.
-inline V<float> exponential(V<float> v) {
-  typedef VectorOf<float>::bits I;
-  const V<float> high = splat(88.72284f), low = splat(-87.33654f);
-  const V<float> x = v > high ? high : v < low ? low : v;
-  const V<float> shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
-  const V<float> n = (x * 1.44269504f + shifter) - shifter;
-  V<float> r = x - n * 0.693145752f;  // log 2 in two parts, the first exact in n * part
-  r -= n * 1.42860677e-6f;
-  V<float> p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const I exponent = __builtin_convertvector(n, I);
-  const I half = exponent >> 1;  // in two factors: 2^128 is no float
-  const I first = (half + 127) << 23, second = (exponent - half + 127) << 23;
-  V<float> a, b;
-  std::memcpy(&a, &first, BYTES);
-  std::memcpy(&b, &second, BYTES);
-  const V<float> result = p * a * b;
-  const V<float> bounded = v > high ? splat(__builtin_inff()) : v < low ? V<float>{} : result;
-  return v == v ? bounded : v;
-}
-inline V<double> exponential(V<double> v) {
-  for (int i = 0; i < W<double>; ++i) v[i] = __builtin_exp(v[i]);
-  return v;
-}
-inline V<double> hyperbolic_tangent(V<double> v) {
-  for (int i = 0; i < W<double>; ++i) v[i] = __builtin_tanh(v[i]);
-  return v;
-}
-inline V<float> hyperbolic_tangent(V<float> v) {
-  const V<float> size = v < 0 ? -v : v, square = v * v;
-  V<float> p = -5.70498872745e-3f * square + 2.06390887954e-2f;  // small |v|: 1 - 2 / (...) would cancel
-  p = p * square - 5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square - 3.33332819422e-1f;
-  const V<float> small = p * square * v + v;
-  const V<float> large = 1.0f - 2.0f / (exponential(2.0f * size) + 1.0f);
-  const V<float> chosen = size < 0.625f ? small : v < 0 ? -large : large;
-  return v == v ? chosen : v;
-}
-template <class A> inline V<A> logistic(V<A> z) { return A(1) / (A(1) + exponential(-z)); }
-
-// g(z); dg/dz from z, and where g is one to one or flat, from y = g(z). `a` is the slope of leaky_relu.
-// At a kink: the one-sided derivative that torch takes.
-template <Activation g, class A> inline V<A> activate(V<A> z, A a) {
-  const V<A> zero{};
-  if constexpr (g == Activation::relu) return z <= zero ? zero : z;
-  else if constexpr (g == Activation::relu6) return z <= zero ? zero : z > splat(A(6)) ? splat(A(6)) : z;
-  else if constexpr (g == Activation::leaky_relu) return z > zero ? z : z * a;
-  else if constexpr (g == Activation::silu) return z * logistic<A>(z);
-  else if constexpr (g == Activation::hardswish) {
-    const V<A> six = splat(A(6)), t = z + A(3);
-    return z * (t <= zero ? zero : t > six ? six : t) / A(6);
-  }
-  else if constexpr (g == Activation::sigmoid) return logistic<A>(z);
-  else if constexpr (g == Activation::tanh) return hyperbolic_tangent(z);
-  else return z;
-}
-template <Activation g, class A> inline V<A> slope_at(V<A> z, A a) {
-  const V<A> zero{}, one = splat(A(1));
-  if constexpr (g == Activation::relu) return z > zero ? one : zero;
-  else if constexpr (g == Activation::relu6) return (z > zero) & (z < splat(A(6))) ? one : zero;
-  else if constexpr (g == Activation::leaky_relu) return z > zero ? one : splat(a);
-  else if constexpr (g == Activation::silu) {
-    const V<A> s = logistic<A>(z);
-    return s * (A(1) + z * (A(1) - s));
-  }
-  else if constexpr (g == Activation::hardswish)
-    return z <= splat(A(-3)) ? zero : z >= splat(A(3)) ? one : z / A(3) + A(0.5);
-  else if constexpr (g == Activation::sigmoid) {
-    const V<A> s = logistic<A>(z);
-    return s * (A(1) - s);
-  }
-  else if constexpr (g == Activation::tanh) {
-    const V<A> t = hyperbolic_tangent(z);
-    return A(1) - t * t;
-  }
-  else return one;
-}
-template <Activation g, class A> inline V<A> slope_from_result(V<A> y, A a) {
-  if constexpr (g == Activation::sigmoid) return y * (A(1) - y);
-  else if constexpr (g == Activation::tanh) return A(1) - y * y;
-  else return slope_at<g, A>(y, a);  // relu, relu6, leaky_relu with a slope above 0: y and z lie on the same side
-}
 
 }  // namespace
