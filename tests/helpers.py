@@ -42,6 +42,8 @@ def channel_tensors(channels: int, dtype: torch.dtype) -> list[Tensor]:
 def stock_activation(y: Tensor, activation: str | tuple[Any, ...] | None) -> Tensor:
     """What a user writes behind torch's layer."""
     name, *parameters = activation if isinstance(activation, tuple) else (activation,)
+    if name == "gelu_tanh":
+        return F.gelu(y, approximate="tanh")
     return y if name is None else getattr(F, name)(y, *parameters)
 
 

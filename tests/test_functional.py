@@ -70,6 +70,8 @@ def test_errors_are_torchs_with_advice(call):
         (nn.Hardswish(), ("hardswish", {})),
         (nn.Sigmoid(), ("sigmoid", {})),
         (nn.Tanh(), ("tanh", {})),
+        (nn.GELU(), ("gelu", {})),
+        (nn.GELU("tanh"), ("gelu_tanh", {})),
         (nn.ELU(0.5), ("elu", {"alpha": 0.5})),
         ("elu", ("elu", {"alpha": 1.0})),
         (nn.Mish(), ("mish", {})),

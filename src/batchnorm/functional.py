@@ -137,7 +137,8 @@ def batch_norm(
         training: normalize with batch statistics instead of the running ones.
         momentum: share of the batch in the new running statistics.
         eps: added to the variance; above 0 in training.
-        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "elu", "mish", "hardtanh", or the torch.nn module of one of them. ("leaky_relu", 0.2), ("elu", 0.5),
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "gelu", "gelu_tanh",
+            "elu", "mish", "hardtanh", or the torch.nn module of one of them. ("leaky_relu", 0.2), ("elu", 0.5),
             ("hardtanh", -2, 2) give parameters; without them they are torch's defaults.
         residual: of input's shape; added before the activation, with type promotion as in ``y + residual``.
         mask: bool, (N, ...) or (N, 1, ...) with input's places, True where a place counts (the opposite of

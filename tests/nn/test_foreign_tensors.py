@@ -131,6 +131,7 @@ def test_an_activation_that_is_none_is_described(given):
 def test_a_class_stands_for_its_module():
     assert bn.BatchNorm2d(3, activation=nn.ReLU).activation == "relu"
     assert bn.BatchNorm2d(3, activation=nn.LeakyReLU).activation == ("leaky_relu", 0.01)
+    assert bn.BatchNorm2d(3, activation=nn.GELU).activation == "gelu"
     with pytest.raises(TypeError, match="cannot fuse activation Softplus"):
         bn.BatchNorm2d(3, activation=nn.Softplus)
     with pytest.raises(TypeError, match="cannot fuse activation PReLU: its slope is a parameter that is trained"):

@@ -589,7 +589,7 @@ def test_shared_layers_are_left_alone_and_the_rest_is_done():
     assert_back(model, fused)
 
 
-ACTS = [nn.ELU(0.5), nn.Mish(), nn.Hardtanh(-2.0, 0.5)]
+ACTS = [nn.GELU(), nn.GELU("tanh"), nn.ELU(0.5), nn.Mish(), nn.Hardtanh(-2.0, 0.5)]
 
 
 class Calls(nn.Module):
@@ -606,6 +606,8 @@ class Calls(nn.Module):
 @pytest.mark.parametrize(
     ("function", "activation"),
     [
+        (F.gelu, "gelu"),
+        (lambda y: F.gelu(y, approximate="tanh"), "gelu_tanh"),
         (lambda y: F.elu(y, 0.5), ("elu", 0.5)),
         (F.mish, "mish"),
         (lambda y: F.hardtanh(y, -2.0, max_val=0.5), ("hardtanh", -2.0, 0.5)),

@@ -32,7 +32,8 @@ class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
         track_running_stats: keep running_mean, running_var, each (C,), and num_batches_tracked.
         device, dtype: of parameters and buffers. Input has this dtype, or is float16 or bfloat16 beside float32.
         bias: False leaves the bias out.
-        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "elu", "mish", "hardtanh", or the ``torch.nn`` module of one of them; ("leaky_relu", slope), ("elu", alpha),
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "hardswish", "sigmoid", "tanh", "gelu", "gelu_tanh",
+            "elu", "mish", "hardtanh", or the ``torch.nn`` module of one of them; ("leaky_relu", slope), ("elu", alpha),
             ("hardtanh", min, max) for other parameters than torch's defaults. Not in the state_dict, which is
             torch's.
         statistics: where training statistics come from: ``Batch()``, ``Ghost(size)``, ``Renorm()`` or ``Synced()``.

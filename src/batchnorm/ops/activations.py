@@ -5,6 +5,7 @@ Shapes: z and y are tensors of any shape. a and b are an activation's parameters
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -67,6 +68,31 @@ class Row:
     def function(self) -> str:
         """The name of torch's function in torch.nn.functional."""
         return self.name.removesuffix("_tanh") if self.fixed else self.name
+
+
+def _phi(z: Tensor) -> Tensor:
+    """The normal distribution's density."""
+    return torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+
+
+def _normal(z: Tensor) -> Tensor:
+    """The normal distribution function."""
+    return torch.erfc(-z / math.sqrt(2)) / 2
+
+
+def _gelu_tanh_gate(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) z (1 + 0.044715 z^2); and sigmoid(-2 |u|).
+
+    By way of the latter, since sigmoid's gradient s (1 - s) cancels where s is near 1.
+    """
+    w = 2 * math.sqrt(2 / math.pi) * z * (1 + 0.044715 * z * z)
+    small = torch.where(w > 0, -w, w).sigmoid()
+    return torch.where(w > 0, 1 - small, small), small
+
+
+def _gelu_tanh_slope(z: Tensor, a: float, b: float) -> Tensor:
+    gate, small = _gelu_tanh_gate(z)
+    return gate + z * small * (1 - small) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * z * z)
 
 
 def _mish_slope(z: Tensor, a: float, b: float) -> Tensor:
@@ -135,6 +161,24 @@ _ROWS = (
         derivative=lambda z, a, b: 1 - z.tanh() ** 2,
         in_place=lambda y, a, b: y.tanh_(),
         from_result=lambda y, a, b: 1 - y * y,
+    ),
+    Row(
+        "gelu",
+        nn.GELU,
+        value=lambda z, a, b: z * _normal(z),
+        derivative=lambda z, a, b: _normal(z) + z * _phi(z),
+        in_place=lambda y, a, b: F.gelu(y),
+        result_tells=never,
+        fixed={"approximate": "none"},
+    ),
+    Row(
+        "gelu_tanh",
+        nn.GELU,
+        value=lambda z, a, b: z * _gelu_tanh_gate(z)[0],
+        derivative=_gelu_tanh_slope,
+        in_place=lambda y, a, b: F.gelu(y, approximate="tanh"),
+        result_tells=never,
+        fixed={"approximate": "tanh"},
     ),
     Row(
         "elu",

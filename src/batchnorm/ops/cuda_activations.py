@@ -11,7 +11,9 @@ import triton.language as tl
 
 from batchnorm.ops.activations import NAMES
 
-RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, SIGMOID, TANH, ELU, MISH, HARDTANH = map(tl.constexpr, range(1, len(NAMES)))
+RELU, RELU6, LEAKY_RELU, SILU, HARDSWISH, SIGMOID, TANH, GELU, GELU_TANH, ELU, MISH, HARDTANH = map(
+    tl.constexpr, range(1, len(NAMES))
+)
 
 
 @triton.jit
@@ -31,6 +33,10 @@ def activate(z, ACTIVATION: tl.constexpr, a, b):
         return tl.sigmoid(z)
     elif ACTIVATION == TANH:
         return _tanh(z)
+    elif ACTIVATION == GELU:
+        return z * _normal(z)
+    elif ACTIVATION == GELU_TANH:
+        return z * tl.sigmoid(_twice_u(z))
     elif ACTIVATION == ELU:
         t = _tanh(z / 2)  # exp(z) - 1 = 2 t / (1 - t), which does not cancel near 0
         return tl.where(z > 0, z, a * (2 * t / (1 - t)))
@@ -64,6 +70,13 @@ def derivative(z, ACTIVATION: tl.constexpr, a, b):
     elif ACTIVATION == TANH:
         e = tl.exp(-2 * tl.abs(z))  # 1 - tanh(z)^2 would cancel
         return 4 * e / ((1 + e) * (1 + e))
+    elif ACTIVATION == GELU:
+        return _normal(z) + z * (0.3989422804014327 * tl.exp(-0.5 * z * z))
+    elif ACTIVATION == GELU_TANH:
+        x = tl.where(z > 20, 20.0, tl.where(z < -20, -20.0, z))  # beyond it is 0 or 1
+        e = tl.exp(-tl.abs(_twice_u(x)))
+        s = 1 / (1 + e)  # s (1 - s) is e s^2
+        return tl.where(x < 0, e * s, s) + x * (e * s * s) * (1.5957691216057308 * (1 + 3 * 0.044715 * x * x))
     elif ACTIVATION == ELU:
         return tl.where(z > 0, 1.0, a * tl.exp(z))
     elif ACTIVATION == MISH:
@@ -96,3 +109,15 @@ def _tanh(z):
     e = tl.exp(-2 * tl.abs(z))
     far = (1 - e) / (1 + e)
     return tl.where(z2 < 0.25, series, tl.where(z < 0, -far, far))
+
+
+@triton.jit
+def _normal(z):
+    """The normal distribution function."""
+    return 0.5 * (1 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def _twice_u(z):
+    """(1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3)."""
+    return 1.5957691216057308 * z * (1 + 0.044715 * z * z)

@@ -54,6 +54,28 @@ inline V<float> hyperbolic_tangent(V<float> v) {
 }
 template <class A> inline V<A> logistic(V<A> z) { return A(1) / (A(1) + exponential(-z)); }
 
+// Of the standard normal distribution: the density, and the integral up to z.
+struct Normal {
+  template <class A> static V<A> density(V<A> z) { return A(0.3989422804014327) * exponential(A(-0.5) * z * z); }
+  static V<double> integral(V<double> z) {
+    for (int i = 0; i < W<double>; ++i) z[i] = 0.5 * __builtin_erfc(z[i] * -0.7071067811865476);
+    return z;
+  }
+  // Beyond |z| exp(-z^2 / 2) t q(t), t = 1 / (1 + 0.3 |z|), with q fitted to relative 1.1e-7 up to |z| = 13.
+  static V<float> integral(V<float> z) {
+    const V<float> size = z < 0 ? -z : z, t = 1.0f / (1.0f + 0.3f * size);
+    V<float> q = 0.03619479722f * t - 0.1593780734f;
+    q = q * t + 0.2101179981f;
+    q = q * t - 0.05716701649f;
+    q = q * t + 0.1304162781f;
+    q = q * t + 0.09934717439f;
+    q = q * t + 0.1208455227f;
+    q = q * t + 0.1196232631f;
+    const V<float> beyond = exponential(-0.5f * z * z) * (t * q);
+    return z < 0 ? beyond : z > 0 ? 1.0f - beyond : z == 0 ? splat(0.5f) : z;
+  }
+};
+
 // ---- the rows -------------------------------------------------------------------------------------------------------
 
 template <Activation g> struct Row;
@@ -118,6 +140,22 @@ template <> struct Row<Activation::tanh> {
   template <class A> static V<A> value(V<A> z, A, A) { return hyperbolic_tangent(z); }
   template <class A> static V<A> derivative(V<A> z, A a, A b) { return from_result<A>(hyperbolic_tangent(z), a, b); }
   template <class A> static V<A> from_result(V<A> y, A, A) { return A(1) - y * y; }
+};
+
+template <> struct Row<Activation::gelu> {
+  template <class A> static V<A> value(V<A> z, A, A) { return z * Normal::integral(z); }
+  template <class A> static V<A> derivative(V<A> z, A, A) { return Normal::integral(z) + z * Normal::density<A>(z); }
+};
+
+template <> struct Row<Activation::gelu_tanh> {  // z (1 + tanh(u)) / 2 = z sigmoid(2 u)
+  static constexpr double ROOT = 1.5957691216057308, CUBE = 0.044715;  // 2 sqrt(2 / pi)
+  template <class A> static V<A> twice_u(V<A> z) { return A(ROOT) * z * (A(1) + A(CUBE) * z * z); }
+  template <class A> static V<A> value(V<A> z, A, A) { return z * logistic<A>(twice_u<A>(z)); }
+  template <class A> static V<A> derivative(V<A> z, A, A) {
+    const V<A> bound = splat(A(20)), x = z > bound ? bound : z < -bound ? -bound : z;  // beyond it is 0 or 1
+    const V<A> e = exponential(x < 0 ? twice_u<A>(x) : -twice_u<A>(x)), s = A(1) / (A(1) + e);  // s (1 - s) is e s^2
+    return (x < 0 ? e * s : s) + x * (e * s * s) * (A(ROOT) * (A(1) + A(3 * CUBE) * x * x));
+  }
 };
 
 template <> struct Row<Activation::elu> {
