@@ -23,7 +23,7 @@ from batchnorm.bench.clock import seconds_of
 from batchnorm.bench.layers import KEPT
 
 # Side: the layer's source of statistics, and whether half of the places are masked.
-SIDES: dict[str, tuple[bn.nn.statistics.Statistics, bool]] = {
+SIDES: dict[str, tuple[bn.Source, bool]] = {
     "Batch()": (bn.Batch(), False),
     "Ghost(8)": (bn.Ghost(8), False),
     "Ghost(32)": (bn.Ghost(32), False),
@@ -35,7 +35,7 @@ SIDES: dict[str, tuple[bn.nn.statistics.Statistics, bool]] = {
 PLAIN = "Batch()"
 
 
-def step(source: bn.nn.statistics.Statistics, mask: Tensor | None, x: Tensor, dy: Tensor) -> Callable[[], None]:
+def step(source: bn.Source, mask: Tensor | None, x: Tensor, dy: Tensor) -> Callable[[], None]:
     """One forward and backward of a layer with this source."""
     layer = bn.BatchNorm2d(x.shape[1], statistics=source)
 

@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchnorm import ops
+from batchnorm.ops.activations import NO_ACTIVATION, Activation
+from batchnorm.ops.arguments import Affine, Running
+
 
 def arrange(x_NCS: Tensor, layout: str) -> Tensor:
     """The same values, laid out in memory as named in `cases.LAYOUTS` ("expanded" repeats the first place)."""
@@ -26,6 +30,14 @@ def arrange(x_NCS: Tensor, layout: str) -> Tensor:
 def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the (C,) tensors beside an input of this dtype: float32 beside 16 bits."""
     return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def through_ops(
+    x: Tensor, mean: Any, var: Any, gamma: Any, beta: Any, training: bool, momentum: float, eps: float,
+    g: Activation = NO_ACTIVATION, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`ops.batch_norm` with the arguments of the reference."""
+    return ops.batch_norm(x, Affine(gamma, beta, residual, eps, *g), Running(mean, var, momentum=momentum), training)
 
 
 def channel_tensors(channels: int, dtype: torch.dtype) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function
 from batchnorm import ops
 from batchnorm.ops import split
 from batchnorm.ops.activations import NO_ACTIVATION, REFUSED, ROWS, Activation, activation_named, activation_of
+from batchnorm.ops.arguments import Affine, Moments, Running
 
 # None, a name, (name, parameters ...), or a torch.nn module (or its class) of one of these kinds.
 ActivationLike = str | tuple[Any, ...] | nn.Module | type[nn.Module] | None
@@ -175,7 +176,8 @@ def batch_norm(
         }
         return _dispatched(batch_norm, tensors, *tensors[:5], training, momentum, eps, **keywords)
     refuse_others(input=input, residual=residual)
-    g = parse_activation(activation)
+    running = Running(running_mean, running_var, momentum=momentum)
+    affine = Affine(weight, bias, residual, eps, *parse_activation(activation))
     if return_statistics:
         if running_mean is None or running_var is None:
             raise ValueError(
@@ -183,17 +185,15 @@ def batch_norm(
                 "start with torch.zeros(C) and torch.ones(C)."
             )
         # The new tensors are batched wherever input is: what vmap asks of tensors that are updated in place.
-        running_mean = running_mean.detach() + input.new_zeros(running_mean.shape, dtype=running_mean.dtype)
-        running_var = running_var.detach() + input.new_zeros(running_var.shape, dtype=running_var.dtype)
+        new = [t.detach() + input.new_zeros(t.shape, dtype=t.dtype) for t in (running_mean, running_var)]
+        running = running._replace(mean_C=new[0], var_C=new[1])
     if mask is None:
-        y = normalize(input, running_mean, running_var, weight, bias, training, momentum, eps, g, residual)
+        y = of_whole_batch(input, affine, running, training)
+    elif training:
+        y = of_source(split.of_batch, input, affine, running, as_mask(mask, input))
     else:
-        mask, affine = as_mask(mask, input), split.Affine(weight, bias, residual, eps, g)
-        if training:
-            y = normalize_by(split.of_batch, input, running_mean, running_var, affine, mask, momentum)
-        else:
-            y = normalize_masked(input, running_mean, running_var, affine, mask)
-    return y if not return_statistics else (y, running_mean, running_var)  # type: ignore[return-value]
+        y = masked_in_eval(input, affine, running, as_mask(mask, input))
+    return y if not return_statistics else (y, running.mean_C, running.var_C)  # type: ignore[return-value]
 
 
 def overridden(*tensors: Tensor | None) -> bool:
@@ -206,84 +206,50 @@ def overridden(*tensors: Tensor | None) -> bool:
     return False
 
 
-def normalize(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    g: Activation,
-    residual: Tensor | None,
-    batches: Tensor | None = None,
-    skipped: Tensor | None = None,
-) -> Tensor:
-    """What ``batch_norm`` and the layers share: ``ops.batch_norm``, with advice in torch's errors."""
+def of_whole_batch(input: Tensor, affine: Affine, running: Running, training: bool) -> Tensor:
+    """``ops.batch_norm``, with advice in torch's errors."""
+    _, bias, residual, _, activation, *_ = affine
     if residual is not None and residual.shape != input.shape:
         raise ValueError(_other_shape(residual, input))
+    if activation and bias is not None and bias.requires_grad:
+        affine = _steady(affine)
     try:
-        return ops.batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            _steady(bias, weight) if g.code else bias,
-            training,
-            momentum,
-            eps,
-            g,
-            residual,
-            batches,
-            skipped,
-        )
+        return ops.batch_norm(input, affine, running, training)
     except (RuntimeError, ValueError) as error:
-        advice = _advice(error, input, running_mean)
-        if advice is None:
-            raise
-        raise type(error)(advice) from error
+        _advise(error, input, running)
+        raise
 
 
-def normalize_by(
-    source: Callable[[Tensor, split.Affine, Tensor | None], tuple[Tensor, split.Moments]],
+def of_source(
+    normalize: Callable[[Tensor, Affine, Tensor | None], tuple[Tensor, Moments]],
     input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    affine: split.Affine,
+    affine: Affine,
+    running: Running,
     mask: Tensor | None,
-    momentum: float | None,
-    batches: Tensor | None = None,
-    skipped: Tensor | None = None,
     one_value: bool = False,
 ) -> Tensor:
-    """Training with statistics that ``source`` gives with y; ``one_value`` per channel may be enough for it."""
+    """Training with moments that ``normalize`` gives with y; ``one_value`` per channel may be enough for it."""
     residual = affine.residual_NCS
     if residual is not None and residual.shape != input.shape:
         raise ValueError(_other_shape(residual, input))
-    affine = affine._replace(bias_C=_steady(affine.bias_C, affine.weight_C))
+    affine = _steady(affine) if affine.activation else affine
     try:
-        split.check(input, running_mean, running_var, affine, one_value)
+        split.check(input, running, affine, one_value)
     except (RuntimeError, ValueError) as error:
-        advice = _advice(error, input, running_mean)
-        if advice is None:
-            raise
-        raise type(error)(advice) from error
-    y, moments = source(input, affine, mask)
-    if running_mean is not None and running_var is not None:
+        _advise(error, input, running)
+        raise
+    y, moments = normalize(input, affine, mask)
+    if running.mean_C is not None and running.var_C is not None:
         values = None if mask is not None or one_value else input.numel() // max(input.shape[1], 1)
-        split.update_running_(running_mean, running_var, batches, skipped, moments, momentum, values)
+        split.update_running_(running, moments, values)
     return y
 
 
-def normalize_masked(
-    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, affine: split.Affine, mask: Tensor
-) -> Tensor:
+def masked_in_eval(input: Tensor, affine: Affine, running: Running, mask: Tensor) -> Tensor:
     """Evaluation, with 0 and no gradient where the mask is False, whatever is there."""
-    weight, bias, residual, eps, g = affine
-    input, residual = input.where(mask, 0), None if residual is None else residual.where(mask, 0)
-    y = normalize(input, running_mean, running_var, weight, bias, False, 0.0, eps, g, residual)
-    return y.where(mask, 0)
+    residual = affine.residual_NCS
+    affine = affine._replace(residual_NCS=None if residual is None else residual.where(mask, 0))
+    return of_whole_batch(input.where(mask, 0), affine, running, False).where(mask, 0)
 
 
 def as_mask(mask: Tensor, input: Tensor) -> Tensor:
@@ -306,11 +272,12 @@ def as_mask(mask: Tensor, input: Tensor) -> Tensor:
     return mask.reshape(allowed[1])
 
 
-def _steady(bias: Tensor | None, weight: Tensor | None) -> Tensor | None:
-    """The bias, or a copy if it alone is trained: an activation's backward reads it, torch's batch_norm does not, so
-    that there it may move between two backwards of one forward, where nothing else does."""
+def _steady(affine: Affine) -> Affine:
+    """With a copy of the bias if it alone is trained: an activation's backward reads it, torch's batch_norm does not,
+    so that there it may move between two backwards of one forward, where nothing else does."""
+    weight, bias = affine.weight_C, affine.bias_C
     alone = bias is not None and bias.requires_grad and (weight is None or not weight.requires_grad)
-    return bias.clone() if alone and torch.is_grad_enabled() else bias  # type: ignore[union-attr]
+    return affine._replace(bias_C=bias.clone()) if alone and torch.is_grad_enabled() else affine  # type: ignore[union-attr]
 
 
 def refuse_others(**tensors: object) -> None:
@@ -331,11 +298,13 @@ def _other_shape(residual: Tensor, input: Tensor) -> str:
     )
 
 
-def _advice(error: Exception, input: Tensor, running_mean: Tensor | None) -> str | None:
-    """torch's words, what arrived and what to do."""
+def _advise(error: RuntimeError | ValueError, input: Tensor, running: Running) -> None:
+    """Raise the error with torch's words, what arrived and what to do, where that is known."""
     advice = next((advice for words, advice in _ADVICE.items() if words in str(error)), None)
+    if advice is None:
+        return
     if "more than 1 value" in str(error):
-        advice = f"{advice}, or call .eval()" if running_mean is not None else f"{advice}: {_NO_STATISTICS}"
-    if advice == _DTYPES and running_mean is not None and input.dtype != running_mean.dtype:
-        advice = f"{advice}. Here running_mean has {running_mean.dtype}: pass input.to({running_mean.dtype})"
-    return None if advice is None else f"{error}: got input {tuple(input.shape)} of {input.dtype}; {advice}."
+        advice = f"{advice}, or call .eval()" if running.mean_C is not None else f"{advice}: {_NO_STATISTICS}"
+    if advice == _DTYPES and running.mean_C is not None and input.dtype != running.mean_C.dtype:
+        advice = f"{advice}. Here running_mean has {running.mean_C.dtype}: pass input.to({running.mean_C.dtype})"
+    raise type(error)(f"{error}: got input {tuple(input.shape)} of {input.dtype}; {advice}.") from error

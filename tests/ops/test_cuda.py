@@ -18,13 +18,14 @@ from cases import (
     SHAPES,
     SLOPE,
 )
-from helpers import arrange, channel_tensors, ulps
+from helpers import arrange, channel_tensors, through_ops, ulps
 from test_kernels import KERNEL_ULP, NONE, RELU, SILU, WRONG, op_calls
 
 import batchnorm as bn
 from batchnorm import ops
 from batchnorm.functional import parse_activation
-from batchnorm.ops import reference, schema
+from batchnorm.ops import autograd, reference
+from batchnorm.ops.arguments import Affine
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == os.environ.get("BATCHNORM_TRITON_ON_CPU") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -86,7 +87,7 @@ def compare(x, residual, activation, training):
     tensors = channel_tensors(channels, torch.float32)
     g = parse_activation(activation)
     d_y, results = torch.randn(x.shape).to(dtype), []
-    for function, device, wide in ((ops.batch_norm, DEVICE, False), (reference.batch_norm, "cpu", True)):
+    for function, device, wide in ((through_ops, DEVICE, False), (reference.batch_norm, "cpu", True)):
 
         def on(t, device=device, wide=wide):
             return t.detach().to(device, torch.float64 if wide else None, copy=True).requires_grad_(t.requires_grad)
@@ -99,8 +100,9 @@ def compare(x, residual, activation, training):
     if residual is not None and g.code:
         # Backward looks at the rounded y (as torch's does), which may lie on the other side of a kink.
         kept = results[0][0] if g.result_tells else residual
-        given = (t.detach().double() for t in (d_y, x, *tensors[2:], kept, *tensors[:2]))
-        results[1][1:5] = schema._reference_backward(*given, 1e-5, *g, training)
+        mean, var, weight, bias, kept = (t.detach().double() for t in (*tensors, kept))
+        affine = Affine(weight, bias, kept, 1e-5, *g)
+        results[1][1:5] = autograd.reference_backward(d_y.double(), x.double(), mean, var, affine, training)
     allowed = [
         KERNEL_ULP[dtype] if t.dim() > 1 else max(KERNEL_ULP[t.dtype], REFERENCE_SUM_ULP[dtype]) for t in results[0]
     ]
@@ -184,7 +186,7 @@ def test_split_ops_make_the_fused_ones():
         dz, dz_xhat = OP.gradient_sums(*given)
         torch.testing.assert_close((dz.float(), dz_xhat.float()), (dbias, dweight))
         m = x.numel() // shape[1]
-        got = OP.input_gradient(*given[:7], dz / m, dz_xhat / m, *given[7:])
+        got = OP.input_gradient(*given, dz / m, dz_xhat / m)
         torch.testing.assert_close(got, (dx, dresidual))
 
 
@@ -238,7 +240,7 @@ def test_ops_take_empty_tensors(shape):  # as an empty rank has them
     assert mean.shape == var.shape == c.shape
     given = (x, x, c, c, c, c, x, 1e-5, *RELU)
     dx, dweight, dbias, _ = OP.backward(*given, True)
-    assert dx.shape == OP.input_gradient(*given[:7], c, c, *given[7:])[0].shape == shape
+    assert dx.shape == OP.input_gradient(*given, c, c)[0].shape == shape
     assert not dweight.any()
     assert not dbias.any()
     assert not any(t.any() for t in OP.gradient_sums(*given))

@@ -10,6 +10,8 @@ from helpers import channel_tensors
 pytest.importorskip("triton")
 
 from batchnorm.ops import cuda
+from batchnorm.ops.activations import NAMES
+from batchnorm.ops.arguments import Affine, Running
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the compiler is not used with TRITON_INTERPRET=1"
@@ -50,11 +52,9 @@ def call(x, activation, residual):
     channels = [t.detach() for t in channel_tensors(x.shape[1], torch.float32)]
     mean, var, weight, bias = channels
     r = torch.empty_like(x) if residual else None
-    cuda.train(
-        x, weight, bias, r, mean, var, torch.tensor(0), torch.zeros(x.shape[1]).long(), 0.1, 1e-5, activation, 0.01
-    )
-    given = (torch.empty_like(x), x, mean.double(), var.double(), weight, bias, r, 1e-5, activation, 0.01)
-    cuda.backward(*given, True)
+    affine = Affine(weight, bias, r, 1e-5, activation, 0.01, 0.5)
+    cuda.train(x, *affine, *Running(mean, var, torch.tensor(0), torch.zeros(x.shape[1]).long()))
+    cuda.backward(torch.empty_like(x), x, mean.double(), var.double(), *affine, True)
 
 
 def widths(code, access):
@@ -95,7 +95,7 @@ def test_one_program_does_all_of_a_short_channel(compiled):
     assert [name for name, _ in compiled] == ["forward", "backward"]
 
 
-@pytest.mark.parametrize("activation", range(8))
+@pytest.mark.parametrize("activation", range(len(NAMES)), ids=NAMES)
 def test_every_activation_and_dtype(compiled, activation):
     for dtype in cuda.DTYPES:
         call(torch.empty((4, 5, 3, 3), dtype=dtype), activation, residual=False)
@@ -106,10 +106,10 @@ def test_every_activation_and_dtype(compiled, activation):
 def test_split_ops_and_average_statistics(compiled):
     x, mean, var = torch.empty(SPLIT), torch.zeros(64), torch.ones(64)
     cuda.statistics(x)
-    cuda.update_running_(mean, var, torch.tensor(0), None, mean.double(), var.double(), 9, None)
-    cuda.train(x, None, None, None, mean, var, torch.tensor(0), torch.zeros(64).long(), None, 1e-5, 0, 0.0)
-    cuda.gradient_sums(x, x, mean, var, None, None, None, 1e-5, 1, 0.0)
-    cuda.input_gradient(x, x, mean, var, None, None, None, mean, var, 1e-5, 1, 0.0)
+    cuda.update_running_(mean, var, torch.tensor(0), None, None, mean.double(), var.double(), 9)
+    cuda.train(x, *Affine(), *Running(mean, var, torch.tensor(0), torch.zeros(64).long(), None))
+    cuda.gradient_sums(x, x, mean, var, *Affine(activation=1))
+    cuda.input_gradient(x, x, mean, var, *Affine(activation=1), mean, var)
     assert {"sum_x", "merge_x", "update_running", "sum_dz", "merge_dz", "write_dx"} <= {name for name, _ in compiled}
 
 
@@ -119,8 +119,8 @@ def test_split_ops_and_average_statistics(compiled):
 def test_sizes_beyond_32_bits(compiled, shape):
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     channels = [torch.empty(shape[1], device="meta") for _ in range(4)]
-    cuda.train(x, *channels[:2], None, *channels[2:], None, None, 0.1, 1e-5, 1, 0.0)
-    cuda.backward(x, x, *channels, None, 1e-5, 1, 0.0, True)
+    cuda.train(x, *Affine(*channels[:2], activation=1), *Running(*channels[2:]))
+    cuda.backward(x, x, *channels[:2], *Affine(*channels[2:], activation=1), True)
     assert [name for name, _ in compiled] == ["sum_x", "merge_x", "write_y", "sum_dz", "merge_dz", "write_dx"]
     assert cuda.cut(x).big == (max(shape) > 1 << 30)
 

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from cases import ACTIVATIONS, FLOAT_DTYPES, HALF_DTYPES, LAYOUTS, REFERENCE_SUM_ULP, SHAPES, SLOPE
-from helpers import arrange, channel_tensors, parameter_dtype, ulps
+from helpers import arrange, channel_tensors, parameter_dtype, through_ops, ulps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batchnorm as bn
 from batchnorm import ops
 from batchnorm.functional import parse_activation
-from batchnorm.ops import reference, schema
+from batchnorm.ops import autograd, reference
 from batchnorm.ops.activations import ROWS
+from batchnorm.ops.arguments import Affine
 
 # Beside the reference, which computes float32 in float64: a kernel rounds x - mu, its product and the sum to float32.
 KERNEL_ULP = {torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.float64: 64}
@@ -47,7 +48,7 @@ def compare(x, residual, activation, training, mixed=False):
     g = parse_activation(activation)
     d_y = torch.randn(x.shape).to(dtype)
     results = []
-    for function in (ops.batch_norm, reference.batch_norm):
+    for function in (through_ops, reference.batch_norm):
         leaf, other = x.detach().requires_grad_(), None if residual is None else residual.detach().requires_grad_()
         mean, var, weight, bias = (t.detach().clone().requires_grad_(t.requires_grad) for t in tensors)
         y = function(leaf, mean, var, weight, bias, training, 0.1, 1e-5, g, other)
@@ -57,9 +58,7 @@ def compare(x, residual, activation, training, mixed=False):
         # Backward looks at the rounded y (as torch's does), which may lie on the other side of a kink.
         kept = results[0][0] if g.result_tells else residual
         mean, var, weight, bias = (t.detach() for t in tensors)
-        results[1][1:5] = schema._reference_backward(
-            d_y, x, weight, bias, kept, mean, var, 1e-5, *g, training
-        )  # fmt: skip
+        results[1][1:5] = autograd.reference_backward(d_y, x, mean, var, Affine(weight, bias, kept, 1e-5, *g), training)
     allowed = [
         KERNEL_ULP[dtype] if t.dim() > 1 else max(KERNEL_ULP[t.dtype], REFERENCE_SUM_ULP[dtype]) for t in results[0]
     ]
@@ -103,7 +102,7 @@ def test_split_ops_have_the_bits_of_the_fused_ones(dtype, activation, with_resid
             sums = OP.gradient_sums(*given, 1e-5, *g)
             assert all(map(torch.equal, (t.to(dbias.dtype) for t in sums), (dbias, dweight)))
             means = (t / (x.numel() // shape[1]) for t in sums)
-            assert all(map(torch.equal, OP.input_gradient(*given, *means, 1e-5, *g), (dx, dresidual)))
+            assert all(map(torch.equal, OP.input_gradient(*given, 1e-5, *g, *means), (dx, dresidual)))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -131,10 +130,10 @@ def check_groups(x, size, groups, activation):
     g, channels = parse_activation(activation), x.shape[1]
     d_y, r = torch.randn(x.shape).to(x.dtype), torch.randn(x.shape).to(x.dtype)
     affine = [t.detach() for t in channel_tensors(channels, parameter_dtype(x.dtype))[2:]]
-    y, mean, var = OP.forward_groups(x, *affine, r, size, groups, 1e-5, *g)
+    y, mean, var = OP.forward_groups(x, *affine, r, 1e-5, *g, size, groups)
     assert y.stride() == torch.ops.batchnorm.forward(x, *affine, r, 1e-5, *g)[0].stride()
     kept = None if activation is None else y if activation == "relu" else r
-    dx, dweight, dbias, dresidual = OP.backward_groups(d_y, x, mean, var, *affine, kept, size, groups, 1e-5, *g)
+    dx, dweight, dbias, dresidual = OP.backward_groups(d_y, x, mean, var, *affine, kept, 1e-5, *g, size, groups)
     parts = []
     for i in range(groups):
         part = slice(i * size, None if i == groups - 1 else (i + 1) * size)
@@ -163,7 +162,7 @@ def test_split_ops_on_parts_of_a_batch_make_the_whole():
     torch.testing.assert_close(torch.cat(normalized), y)
     given = [(g, part, merged, spread, *affine, None) for g, part in zip(d_y.split([3, 7, 1]), parts, strict=True)]
     sums = [sum(s) / m for s in zip(*(OP.gradient_sums(*g, 1e-5, *RELU) for g in given), strict=True)]
-    dx = torch.cat([OP.input_gradient(*g, *sums, 1e-5, *RELU)[0] for g in given])
+    dx = torch.cat([OP.input_gradient(*g, 1e-5, *RELU, *sums)[0] for g in given])
     torch.testing.assert_close(dx, OP.backward(d_y, x, mean, var, *affine, None, 1e-5, *RELU, True)[0])
 
 
@@ -291,18 +290,18 @@ WRONG = {
     "dtype of residual": ("forward", (X, None, None, X.double(), 1e-5, *NONE), "residual must have x's dtype"),
     "dy": ("backward", (X[:2], X, CHANNELS, CHANNELS, None, None, None, 1e-5, *RELU, True), "dy must have x's shape"),
     "kept": ("backward", (X, X, CHANNELS, CHANNELS, None, None, X[:2], 1e-5, *RELU, True), "kept must have x's shape"),
-    "dz_mean": ("input_gradient", (X, X, *[CHANNELS] * 2, *[None] * 3, LESS, CHANNELS, 1e-5, *RELU), "dz_mean must"),
+    "dz_mean": ("input_gradient", (X, X, *[CHANNELS] * 2, *[None] * 3, 1e-5, *RELU, LESS, CHANNELS), "dz_mean must"),
     "dy of sums": ("gradient_sums", (X[:2], X, *[CHANNELS] * 2, *[None] * 3, 1e-5, *RELU), "dy must have x's shape"),
-    "running_mean": ("train", (X, None, None, None, LESS, CHANNELS, None, None, 0.1, 1e-5, *NONE), "running_mean"),
-    "one of two": ("train", (X, None, None, None, CHANNELS, None, None, None, 0.1, 1e-5, *NONE), "given together"),
-    "batches": ("update_running_", (CHANNELS, CHANNELS, CHANNELS, None, CHANNELS, CHANNELS, 9, 0.1), "one int64"),
-    "no momentum": ("update_running_", (CHANNELS, CHANNELS, None, None, CHANNELS, CHANNELS, 9, None), "number of"),
-    "groups": ("forward_groups", (X, None, None, None, 2, 3, 1e-5, *NONE), "3 groups of 2 examples do not fit into 4"),
-    "size of groups": ("forward_groups", (X, None, None, None, 0, 1, 1e-5, *NONE), "1 groups of 0 examples"),
+    "running_mean": ("train", (X, None, None, None, 1e-5, *NONE, LESS, CHANNELS, None, None, 0.1), "running_mean"),
+    "one of two": ("train", (X, None, None, None, 1e-5, *NONE, CHANNELS, None, None, None, 0.1), "given together"),
+    "batches": ("update_running_", (CHANNELS, CHANNELS, CHANNELS, None, 0.1, CHANNELS, CHANNELS, 9), "one int64"),
+    "no momentum": ("update_running_", (CHANNELS, CHANNELS, None, None, None, CHANNELS, CHANNELS, 9), "number of"),
+    "groups": ("forward_groups", (X, None, None, None, 1e-5, *NONE, 2, 3), "3 groups of 2 examples do not fit into 4"),
+    "size of groups": ("forward_groups", (X, None, None, None, 1e-5, *NONE, 0, 1), "1 groups of 0 examples"),
     "a row for each": (
-        "backward_groups", (X, X, *[CHANNELS] * 2, *[None] * 3, 2, 2, 1e-5, *NONE), r"mean must be \(2, 3\).*got \(3\)"
+        "backward_groups", (X, X, *[CHANNELS] * 2, *[None] * 3, 1e-5, *NONE, 2, 2), r"mean must be \(2, 3\).*got \(3\)"
     ),
-    "skipped": ("update_running_", (*[CHANNELS] * 2, None, LESS.long(), *[CHANNELS] * 2, 9, 0.1), r"skipped must"),
+    "skipped": ("update_running_", (*[CHANNELS] * 2, None, LESS.long(), 0.1, *[CHANNELS] * 2, 9), r"skipped must"),
 }  # fmt: skip
 
 
@@ -329,11 +328,11 @@ def op_calls():
         "forward (N, C)": (OP.forward, (torch.randn(6, 3).bfloat16(), weight, bias, None, 1e-5, *NONE)),
         "train": (
             OP.train,
-            (x, weight, bias, None, mean, var, torch.tensor(2), torch.zeros(3).long(), 0.1, 1e-5, *RELU),
+            (x, weight, bias, None, 1e-5, *RELU, mean, var, torch.tensor(2), torch.zeros(3).long(), 0.1),
         ),
         "train without running statistics": (
             OP.train,
-            (x, weight, bias, r, None, None, None, None, None, 1e-5, *RELU),
+            (x, weight, bias, r, 1e-5, *RELU, None, None, None, None, None),
         ),
         "normalize": (OP.normalize, (x, mean, var, weight, bias, r, 1e-5, *RELU6)),
         "backward": (OP.backward, (r, x, *wide, weight, bias, None, 1e-5, *RELU, True)),
@@ -341,13 +340,13 @@ def op_calls():
         "statistics": (OP.statistics, (cl,)),
         "gradient_sums": (OP.gradient_sums, (r, x, *wide, weight, bias, None, 1e-5, *RELU)),
         "gradient_sums residual": (OP.gradient_sums, (r, cl, *wide, weight, bias, r, 1e-5, *SILU)),
-        "input_gradient": (OP.input_gradient, (r, x, *wide, weight, bias, None, *wide, 1e-5, *RELU)),
-        "input_gradient residual": (OP.input_gradient, (r, cl, *wide, weight, None, r, *wide, 1e-5, *SILU)),
-        "forward_groups": (OP.forward_groups, (cl, weight, None, r, 3, 2, 1e-5, *SILU)),
-        "backward_groups": (OP.backward_groups, (r, x, *rows, weight, bias, None, 3, 2, 1e-5, *RELU)),
-        "backward_groups residual": (OP.backward_groups, (r, cl, *rows, weight, bias, r, 3, 2, 1e-5, *SILU)),
-        "update": (OP.update_running_, (mean, var, torch.tensor(2), None, *wide, 120, 0.1)),
-        "update average": (OP.update_running_, (mean, var, torch.tensor(2), torch.zeros(3).long(), *wide, 120, None)),
+        "input_gradient": (OP.input_gradient, (r, x, *wide, weight, bias, None, 1e-5, *RELU, *wide)),
+        "input_gradient residual": (OP.input_gradient, (r, cl, *wide, weight, None, r, 1e-5, *SILU, *wide)),
+        "forward_groups": (OP.forward_groups, (cl, weight, None, r, 1e-5, *SILU, 3, 2)),
+        "backward_groups": (OP.backward_groups, (r, x, *rows, weight, bias, None, 1e-5, *RELU, 3, 2)),
+        "backward_groups residual": (OP.backward_groups, (r, cl, *rows, weight, bias, r, 1e-5, *SILU, 3, 2)),
+        "update": (OP.update_running_, (mean, var, torch.tensor(2), None, 0.1, *wide, 120)),
+        "update average": (OP.update_running_, (mean, var, torch.tensor(2), torch.zeros(3).long(), None, *wide, 120)),
     }
 
 
@@ -366,18 +365,18 @@ def test_ops_on_nothing(shape):
         assert OP.normalize(x, channels, channels, None, None, x, 1e-5, *SILU).shape == shape
         given = (x, x, channels.double(), channels.double(), channels, None, x)
         assert not any(t.any() for t in OP.gradient_sums(*given, 1e-5, *SILU))
-        assert OP.input_gradient(*given, channels, channels, 1e-5, *SILU)[0].shape == shape
+        assert OP.input_gradient(*given, 1e-5, *SILU, channels, channels)[0].shape == shape
         assert [t.numel() for t in OP.backward(*given, 1e-5, *SILU, True)] == [0, shape[1], shape[1], 0]
-        groups = (3, 1 if shape[0] == 0 else 2, 1e-5, *SILU)
-        assert OP.forward_groups(x, None, None, None, *groups)[1].shape == (groups[1], shape[1])
+        groups = (3, 1 if shape[0] == 0 else 2)
+        assert OP.forward_groups(x, None, None, None, 1e-5, *SILU, *groups)[1].shape == (groups[1], shape[1])
         rows = [t.expand(groups[1], -1).contiguous() for t in given[2:4]]
-        assert not any(t.any() for t in OP.backward_groups(x, x, *rows, None, None, x, *groups))
+        assert not any(t.any() for t in OP.backward_groups(x, x, *rows, None, None, x, 1e-5, *SILU, *groups))
 
 
 def test_layout_of_results_is_that_of_the_input():
     x = torch.randn(4, 3, 5, 6)
     for layout in LAYOUTS:
-        y = ops.batch_norm(arrange(x, layout), None, None, None, None, True, 0.1, 1e-5)
+        y = through_ops(arrange(x, layout), None, None, None, None, True, 0.1, 1e-5)
         assert y.is_contiguous(
             memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format
         )

@@ -6,6 +6,7 @@ from torch import nn
 
 import batchnorm as bn
 from batchnorm import ops
+from batchnorm.ops.arguments import Running
 from batchnorm.ops.running import blend_
 
 BATCHES = torch.randn(5, 32, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 3
@@ -54,7 +55,7 @@ def test_an_accumulated_update_is_the_same_blend():
 def test_new_statistics_are_rounded_once(dtype):
     old, new = torch.tensor([1.0, 7.0], dtype=dtype), torch.tensor([1e-3, 3.0], dtype=torch.float64)
     mean, var = old.clone(), old.clone()
-    blend_(mean, var, None, None, new, new, 0.1)
+    blend_(Running(mean, var), new, new)
     expected = (0.9 * old.double() + 0.1 * new).to(dtype)
     assert torch.equal(mean, expected)
     assert torch.equal(var, expected)
@@ -63,9 +64,9 @@ def test_new_statistics_are_rounded_once(dtype):
 def test_places_that_do_not_move_and_batches_that_are_none():
     mean, var, batches = torch.zeros(2), torch.ones(2), torch.tensor(4)
     where = torch.tensor([True, False]), torch.tensor([False, False])
-    blend_(mean, var, batches, None, torch.ones(2), torch.full((2,), 5.0), None, where, torch.tensor(True))
+    blend_(Running(mean, var, batches, None, None), torch.ones(2), torch.full((2,), 5.0), where, torch.tensor(True))
     assert mean.tolist() == [pytest.approx(0.2), 0]
     assert var.tolist() == [1, 1]
     assert batches == 5
-    blend_(mean, var, batches, None, torch.ones(2), torch.ones(2), 0.1, where, torch.tensor(False))
+    blend_(Running(mean, var, batches), torch.ones(2), torch.ones(2), where, torch.tensor(False))
     assert batches == 5

@@ -24,7 +24,7 @@ from batchnorm.experiments.claim import Cell, Claim, Record, Result
 from batchnorm.experiments.numbers import with_interval
 from batchnorm.experiments.training import perceptron, recalibrated, share_right, train, vectors
 from batchnorm.nn.base import FusedBatchNorm
-from batchnorm.nn.statistics import Ghost
+from batchnorm.nn.sources import Ghost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,9 +5,7 @@ Shapes: N examples, C channels (``num_features``), then the places: none, (L), (
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +14,20 @@ from torch.overrides import handle_torch_function
 from batchnorm.functional import (
     ActivationLike,
     as_mask,
-    normalize,
-    normalize_by,
-    normalize_masked,
+    masked_in_eval,
+    of_source,
+    of_whole_batch,
     overridden,
     parse_activation,
     refuse_others,
 )
 from batchnorm.nn import tracing
 from batchnorm.nn.guards import Epsilon, QConfig
-from batchnorm.nn.state import State
-from batchnorm.nn.statistics import Batch, Renorm, Running, Statistics, Synced
-from batchnorm.nn.tracking import has_running_statistics
+from batchnorm.nn.sources import Batch, Source
+from batchnorm.nn.state import STATISTICS, State
 from batchnorm.ops.activations import NO_ACTIVATION
-from batchnorm.ops.repetition import is_repeated, own_copies
-from batchnorm.ops.split import Affine, count_, is_eager
+from batchnorm.ops.arguments import Affine, Running
+from batchnorm.ops.repetition import in_backward, is_repeated, own_copies
 
 _LAYOUTS = {2: "(N, C)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
 _LAYERS = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}
@@ -48,7 +45,7 @@ class FusedBatchNorm(State):
     activation: str | tuple[Any, ...] | None = None
     g = NO_ACTIVATION  # the same, as ops take it
     before_sync: type | None = None  # the class that ``revert_sync_batchnorm`` restores
-    held: Running | None = None  # of Renorm: what to correct towards while the running statistics are in use elsewhere
+    held: Any = None  # what the source knew before the running statistics went into use elsewhere
     counts: list[Tensor] | None = None  # where someone wants to know how many values a batch had
     fused = False  # the activation, or a residual, came from the network around it (``from_torch``)
     # Whose work the layer does: each gets it back by its ``hand_back()``, and must where it no longer ``is_there()``.
@@ -71,7 +68,7 @@ class FusedBatchNorm(State):
         *,
         bias: bool = True,
         activation: ActivationLike = None,
-        statistics: Statistics = _BATCH,
+        statistics: Source = _BATCH,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if not bias:  # torch 2.10 does not know the argument
@@ -145,8 +142,15 @@ class FusedBatchNorm(State):
 
 def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
     layer._check_input_dim(input)
-    in_train = layer.training and not layer.frozen_statistics
-    mean, var, weight, bias = _tensors(layer)
+    in_train = layer.training and not layer._frozen & STATISTICS
+    buffers, parameters = layer._buffers, layer._parameters
+    tensors: Any
+    if "running_mean" in buffers and "running_var" in buffers and "weight" in parameters and "bias" in parameters:
+        # Past Module.__getattr__, which takes a microsecond each.
+        tensors = buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]
+    else:  # computed: parametrizations, pruning
+        tensors = layer.running_mean, layer.running_var, layer.weight, layer.bias
+    mean, var, weight, bias = tensors
     if in_train and not layer.track_running_stats:
         mean = var = None
     if (mean is None) != (var is None):
@@ -155,97 +159,53 @@ def _forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask
             f"{'running_mean' if mean is None else 'running_var'} of {type(layer).__name__}({layer.num_features}) is "
             "None alone."
         )
-    count = layer._buffers.get("num_batches_tracked")  # None where it was deleted too
-    if mean is None and in_train and layer.track_running_stats and count is not None:
-        count.add_(not is_repeated(layer))  # torch's count goes on alone
-    training = in_train or mean is None
-    updates = in_train and mean is not None and not is_repeated(layer)
-    batches = skipped = None
-    if in_train and mean is not None:
-        batches, skipped = count, layer.counter(mean)
+    running, updates = _NONE, False
+    if not in_train:
+        running = Running(mean, var)
+    elif mean is not None:
+        updates = (torch.is_grad_enabled() and not in_backward()) or not is_repeated(layer)
+        batches, skipped = buffers.get("num_batches_tracked"), layer.counter(mean)  # a count may be deleted
         if not updates:
             mean, var, batches, skipped = own_copies(mean, var, batches, skipped)
+        running = Running(
+            mean, var, batches, skipped, 0.0 if layer.momentum is None and batches is None else layer.momentum
+        )
+    elif layer.track_running_stats and buffers.get("num_batches_tracked") is not None:
+        buffers["num_batches_tracked"].add_(not is_repeated(layer))  # type: ignore[union-attr]  # torch's count goes on alone
+    g, behind = layer.g, None  # behind: a sum that the network broadcasts, where it did not do so when fused
+    if layer.fused and residual is not None and residual.shape != input.shape:
+        g, behind, residual = NO_ACTIVATION, residual, None
+    affine = Affine(weight, bias, residual, layer.__dict__["eps"], *g)
+    batches = running.batches
     # A count of another dtype, of a checkpoint that was averaged say, or on another device, is none that kernels take.
     plain = batches is None or (batches.dtype == torch.int64 and batches.is_cpu == input.is_cpu)
-    momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
-    g = layer.g
-    behind = None  # a sum that the network broadcasts, where it did not do so when the layer took it over
-    if layer.fused and residual is not None and residual.shape != input.shape:
-        behind, residual, g = (residual, g), None, NO_ACTIVATION
-    if mask is None and plain and (not in_train or type(layer.statistics) is Batch):
-        y = normalize(
-            input,
-            mean,
-            var,
-            weight,
-            bias,
-            training,
-            momentum,
-            layer.epsilon,
-            g,
-            residual,
-            batches,
-            skipped,
-        )
+    if mask is None and plain and (not in_train or layer._statistics.whole_batch):
+        y = of_whole_batch(input, affine, running, in_train or mean is None)
     else:
-        affine = Affine(weight, bias, residual, layer.epsilon, g)
-        mask = None if mask is None else as_mask(mask, input)
-        if training:
-            source = _source(layer, in_train, updates)
-            one_value = isinstance(layer.statistics, Synced) and in_train
-            y = normalize_by(source, input, mean, var, affine, mask, momentum, batches, skipped, one_value)
-        else:
-            y = normalize_masked(input, mean, var, affine, mask)  # type: ignore[arg-type]
-    return y if behind is None else behind[1].in_place(y + behind[0])
+        y = _with_source(layer, input, affine, running, mask, updates)
+    return y if behind is None else layer.g.in_place(y + behind)
 
 
-def _tensors(layer: FusedBatchNorm) -> list[Any]:
-    """running_mean, running_var, weight and bias: past ``Module.__getattr__``, which takes a microsecond each."""
-    buffers: Any = layer._buffers
-    parameters: Any = layer._parameters  # neither holds what parametrizations or pruning compute
-    return [
-        *(buffers[name] if name in buffers else getattr(layer, name) for name in ("running_mean", "running_var")),
-        *(parameters[name] if name in parameters else getattr(layer, name) for name in ("weight", "bias")),
-    ]
+_NONE = Running()
 
 
-def _source(layer: FusedBatchNorm, in_train: bool, updates: bool) -> Any:
-    """The layer's source of statistics, as ``normalize_by`` takes it; without running statistics to correct towards,
-    as after test-time adaptation took them away, ``Renorm`` is the batch's."""
-    source = layer.statistics if in_train else _BATCH
-    renorm, synced = isinstance(source, Renorm), isinstance(source, Synced)
-    if renorm and not has_running_statistics(layer):
-        source, renorm = _BATCH, False
-    known = _known(layer) if renorm else None
+def _with_source(
+    layer: FusedBatchNorm, input: Tensor, affine: Affine, running: Running, mask: Tensor | None, updates: bool
+) -> Tensor:
+    """y where the fused op does not serve: a mask, or statistics of another source than the whole batch."""
+    mask = None if mask is None else as_mask(mask, input)
+    in_train = layer.training and not layer._frozen & STATISTICS
+    if not in_train and running.mean_C is not None:
+        return masked_in_eval(input, affine, running, mask)  # type: ignore[arg-type]
+    source = layer._statistics if in_train else _BATCH
+    known = source.known(layer) if layer.held is None else layer.held
 
-    def normalized(x: Tensor, affine: Affine, mask: Tensor | None) -> Any:
+    def normalize(x: Tensor, affine: Affine, mask: Tensor | None) -> Any:
         y, moments = source.normalize(x, affine, mask, known)
-        if layer.counts is not None and (synced or mask is not None):
+        if layer.counts is not None and (source.beyond_batch or mask is not None):
             layer.counts.append(moments.values)
-        if renorm and updates:
-            if is_eager() and isinstance(known, Running):
-                _HISTORY.setdefault(layer, deque(maxlen=32)).append(known._replace(seen_C=moments.mean_C))
-            count_(layer.renorm_steps, moments.values)  # type: ignore[arg-type]
+        if updates:
+            source.after(layer, known, moments)
         return y, moments
 
-    return normalized
-
-
-# What layers with ``Renorm`` knew before each of their last batches: for forwards that are repeated.
-_HISTORY: WeakKeyDictionary[nn.Module, deque[Running]] = WeakKeyDictionary()
-
-
-def _known(layer: Any) -> Running | list[Running]:
-    """What ``Renorm`` corrects towards: the statistics before this batch."""
-    if layer.held is not None:
-        return layer.held
-    if is_recomputing(layer):
-        fitting = [known for known in _HISTORY.get(layer, ()) if known.mean_C.shape == layer.running_mean.shape]
-        if fitting:
-            return fitting
-    return Running(layer.running_mean.clone(), layer.running_var.clone(), layer.renorm_steps.clone())
-
-
-def is_recomputing(layer: nn.Module) -> bool:
-    """Whether the layer's forward that runs now repeats an earlier one, for activation checkpointing say."""
-    return layer.running_mean is not None and is_repeated(layer)
+    return of_source(normalize, input, affine, running, mask, source.beyond_batch)

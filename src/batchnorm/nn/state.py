@@ -1,11 +1,12 @@
 """A layer's state from batch to batch, and its saved form: statistics, their source, frozen parts, skipped batches.
 
 Its buffers are torch's alone, since torch's tools and others walk over them in parallel, average, slice and allocate
-them (``renorm_steps`` is there while ``statistics=Renorm()`` is). All else are attributes.
+them; a source of statistics may bring some of its own while it is there. All else are attributes.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -15,37 +16,52 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
-from batchnorm.nn.statistics import Batch, Renorm, Statistics
-from batchnorm.ops.running import is_transformed
+from batchnorm.nn.sources import Batch, Source
+from batchnorm.nn.sources.source import names_of_buffers
+from batchnorm.ops.modes import is_transformed
 
 # Bits of what is frozen: the statistics, the affine parameters, and which of these required a gradient before.
-_STATISTICS, _AFFINE, _WEIGHT, _BIAS = 1, 2, 4, 8
+STATISTICS, _AFFINE, _WEIGHT, _BIAS = 1, 2, 4, 8
 # Their keys in a state_dict, and the attributes that code finds which looks for the owner of each key.
-_KEYS = {"frozen_statistics": _STATISTICS, "frozen_affine": _AFFINE, "frozen_weight": _WEIGHT, "frozen_bias": _BIAS}
+_KEYS = {"frozen_statistics": STATISTICS, "frozen_affine": _AFFINE, "frozen_weight": _WEIGHT, "frozen_bias": _BIAS}
 
 
-class _Zero(Tensor):
-    """A count on the meta device. Memory that is made in its likeness holds 0 already.
+class _Blank(Tensor):
+    """A buffer of a source on the meta device. Memory that is made in its likeness holds its initial value already.
 
     Whoever makes a model of no values real (``to_empty``, transformers' ``from_pretrained``) leaves to chance what the
-    checkpoint lacks, and a plain one lacks ``renorm_steps``. In a state_dict it is torch's tensor.
+    checkpoint lacks, and a plain one lacks these buffers. In a state_dict it is torch's tensor.
     """
+
+    value: float
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            return (torch.zeros_like if function is torch.empty_like else function)(*args, **kwargs or {})
+            if function is torch.empty_like:
+                return torch.full_like(args[0], args[0].value, **kwargs or {})
+            return function(*args, **kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return memo.setdefault(id(self), _counted_from_zero(self.device))
+        return memo.setdefault(id(self), _blank(self.shape, self.dtype, self.device, self.value))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _counted_from_zero, (self.device,)
+        return _blank, (self.shape, self.dtype, self.device, self.value)
 
 
-def _counted_from_zero(device: torch.device) -> Tensor:
-    zero = torch.tensor(0, device=device)
-    return zero.as_subclass(_Zero) if zero.is_meta else zero
+def _blank(shape: Any, dtype: torch.dtype, device: Any, value: float) -> Tensor:
+    """What a layer that has seen nothing has there."""
+    tensor = torch.full(shape, value, dtype=dtype, device=device)
+    if tensor.is_meta:
+        tensor = tensor.as_subclass(_Blank)
+        tensor.value = value
+    return tensor
+
+
+def _needed(kind: type) -> str:
+    """The arguments that a source must be given: "(size)"."""
+    parameters = inspect.signature(kind).parameters.values()
+    return f"({', '.join(p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)})"
 
 
 class State(_BatchNorm):
@@ -56,7 +72,7 @@ class State(_BatchNorm):
     true: single numbers, 1.0, that averaging, casting and slicing leave what they are.
     """
 
-    _statistics: Statistics = Batch()
+    _statistics: Source = Batch()
     skipped_batches: Tensor | None = None
     guarded = True  # False: running statistics take up what is not finite too, as torch's do
     _frozen = 0
@@ -65,7 +81,7 @@ class State(_BatchNorm):
     @property
     def frozen_statistics(self) -> bool:
         """Whether the running statistics are kept, and used, in train too."""
-        return bool(self._frozen & _STATISTICS)
+        return bool(self._frozen & STATISTICS)
 
     @property
     def frozen_affine(self) -> bool:
@@ -83,30 +99,32 @@ class State(_BatchNorm):
         return self.frozen_affine and bool(self._frozen & _BIAS)
 
     @property
-    def statistics(self) -> Statistics:
-        """The source of training statistics. May be set; ``Renorm`` brings the buffer that it counts steps in."""
+    def statistics(self) -> Source:
+        """The source of training statistics. May be set; some bring buffers of their own."""
         return self._statistics
 
     @statistics.setter
-    def statistics(self, statistics: Statistics) -> None:
-        if not isinstance(statistics, Statistics):
-            raise TypeError(
-                f"statistics takes a value, Batch(), Ghost(size), Renorm() or Synced(), got {statistics!r}."
-            )
-        if isinstance(statistics, Renorm):
-            if self.running_mean is None:
-                raise ValueError("Renorm corrects towards the running statistics: it needs track_running_stats=True.")
-            if "renorm_steps" not in self._buffers:
-                self.register_buffer("renorm_steps", _counted_from_zero(self.running_mean.device))
-        elif "renorm_steps" in self._buffers:
-            del self.renorm_steps
+    def statistics(self, statistics: Source) -> None:
+        if not isinstance(statistics, Source):
+            known = ", ".join(f"{kind.__name__}{_needed(kind)}" for kind in Source.__subclasses__())
+            raise TypeError(f"statistics takes a value, {known}, or one of another Source, got {statistics!r}.")
+        brought = statistics.buffers(self)
+        for name in self._statistics.initial:
+            if name not in brought:
+                self._buffers.pop(name, None)
+        for name, tensor in brought.items():
+            if name not in self._buffers:
+                if tensor.is_meta:
+                    tensor = _blank(tensor.shape, tensor.dtype, tensor.device, statistics.initial[name])
+                self.register_buffer(name, tensor)
         self._statistics = statistics
 
     def reset_parameters(self) -> None:
-        """torch's, and no step was made."""
+        """torch's, and nothing was seen."""
         super().reset_parameters()
-        if "renorm_steps" in self._buffers:  # torch calls this before there is one
-            self.renorm_steps.zero_()  # type: ignore[operator]
+        for name, value in self._statistics.initial.items():
+            if name in self._buffers:  # torch calls this before there is one
+                self._buffers[name].fill_(value)  # type: ignore[union-attr]
 
     def train(self, mode: bool = True) -> Any:
         """torch's; when training ends it is said what did not enter the running statistics."""
@@ -159,14 +177,16 @@ class State(_BatchNorm):
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:
         """torch's: to another device, dtype or memory. What is counted goes along, also where nothing is copied."""
-        steps = self._buffers.get("renorm_steps")
+        initial = self._statistics.initial
+        before = {name: self._buffers.get(name) for name in initial}
         super()._apply(function, recurse)
-        now = self._buffers.get("renorm_steps")
-        if now is not None and now.is_meta:
-            self._buffers["renorm_steps"] = _counted_from_zero(now.device)
-        elif now is not steps and type(now) is Tensor:
-            with torch.inference_mode(now.is_inference()):
-                now.copy_(steps) if type(steps) is Tensor and not steps.is_meta else now.zero_()
+        for name, value in initial.items():
+            old, now = before[name], self._buffers.get(name)
+            if now is not None and now.is_meta:
+                self._buffers[name] = _blank(now.shape, now.dtype, now.device, value)
+            elif now is not None and now is not old and type(now) is Tensor:
+                with torch.inference_mode(now.is_inference()):
+                    now.copy_(old) if type(old) is Tensor and not old.is_meta else now.fill_(value)
         mean, counter = self.running_mean, self.skipped_batches
         if mean is not None and counter is not None and counter.device != mean.device:
             self.skipped_batches = None if counter.is_meta or mean.is_meta else counter.to(mean.device)
@@ -183,8 +203,8 @@ class State(_BatchNorm):
 
     def set_frozen(self, statistics: bool, affine: bool) -> None:
         """Keep the running statistics in train too; no gradients for weight and bias. See ``batchnorm.freeze``."""
-        before = self._frozen if self.frozen_affine else self._frozen & _STATISTICS
-        bits = statistics * _STATISTICS + affine * _AFFINE
+        before = self._frozen if self.frozen_affine else self._frozen & STATISTICS
+        bits = statistics * STATISTICS + affine * _AFFINE
         for bit, name in ((_WEIGHT, "weight"), (_BIAS, "bias")):
             leaves = self._leaves(name)
             if not leaves:
@@ -219,19 +239,21 @@ class State(_BatchNorm):
     ) -> None:
         """torch's; a layer that was frozen when it was saved is frozen, one that is frozen stays so.
 
-        ``renorm_steps`` may be missing, and may be there for a layer that does not count steps.
+        Buffers of sources may be missing, and may be there for a layer that has another source.
         """
         self.forget_skipped()  # the loaded statistics have a past of their own
         saved = {key: state_dict[f"{prefix}{key}"] for key in _KEYS if f"{prefix}{key}" in state_dict}
         bits = sum(_KEYS[key] for key, flag in saved.items() if not flag.is_meta and flag > 0.5)
         if bits:
-            self.set_frozen(bool(bits & _STATISTICS), bool(bits & _AFFINE))
+            self.set_frozen(bool(bits & STATISTICS), bool(bits & _AFFINE))
             self._frozen = bits
-        steps = self._buffers.pop("renorm_steps", None) if f"{prefix}renorm_steps" not in state_dict else None
+        initial = self._statistics.initial
+        lacking = {n: self._buffers.pop(n) for n in initial if n in self._buffers and f"{prefix}{n}" not in state_dict}
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *rest)
-        if steps is not None:
-            fits = not steps.is_meta or self.running_mean is None or self.running_mean.is_meta
-            self._buffers["renorm_steps"] = steps if fits else _counted_from_zero(self.running_mean.device)  # type: ignore[union-attr]
-        for name in (*_KEYS, "renorm_steps"):
+        for name, own in lacking.items():
+            if own is not None and own.is_meta and self.running_mean is not None and not self.running_mean.is_meta:
+                own = _blank(own.shape, own.dtype, self.running_mean.device, initial[name])
+            self._buffers[name] = own
+        for name in (*_KEYS, *names_of_buffers()):
             if f"{prefix}{name}" in unexpected:
                 unexpected.remove(f"{prefix}{name}")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 
-from batchnorm.functional import as_mask, normalize, normalize_by, normalize_masked
-from batchnorm.nn.statistics import Batch
+from batchnorm.functional import as_mask, masked_in_eval, of_source, of_whole_batch
+from batchnorm.nn.sources import Batch
 from batchnorm.nn.torchscript import Scripted
 from batchnorm.nn.tracking import has_running_statistics, is_frozen, updates_running_statistics
-from batchnorm.ops.activations import Activation
-from batchnorm.ops.split import Affine, of_batch
+from batchnorm.ops.arguments import Affine, Running
+from batchnorm.ops.split import of_batch
 
 if TYPE_CHECKING:
     from batchnorm.nn.base import FusedBatchNorm
@@ -121,14 +121,13 @@ def batch_norm_or_masked(
     batches: Tensor | None = None,
 ) -> Tensor:
     """A layer's forward as a graph calls it, which may learn only when it runs whether there is a mask."""
-    running, g = (running_mean, running_var), Activation(activation, a, b)
+    running = Running(running_mean, running_var, batches, momentum=momentum)
+    affine = Affine(weight, bias, residual, eps, activation, a, b)
     if mask is None:
-        given = (input, *running, weight, bias)
-        return normalize(*given, training, momentum, eps, g, residual, batches)
-    affine, mask = Affine(weight, bias, residual, eps, g), as_mask(mask, input)
+        return of_whole_batch(input, affine, running, training)
     if training:
-        return normalize_by(of_batch, input, *running, affine, mask, momentum, batches)
-    return normalize_masked(input, *running, affine, mask)
+        return of_source(of_batch, input, affine, running, as_mask(mask, input))
+    return masked_in_eval(input, affine, running, as_mask(mask, input))
 
 
 def _with(root: nn.Module, path: list[str], layer: nn.Module) -> nn.Module:

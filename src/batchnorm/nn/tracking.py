@@ -9,6 +9,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.ops.repetition import is_repeated
+
 
 def has_running_statistics(layer: nn.Module) -> bool:
     """Whether there are running statistics: evaluation reads them then, whatever ``track_running_stats`` says."""
@@ -23,3 +25,8 @@ def is_frozen(layer: nn.Module) -> bool:
 def updates_running_statistics(layer: nn.Module) -> bool:
     """Whether the layer, in train mode, moves its running statistics: it has some, tracks them, is not frozen."""
     return has_running_statistics(layer) and bool(layer.track_running_stats) and not is_frozen(layer)
+
+
+def is_recomputing(layer: nn.Module) -> bool:
+    """Whether the layer's forward that runs now repeats an earlier one, for activation checkpointing say."""
+    return layer.running_mean is not None and is_repeated(layer)

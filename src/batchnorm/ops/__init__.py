@@ -10,15 +10,15 @@ import warnings
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from batchnorm.ops import fallback, reference, schema
-from batchnorm.ops.activations import NO_ACTIVATION, Activation
-from batchnorm.ops.running import blend_, is_transformed
+from batchnorm.ops import autograd, fallback, reference
+from batchnorm.ops.arguments import Affine, Running
+from batchnorm.ops.modes import is_functionalized, is_traced, is_transformed
+from batchnorm.ops.running import blend_
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -72,103 +72,49 @@ dtypes_served._dynamo_marked_constant = True  # type: ignore[attr-defined]
 dtypes_served("cpu")
 
 
-def batch_norm(
-    x_NCS: Tensor,
-    running_mean_C: Tensor | None,
-    running_var_C: Tensor | None,
-    gamma_C: Tensor | None,
-    beta_C: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    g: Activation = NO_ACTIVATION,
-    residual_NCS: Tensor | None = None,
-    batches: Tensor | None = None,
-    skipped: Tensor | None = None,
-) -> Tensor:
+def batch_norm(x_NCS: Tensor, affine: Affine, running: Running, training: bool) -> Tensor:
     """y = g(BN(x) + residual), with batch statistics in training, else with the running ones.
 
     In training the running statistics, where given, are updated in place. y has torch's type of x + residual.
-    ``batches`` counts this one; with momentum=None the running statistics are then the plain average over all.
-    With ``skipped``, (C,), a channel's running statistics never take up what is not finite: it is counted there.
     """
-    tensors = (x_NCS, running_mean_C, running_var_C, gamma_C, beta_C)
-    rest = (g, residual_NCS)
-    if not has_kernel(*tensors, residual_NCS, training, eps) or (momentum is None and batches is None):
-        return _through(fallback.batch_norm, batches, skipped, tensors, training, momentum, eps, *rest)
+    eager = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    served = has_kernel(x_NCS, affine, running, training, eager)
+    if not served or (running.momentum is None and running.batches is None):
+        return _through(fallback.batch_norm, x_NCS, affine, running, training)
     if forward_ad._current_level >= 0:  # ops have no forward-mode derivative
-        return _through(reference.batch_norm, batches, skipped, tensors, training, momentum, eps, *rest)
-    if residual_NCS is not None and residual_NCS.dtype != x_NCS.dtype:
-        dtype = torch.promote_types(x_NCS.dtype, residual_NCS.dtype)  # as y + residual has it
-        x_NCS, residual_NCS = x_NCS.to(dtype), residual_NCS.to(dtype)
-    eager = is_eager()
-    if residual_NCS is x_NCS and not eager:  # torch.compile takes no tensor twice
-        residual_NCS = residual_NCS.view_as(residual_NCS)
+        return _through(reference.batch_norm, x_NCS, affine, running, training)
+    residual_NCS = affine.residual_NCS
+    if residual_NCS is not None:
+        if residual_NCS.dtype != x_NCS.dtype:
+            x_NCS, affine = affine.in_one_dtype(x_NCS)
+        elif residual_NCS is x_NCS and not eager:  # torch.compile takes no tensor twice
+            affine = affine._replace(residual_NCS=residual_NCS.view_as(residual_NCS))
     if not training:
-        if torch.is_grad_enabled():  # backward must not read live buffers, which a later step changes
-            running_mean_C, running_var_C = running_mean_C.clone(), running_var_C.clone()  # type: ignore[union-attr]
-            normalize = (schema.EagerNormalize if eager else schema.Normalize).apply
-        else:
-            normalize = torch.ops.batchnorm.normalize.default
-        return normalize(x_NCS, running_mean_C, running_var_C, gamma_C, beta_C, residual_NCS, eps, *g)
+        mean_C, var_C = running[:2]
+        if not torch.is_grad_enabled():
+            return torch.ops.batchnorm.normalize.default(x_NCS, mean_C, var_C, *affine)
+        # backward must not read live buffers, which a later step changes
+        mean_C, var_C = mean_C.clone(), var_C.clone()  # type: ignore[union-attr]
+        return (autograd.eager_normalize if eager else autograd.Normalize.apply)(x_NCS, mean_C, var_C, *affine)
     if eager:
-        train = schema.eager_forward if torch.is_grad_enabled() else _train_without_gradient
-        return train(
-            x_NCS,
-            gamma_C,
-            beta_C,
-            residual_NCS,
-            running_mean_C,
-            running_var_C,
-            batches,
-            skipped,
-            momentum,
-            eps,
-            *g,
-        )
-    y, mean, var = schema.Forward.apply(x_NCS, gamma_C, beta_C, residual_NCS, eps, *g)
-    if running_mean_C is not None and running_var_C is not None:
+        if torch.is_grad_enabled():
+            return autograd.eager_forward(x_NCS, *affine, *running)
+        return torch.ops.batchnorm.train.default(x_NCS, *affine, *running)[0]
+    y, mean_C, var_C = autograd.Forward.apply(x_NCS, *affine)
+    if running.mean_C is not None:
         values = x_NCS.numel() // x_NCS.shape[1]
-        running = (running_mean_C, running_var_C, batches, skipped)
         if torch.compiler.is_compiling():
-            torch.ops.batchnorm.update_once_.default(*running, mean, var, values, None, momentum)
+            torch.ops.batchnorm.update_once_.default(*running, mean_C, var_C, values, None)
         else:  # torch's own ops, which know what torch.func allows
-            blend_(*running, mean, var * (values / (values - 1)), momentum)
-    elif batches is not None:
-        batches.add_(1)
+            blend_(running, mean_C, var_C * (values / (values - 1)))
+    elif running.batches is not None:
+        running.batches.add_(1)
     return y
 
 
-def _train_without_gradient(*arguments: Any) -> Tensor:
-    y: Tensor = torch.ops.batchnorm.train.default(*arguments)[0]
-    return y
-
-
-def is_eager() -> bool:
-    """No torch.compile and no torch.func around."""
-    return not torch.compiler.is_compiling() and not is_transformed()
-
-
-def is_traced() -> bool:
-    """Whether torch.export, TorchScript's tracer or functionalize look for torch's own ops."""
-    if is_eager():
-        return torch._C._is_tracing()
-    return torch.compiler.is_exporting() if torch.compiler.is_compiling() else is_functionalized()
-
-
-def is_functionalized() -> bool:
-    """Whether ``torch.func.functionalize`` is around: buffers that it was not given change in torch's ops alone."""
-    functorch = torch._C._functorch
-    stack = functorch.get_interpreter_stack() or ()
-    return any(level.key() == functorch.TransformType.Functionalize for level in stack)
-
-
-is_functionalized._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def refuse_gradient(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+def refuse_gradient(running: Running) -> None:
     """As torch does: running statistics are no argument to differentiate by."""
-    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+    for name, t in (("running_mean", running.mean_C), ("running_var", running.var_C)):
         if t is not None and t.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"The function 'batch_norm' is not differentiable with respect to argument '{name}'. This input cannot "
@@ -176,31 +122,28 @@ def refuse_gradient(running_mean: Tensor | None, running_var: Tensor | None) -> 
             )
 
 
-def has_kernel(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    eps: float,
-) -> bool:
+def has_kernel(x: Tensor, affine: Affine, running: Running, training: bool, eager: bool) -> bool:
     """Whether a kernel of ours takes this. What torch refuses is left to torch, whose errors users know."""
     device, dtype = x.device, x.dtype
-    served = dtypes_served(device.type)
-    if dtype not in served or x.dim() < 2 or eps <= 0 or x.layout != torch.strided or is_traced():
+    served = _SERVED.get(device.type) if eager else None
+    if served is None:
+        served = dtypes_served(device.type)
+    if dtype not in served or x.dim() < 2 or affine.eps <= 0 or x.layout != torch.strided:
         return False
-    if torch.compiler.is_compiling() and is_transformed():  # Dynamo would write our Functions without their gradients
+    if torch._C._is_tracing() if eager else is_traced():
         return False
+    if not eager and torch.compiler.is_compiling() and is_transformed():
+        return False  # Dynamo would write our Functions without their gradients
     channels, values = x.shape[1], x.numel()
+    running_mean, running_var = running[:2]
     if values == 0 or (running_mean is None) != (running_var is None):
         return False
     if (training and values == channels) or (not training and running_mean is None):
         return False
     if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):  # type: ignore[union-attr]
-        refuse_gradient(running_mean, running_var)
+        refuse_gradient(running)
     expected = None if dtype in _HALVES else dtype
+    weight, bias, residual = affine[:3]
     for t in (running_mean, running_var, weight, bias):
         if t is None:
             continue
@@ -213,33 +156,27 @@ def has_kernel(
     return residual is None or (residual.device == device and torch.promote_types(dtype, residual.dtype) in served)
 
 
-def _through(
-    function: Callable[..., Tensor],
-    batches: Tensor | None,
-    skipped: Tensor | None,
-    tensors: tuple[Any, ...],
-    training: bool,
-    momentum: float | None,
-    *rest: Any,
-) -> Tensor:
+def _through(function: Callable[..., Tensor], x: Tensor, affine: Affine, running: Running, training: bool) -> Tensor:
     """Through the fallback or the reference, which know neither the counters nor momentum=None."""
-    x, running_mean, running_var, weight, bias = tensors
-    skipped = None if is_traced() else skipped  # a traced graph knows the layer's buffers alone
-    tracked = running_mean is not None and running_var is not None
+    if is_traced():  # a traced graph knows the layer's buffers alone
+        running = running._replace(skipped=None)
+    mean, var, batches, skipped, momentum = running
+    rest = (affine.eps, affine.g, affine.residual_NCS)
+    tracked = mean is not None and var is not None
     if tracked and training and momentum is None and batches is not None and is_functionalized():
         momentum, batches = 1 / float(batches.add_(1)), None  # as torch's layer does
     if not tracked or not training or (skipped is None and (momentum is not None or batches is None)):
         if batches is not None:
             batches.add_(1)
         if tracked and not training and torch.is_grad_enabled() and not is_traced():  # backward reads no live buffers
-            running_mean, running_var = running_mean.clone(), running_var.clone()
+            mean, var = mean.clone(), var.clone()  # type: ignore[union-attr]
         momentum = 0.0 if batches is not None and momentum is None else momentum  # None alone is torch's error
-        return function(x, running_mean, running_var, weight, bias, training, momentum, *rest)
+        return function(x, mean, var, affine.weight_C, affine.bias_C, training, momentum, *rest)
     # momentum=1.0 gives the batch alone, or, for an empty batch, the running statistics as they are.
-    zero = torch.zeros_like(running_mean)  # 0 * NaN is NaN
+    zero = torch.zeros_like(mean)  # type: ignore[arg-type]  # 0 * NaN is NaN
     if is_transformed():
-        zero = zero + x.new_zeros(running_mean.shape, dtype=running_mean.dtype)  # batched by vmap as x is
-    mean, var = (t.detach().nan_to_num() + zero for t in (running_mean, running_var))
-    y = function(x, mean, var, weight, bias, training, 1.0, *rest)
-    blend_(running_mean, running_var, batches, skipped, mean, var, momentum)
+        zero = zero + x.new_zeros(mean.shape, dtype=mean.dtype)  # type: ignore[union-attr]  # batched by vmap as x is
+    mean, var = (t.detach().nan_to_num() + zero for t in (mean, var))  # type: ignore[union-attr]
+    y = function(x, mean, var, affine.weight_C, affine.bias_C, training, 1.0, *rest)
+    blend_(running, mean, var)
     return y

@@ -17,6 +17,7 @@ from torch import Tensor
 from batchnorm.ops import cuda_kernels as kernels
 from batchnorm.ops import schema
 from batchnorm.ops.activations import NAMES, Activation
+from batchnorm.ops.arguments import Running
 from batchnorm.ops.running import blend_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 goes through torch's own kernels
@@ -124,10 +125,8 @@ def _check_like(x: Tensor, **tensors: Tensor | None) -> None:
             _check(t.dtype == x.dtype, f"{name} must have x's dtype")
 
 
-def _check_running(
-    mean: Tensor | None, var: Tensor | None, batches: Tensor | None, skipped: Tensor | None, momentum: float | None,
-    x: Tensor, channel: int,
-) -> None:  # fmt: skip
+def _check_running(running: Running, x: Tensor, channel: int) -> None:
+    mean, var, batches, skipped, momentum = running
     _check_channels(x, channel, running_mean=mean, running_var=var)
     _check((mean is None) == (var is None), "running_mean and running_var must be given together")
     _check(momentum is not None or batches is not None or mean is None, "momentum=None needs the number of batches")
@@ -186,11 +185,9 @@ def _merge(k: Cut) -> tuple[tuple[int], dict[str, Any]]:
     return (triton.cdiv(k.C, B),), {"P": P, "B": B, **_OPTIONS}
 
 
-def normalize(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-    eps: float, activation: int, a: float, b: float,
-) -> Tensor:  # fmt: skip
+def normalize(x: Tensor, mean: Tensor, var: Tensor, *affine: Any) -> Tensor:
     """Algorithm 1, lines 3 and 4, with given statistics: one launch."""
+    weight, bias, residual, eps, activation, a, b = affine
     _check_input(x, activation)
     _check_channels(x, mean=mean, var=var, weight=weight, bias=bias)
     _check_like(x, residual=residual)
@@ -206,51 +203,45 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, eps: float, activation: int,
-    a: float, b: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def forward(x: Tensor, *affine: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1: ``train`` without running statistics."""
-    return train(x, weight, bias, residual, None, None, None, None, None, eps, activation, a, b)
+    return train(x, *affine, *Running())
 
 
-def train(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, running_mean: Tensor | None,
-    running_var: Tensor | None, batches: Tensor | None, skipped: Tensor | None, momentum: float | None, eps: float,
-    activation: int, a: float, b: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def train(x: Tensor, *affine_and_running: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 1 and the running statistics: one launch for short channels, else three; and one for ``batches``."""
+    affine, running = affine_and_running[:7], Running(*affine_and_running[7:])
+    weight, bias, residual, eps, activation, a, b = affine
     _check_input(x, activation)
-    _check_running(running_mean, running_var, batches, skipped, momentum, x, 1)
+    _check_running(running, x, 1)
     _check_channels(x, weight=weight, bias=bias)
     _check_like(x, residual=residual)
-    if _enters_as_a_whole(running_mean, skipped, momentum) and x.numel():
-        y, mean, var = train(x, weight, bias, residual, None, None, None, None, None, eps, activation, a, b)
+    if _enters_as_a_whole(running) and x.numel():
+        y, mean, var = forward(x, *affine)
         values = x.numel() // x.shape[1]
-        blend_(running_mean, running_var, batches, skipped, mean, var * (values / (values - 1)), momentum)  # type: ignore[arg-type]
+        blend_(running, mean, var * (values / (values - 1)))
         return y, mean, var
-    if batches is not None:
-        batches.add_(1)
+    if running.batches is not None:
+        running.batches.add_(1)
     x = _dense(x)
     k, residual = cut(x), _laid_out_as(residual, x)
-    given = _contiguous(running_mean, running_var)
-    counts = batches, skipped, momentum
+    given = _contiguous(*running[:2])
     if x.numel() == 0 or not k.whole:
-        mean, var = _statistics(x, *given, *counts)
+        mean, var = _statistics(x, *given, *running[2:])
         y = normalize(x, mean, var, weight, bias, residual, eps, activation, a, b)
     else:
         y, mean, var = torch.empty_like(x), _wide(x), _wide(x)
         kernels.forward[k.blocks, 1](
-            x, residual, y, mean, var, *_contiguous(weight, bias), *given, *counts, eps, a, b,
+            x, residual, y, mean, var, *_contiguous(weight, bias), *given, *running[2:], eps, a, b,
             values=x.numel() // k.C, ACTIVATION=activation, **k.sizes,
         )  # fmt: skip
-    _write_back(given, running_mean, running_var)
+    _write_back(given, *running[:2])
     return y, mean, var
 
 
-def _enters_as_a_whole(running_mean: Tensor | None, skipped: Tensor | None, momentum: float | None) -> bool:
+def _enters_as_a_whole(running: Running) -> bool:
     """The plain average with a guard: whether a batch enters hangs on all channels, and so on all programs."""
-    return running_mean is not None and skipped is not None and momentum is None
+    return running.mean_C is not None and running.skipped is not None and running.momentum is None
 
 
 def _write_back(written: list[Tensor | None], *tensors: Tensor | None) -> None:
@@ -260,26 +251,24 @@ def _write_back(written: list[Tensor | None], *tensors: Tensor | None) -> None:
             t.copy_(new)
 
 
-def update_running_(
-    running_mean: Tensor, running_var: Tensor, batches: Tensor | None, skipped: Tensor | None, mean: Tensor,
-    var: Tensor, values: int, momentum: float | None,
-) -> None:  # fmt: skip
+def update_running_(*running_and_moments: Any) -> None:
     """Algorithm 2, line 10: one launch, and one for ``batches``."""
+    *given, mean, var, values = running_and_moments
+    running = Running(*given)
     _check_channels(mean, 0, var=var)
-    _check_running(running_mean, running_var, batches, skipped, momentum, mean, 0)
+    _check_running(running, mean, 0)
     C = len(mean)
-    if _enters_as_a_whole(running_mean, skipped, momentum) and values and C:
-        factor = values / (values - 1)
-        return blend_(running_mean, running_var, batches, skipped, mean, var * factor, momentum)
-    if batches is not None:
-        batches.add_(1)
+    if _enters_as_a_whole(running) and values and C:
+        return blend_(running, mean, var * (values / (values - 1)))
+    if running.batches is not None:
+        running.batches.add_(1)
     if values == 0 or C == 0:
         return None
-    given = _contiguous(running_mean, running_var)
+    written = _contiguous(*running[:2])
     kernels.update_running[(triton.cdiv(C, PLACES),)](
-        *given, batches, skipped, *_contiguous(mean, var), values, momentum, C, B=PLACES, **_OPTIONS
+        *written, *running[2:4], *_contiguous(mean, var), values, running.momentum, C, B=PLACES, **_OPTIONS
     )
-    _write_back(given, running_mean, running_var)
+    _write_back(written, *running[:2])
     return None
 
 
@@ -290,16 +279,15 @@ class _Gradient(NamedTuple):
     x: Tensor
     kept: Tensor | None
     channels: list[Tensor | None]  # mean, var, weight, bias
-    kind: int
+    scalars: tuple[float, float, float]  # eps, a, b
+    options: dict[str, int]
 
     def empty_dresidual(self) -> Tensor | None:
         return None if self.kept is None else torch.empty_like(self.x)
 
 
-def _gradient(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
-    activation: int, a: float, b: float,
-) -> _Gradient:  # fmt: skip
+def _gradient(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, affine: Any) -> _Gradient:
+    weight, bias, kept, eps, activation, a, b = affine
     _check_input(x, activation)
     _check_channels(x, mean=mean, var=var, weight=weight, bias=bias)
     _check_like(x, dy=dy, kept=kept)
@@ -307,21 +295,17 @@ def _gradient(
     kept = None if activation == 0 else _laid_out_as(kept, x)
     told = Activation(activation, a, b).result_tells
     kind = kernels.NOTHING if kept is None else kernels.RESULT if told else kernels.RESIDUAL
-    return _Gradient(_laid_out_as(dy, x), x, kept, _contiguous(mean, var, weight, bias), kind.value)  # type: ignore[arg-type]
+    channels, options = _contiguous(mean, var, weight, bias), {"ACTIVATION": activation, "KEPT": kind.value}
+    return _Gradient(_laid_out_as(dy, x), x, kept, channels, (eps, a, b), options)  # type: ignore[arg-type]
 
 
-def gradient_sums(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
-    eps: float, activation: int, a: float, b: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def gradient_sums(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, *affine: Any) -> tuple[Tensor, Tensor]:
     """The sums of Section 3: two launches."""
-    given = _gradient(dy, x, mean, var, weight, bias, kept, activation, a, b)
-    return _gradient_sums(given, cut(given.x), eps, activation, a, b)
+    given = _gradient(dy, x, mean, var, affine)
+    return _gradient_sums(given, cut(given.x))
 
 
-def _gradient_sums(
-    given: _Gradient, k: Cut, eps: float, activation: int, a: float, b: float, *parameters: Tensor
-) -> tuple[Tensor, Tensor]:
+def _gradient_sums(given: _Gradient, k: Cut, *parameters: Tensor) -> tuple[Tensor, Tensor]:
     """``parameters``: dweight and dbias, where to put the sums in float32 too."""
     x, dz, dz_xhat = given.x, _wide(given.x), _wide(given.x)
     if x.numel() == 0:
@@ -330,55 +314,51 @@ def _gradient_sums(
         return dz.zero_(), dz_xhat.zero_()
     partial = x.new_empty((2, k.parts, k.C), dtype=torch.float64)
     kernels.sum_dz[k.blocks, k.parts](
-        given.dy, x, given.kept, partial, *given.channels, eps, a, b, ACTIVATION=activation, KEPT=given.kind, **k.sizes
+        given.dy, x, given.kept, partial, *given.channels, *given.scalars, **given.options, **k.sizes
     )
     grid, shape = _merge(k)
     dweight, dbias = parameters or (None, None)
+    eps = given.scalars[0]
     kernels.merge_dz[grid](partial, *given.channels[:2], dz, dz_xhat, dweight, dbias, eps, k.C, k.parts, **shape)
     return dz, dz_xhat
 
 
-def input_gradient(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
-    dz_mean: Tensor, dz_xhat_mean: Tensor, eps: float, activation: int, a: float, b: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def input_gradient(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, *affine_and_means: Any) -> tuple[Tensor, Tensor]:
     """d_x of Section 3 with the sums given: one launch."""
-    given = _gradient(dy, x, mean, var, weight, bias, kept, activation, a, b)
+    *affine, dz_mean, dz_xhat_mean = affine_and_means
+    given = _gradient(dy, x, mean, var, affine)
     _check_channels(x, dz_mean=dz_mean, dz_xhat_mean=dz_xhat_mean)
-    dz = _contiguous(dz_mean, dz_xhat_mean)
-    return _input_gradient(given, cut(given.x), dz, 1, eps, activation, a, b, True)
+    return _input_gradient(given, cut(given.x), _contiguous(dz_mean, dz_xhat_mean), 1, True)
 
 
-def _input_gradient(
-    given: _Gradient, k: Cut, dz: Any, values: int, eps: float, activation: int, a: float, b: float, training: bool
-) -> tuple[Tensor, Tensor]:
+def _input_gradient(given: _Gradient, k: Cut, dz: Any, values: int, training: bool) -> tuple[Tensor, Tensor]:
     """dx and dresidual from the sums ``dz`` (of dz and of dz * xhat) over so many values."""
     x, dx, dresidual = given.x, torch.empty_like(given.x), given.empty_dresidual()
     if x.numel():
         kernels.write_dx[k.blocks, k.parts](
-            given.dy, x, given.kept, dx, dresidual, *given.channels, *dz, values, eps, a, b,
-            TRAINING=training, ACTIVATION=activation, KEPT=given.kind, **k.sizes,
+            given.dy, x, given.kept, dx, dresidual, *given.channels, *dz, values, *given.scalars,
+            TRAINING=training, **given.options, **k.sizes,
         )  # fmt: skip
     return dx, x.new_empty(0) if dresidual is None else dresidual
 
 
 def backward(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
-    eps: float, activation: int, a: float, b: float, training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, *affine_and_training: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Section 3: one launch for short channels, else three."""
-    given = _gradient(dy, x, mean, var, weight, bias, kept, activation, a, b)
+    *affine, training = affine_and_training
+    given = _gradient(dy, x, mean, var, affine)
     x, k = given.x, cut(given.x)
     dweight, dbias = (x.new_empty(k.C, dtype=torch.float32) for _ in range(2))
     values = x.numel() // max(k.C, 1)
     if x.numel() == 0 or not k.whole:
-        sums = _gradient_sums(given, k, eps, activation, a, b, dweight, dbias)
-        dx, dresidual = _input_gradient(given, k, sums, values, eps, activation, a, b, training)
+        sums = _gradient_sums(given, k, dweight, dbias)
+        dx, dresidual = _input_gradient(given, k, sums, values, training)
         return dx, dweight, dbias, dresidual
     dx, empty = torch.empty_like(x), given.empty_dresidual()
     kernels.backward[k.blocks, 1](
-        given.dy, x, given.kept, dx, empty, *given.channels, dweight, dbias, values, eps, a, b,
-        TRAINING=training, ACTIVATION=activation, KEPT=given.kind, **k.sizes,
+        given.dy, x, given.kept, dx, empty, *given.channels, dweight, dbias, values, *given.scalars,
+        TRAINING=training, **given.options, **k.sizes,
     )  # fmt: skip
     return dx, dweight, dbias, x.new_empty(0) if empty is None else empty
 
@@ -402,6 +382,6 @@ def register(key: str = "CUDA") -> None:
     """Tell torch's dispatcher, once a first kernel has run: Triton needs a C compiler and the driver for that."""
     if key == "CUDA":
         values = torch.ones(1, device="cuda")
-        update_running_(values, values.clone(), None, None, values, values, 2, 0.5)
+        update_running_(values, values.clone(), None, None, 0.5, values, values, 2)
     for op in OPS:
         schema.library.impl(op.__name__, _on_its_device(op), key)

@@ -7,12 +7,16 @@ takes the statistics that it saved for constants there; ``ops.reference`` is rig
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchnorm.ops import reference, schema
+from batchnorm.ops import reference
 from batchnorm.ops.activations import NO_ACTIVATION, Activation
+from batchnorm.ops.arguments import Affine
+from batchnorm.ops.autograd import reference_d_z
 from batchnorm.ops.reference import over_NS, per_channel
 
 
@@ -47,35 +51,30 @@ def statistics(x_NCS: Tensor) -> tuple[Tensor, Tensor]:
     return mean_C.double(), var_C.double()
 
 
-def normalize(
-    x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, gamma_C: Tensor | None, beta_C: Tensor | None,
-    residual_NCS: Tensor | None, eps: float, activation: int, a: float, b: float,
-) -> Tensor:  # fmt: skip
+def normalize(x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, *affine: Any) -> Tensor:
     """y by the given statistics."""
-    z = reference.normalize(reference.widen(x_NCS), mean_C, var_C, gamma_C, beta_C, eps)
+    weight_C, bias_C, residual_NCS, eps, *g = affine
+    z = reference.normalize(reference.widen(x_NCS), mean_C, var_C, weight_C, bias_C, eps)
     z = z if residual_NCS is None else z + residual_NCS
-    return Activation(activation, a, b).in_place(z).to(x_NCS.dtype)
+    return Activation(*g).in_place(z).to(x_NCS.dtype)
 
 
-def gradient_sums(
-    dy_NCS: Tensor, x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, gamma_C: Tensor | None, beta_C: Tensor | None,
-    kept_NCS: Tensor | None, eps: float, activation: int, a: float, b: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def gradient_sums(dy_NCS: Tensor, x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, *affine: Any) -> tuple[Tensor, Tensor]:
     """The sums of dz and of dz * xhat, in float64."""
-    x = reference.widen(x_NCS)
-    d_z = schema.reference_d_z(dy_NCS, x, mean_C, var_C, gamma_C, beta_C, kept_NCS, eps, activation, a, b)
-    xhat = reference.normalize(x, mean_C, var_C, None, None, eps)
+    x, given = reference.widen(x_NCS), Affine(*affine)
+    d_z = reference_d_z(dy_NCS, x, mean_C, var_C, given)
+    xhat = reference.normalize(x, mean_C, var_C, None, None, given.eps)
     return d_z.sum(over_NS(x)).double(), (d_z * xhat).sum(over_NS(x)).double()
 
 
 def input_gradient(
-    dy_NCS: Tensor, x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, gamma_C: Tensor | None, beta_C: Tensor | None,
-    kept_NCS: Tensor | None, dz_mean_C: Tensor, dz_xhat_mean_C: Tensor, eps: float, activation: int, a: float, b: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dy_NCS: Tensor, x_NCS: Tensor, mean_C: Tensor, var_C: Tensor, *affine_and_means: Any
+) -> tuple[Tensor, Tensor]:
     """dx = gamma * rstd * (dz - E[dz] - xhat * E[dz * xhat]), and dresidual = dz."""
-    x = reference.widen(x_NCS)
-    d_z = schema.reference_d_z(dy_NCS, x, mean_C, var_C, gamma_C, beta_C, kept_NCS, eps, activation, a, b)
-    xhat = reference.normalize(x, mean_C, var_C, None, None, eps)
-    scale_C = (var_C + eps).rsqrt() * (1 if gamma_C is None else gamma_C)
+    *affine, dz_mean_C, dz_xhat_mean_C = affine_and_means
+    x, given = reference.widen(x_NCS), Affine(*affine)
+    d_z = reference_d_z(dy_NCS, x, mean_C, var_C, given)
+    xhat = reference.normalize(x, mean_C, var_C, None, None, given.eps)
+    scale_C = (var_C + given.eps).rsqrt() * (1 if given.weight_C is None else given.weight_C)
     d_x = d_z - per_channel(dz_mean_C, x) - xhat * per_channel(dz_xhat_mean_C, x)
     return (d_x * per_channel(scale_C, x)).to(x_NCS.dtype), d_z.to(x_NCS.dtype)

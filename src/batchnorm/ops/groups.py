@@ -11,17 +11,10 @@ import torch
 from torch import Tensor
 
 from batchnorm import ops
-from batchnorm.ops import schema
-from batchnorm.ops.split import (
-    Affine,
-    Moments,
-    differentiable_gradients,
-    is_eager,
-    merged,
-    normalize,
-    statistics,
-    without_functorch,
-)
+from batchnorm.ops import autograd
+from batchnorm.ops.arguments import Affine, Moments
+from batchnorm.ops.modes import runs_kernels
+from batchnorm.ops.split import by_moments, differentiable_gradients, merged, statistics
 
 
 def normalize_groups(
@@ -29,7 +22,7 @@ def normalize_groups(
 ) -> tuple[Tensor, Moments]:
     """(y, the moments of all): each ``size`` examples normalized by themselves, the last group with what is left."""
     same = affine.residual_NCS is None or affine.residual_NCS.dtype == x_NCS.dtype
-    if mask_N1S is None and same and is_eager() and _loops_over_groups(x_NCS):
+    if mask_N1S is None and same and runs_kernels() and _loops_over_groups(x_NCS):
         y, mean_GC, var_GC = _normalize_groups(x_NCS, *affine, size, groups)
         n, values = x_NCS.shape[0], x_NCS.numel() // x_NCS.shape[0] // x_NCS.shape[1]
         counts = [float(size * values)] * (groups - 1) + [float((n - (groups - 1) * size) * values)]
@@ -42,7 +35,7 @@ def normalize_groups(
 
 def reordered(t: Tensor, order: Tensor, back: Tensor) -> Tensor:
     """t[order]; ``back`` undoes it, which autograd's own way of adding up by index takes several times as long for."""
-    return _Reordered.apply(t, order, back) if is_eager() else t[order]
+    return _Reordered.apply(t, order, back) if runs_kernels() else t[order]
 
 
 def _loops_over_groups(x: Tensor) -> bool:
@@ -83,7 +76,7 @@ def _groups_as_channels(
     )
     mask = None if mask_N1S is None else joined(mask_N1S.expand(-1, channels, *mask_N1S.shape[2:]))
     x, moments = statistics(joined(x_NCS), mask)
-    y = normalize(x, moments, wide, mask).unflatten(1, (groups, channels)).movedim(1, 0).flatten(0, 1)
+    y = by_moments(x, moments, wide, mask).unflatten(1, (groups, channels)).movedim(1, 0).flatten(0, 1)
     mean_GC, var_GC, values_GC = (t.expand(groups * channels).unflatten(0, (groups, channels)) for t in moments)
     return y, merged(mean_GC, var_GC, values_GC)
 
@@ -92,43 +85,40 @@ class _NormalizeGroups(torch.autograd.Function):
     """``forward_groups`` and ``backward_groups``."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, g, size, groups):  # type: ignore[no-untyped-def]
-        y, mean, var = torch.ops.batchnorm.forward_groups.default(x, weight, bias, residual, size, groups, eps, *g)
+    def forward(ctx, x, weight, bias, residual, eps, activation, a, b, size, groups):  # type: ignore[no-untyped-def]
+        affine = (weight, bias, residual, eps, activation, a, b)
+        y, mean, var = torch.ops.batchnorm.forward_groups.default(x, *affine, size, groups)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        needed = schema.bias_kept(bias, residual, *g)
-        ctx.save_for_backward(x, mean, var, weight, needed, schema.kept(residual, y, *g))
-        ctx.scalars, ctx.has_residual = (size, groups, eps, *g), residual is not None
-        ctx.dtypes = schema.dtype_of(weight), schema.dtype_of(bias)
+        autograd.keep(ctx, x, mean, var, affine, y)
+        ctx.groups = (size, groups)
         return y, mean, var
 
     @staticmethod
     def backward(ctx, dy, *_):  # type: ignore[no-untyped-def]
         x, mean, var, weight, bias, kept = ctx.saved_tensors
         if dy is None:
-            return (None,) * 8
+            return (None,) * 10
+        affine = Affine(weight, bias, kept, *ctx.scalars)
         if torch.is_grad_enabled():
-            found = _differentiable_gradients_of_groups(dy, x, weight, bias, kept, *ctx.scalars)
+            found = _differentiable_gradients_of_groups(dy, x, affine, *ctx.groups)
         else:
-            found = torch.ops.batchnorm.backward_groups.default(dy, x, mean, var, weight, bias, kept, *ctx.scalars)
-        dx, dweight, dbias, dresidual = found
-        dresidual = None if not ctx.has_residual else dy if kept is None else dresidual
-        dweight, dbias = map(schema.as_parameter, (dweight, dbias), ctx.dtypes)
-        return dx, dweight, dbias, dresidual, *(None,) * 4
+            found = torch.ops.batchnorm.backward_groups.default(dy, x, mean, var, *affine, *ctx.groups)
+        return *autograd.of_inputs(ctx, dy, kept, *found), None, None
 
 
-_normalize_groups = without_functorch(_NormalizeGroups)
+_normalize_groups = autograd.without_functorch(_NormalizeGroups)
 
 
 def _differentiable_gradients_of_groups(
-    dy: Tensor, x: Tensor, weight: Any, bias: Any, kept: Any, size: int, groups: int, *scalars: Any
+    dy: Tensor, x: Tensor, affine: Affine, size: int, groups: int
 ) -> tuple[Any, ...]:
     """The same of each group."""
-    starts = [i * size for i in range(groups)]
-    parts = [slice(a, b) for a, b in zip(starts, [*starts[1:], None], strict=True)]
-    rest = (weight, bias)
+    starts, kept = [i * size for i in range(groups)], affine.residual_NCS
+    parts = [slice(start, end) for start, end in zip(starts, [*starts[1:], None], strict=True)]
     each = [
-        differentiable_gradients(dy[p], x[p], None, *rest, None if kept is None else kept[p], *scalars) for p in parts
+        differentiable_gradients(dy[p], x[p], None, affine._replace(residual_NCS=None if kept is None else kept[p]))
+        for p in parts
     ]
     dx, dweight, dbias, dresidual = zip(*each, strict=True)
     return torch.cat(dx), sum(dweight), sum(dbias), torch.cat(dresidual)

@@ -42,22 +42,28 @@ def is_repeated(layer: Any) -> bool:
     One without gradients, or within backward, is noted for the ``autograd.Function`` around it, if there is one. None
     stands for any layer in a compiled graph.
     """
-    if torch.compiler.is_compiling():  # a graph outlives this moment: ``update_once_`` asks when it runs
-        return False
-    in_backward = torch._C._current_graph_task_id() != -1
-    if not in_backward and torch.is_grad_enabled():
-        return False
+    within = in_backward()
+    if (not within and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return False  # a compiled graph outlives this moment: ``update_once_`` asks when it runs
     key = _ANY if layer is None else layer
     for frame in _frames():
         code = frame.f_code
         if code is _FORWARD:
             _RAN.setdefault(frame.f_locals["cls"], WeakSet()).add(key)
-        elif in_backward and code is _BACKWARD:
+        elif within and code is _BACKWARD:
             if key in _RAN.get(frame.f_locals["self"]._forward_cls, ()):
                 return True
-        elif code.co_name in _AGAIN and frame.f_globals.get("__name__") == "torch.utils.checkpoint" and in_backward:
+        elif code.co_name in _AGAIN and frame.f_globals.get("__name__") == "torch.utils.checkpoint" and within:
             return True
     return False
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+in_backward._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def own_copies(*tensors: Tensor | None) -> list[Any]:

@@ -13,24 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def is_transformed() -> bool:
-    """Whether torch.func is around."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# torch.compile asks when it traces: a graph is for the transforms around it alone.
-is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+from batchnorm.ops.arguments import Running
+from batchnorm.ops.modes import is_transformed
 
 
 def blend_(
-    running_mean: Tensor,
-    running_var: Tensor,
-    batches: Tensor | None,
-    skipped: Tensor | None,
+    running: Running,
     mean: Tensor,
     unbiased_var: Tensor,
-    momentum: float | None,
     where: tuple[Tensor, Tensor] | None = None,
     counted: Tensor | None = None,
 ) -> None:
@@ -41,11 +31,13 @@ def blend_(
     channel enters in none and is not counted: the count that is saved is then all that the average depends on.
 
     Args:
-        batches: counts this batch; needed with momentum=None.
-        skipped: counts, per channel, the batches that were not finite; None keeps no guard.
+        running: with ``batches``, which counts this batch, for momentum=None; None for ``skipped`` keeps no guard.
         where: the channels whose mean moves, and those whose variance does; default: all.
         counted: whether it is a batch at all, as a tensor; default: it is.
     """
+    running_mean, running_var, batches, skipped, momentum = running
+    assert running_mean is not None
+    assert running_var is not None
     wide = torch.float32 if running_mean.device.type == "mps" else torch.float64  # MPS has no float64
     observable = not is_transformed()
     one: Any = 1 if counted is None else counted

@@ -13,16 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from batchnorm.nn import Batch, Renorm, Synced
 from batchnorm.nn.base import FusedBatchNorm
-from batchnorm.nn.statistics import Running
 from batchnorm.nn.tracking import updates_running_statistics
 from batchnorm.population.attachments import ABSENT, Attached
 from batchnorm.population.batches import call_with_inputs, one_value_said, placed, refuse_one_batch
 from batchnorm.population.depth import depths, stages
 from batchnorm.population.estimators import ESTIMATORS, Estimator, Population
 from batchnorm.population.snapshots import check_materialized, let_go, set_aside
-from batchnorm.population.watching import STATISTICS, OldStatistics, Watch, batch_in_buffers, counted
+from batchnorm.population.watching import STATISTICS, OldStatistics, Watch, batch_in_buffers, counted, place
 
 # What is set on a layer meanwhile: copies that somebody makes have what the layer had.
 _SET = ("momentum", "guarded", "counts", "held", "_statistics", "_check_input_dim")
@@ -259,12 +257,9 @@ def _set_up(model: nn.Module, layers: dict[str, Any]) -> Iterator[None]:
                 m.require_forward_param_sync = False
             model.eval()
             for layer in layers.values():
-                if isinstance(layer, FusedBatchNorm) and isinstance(layer.statistics, Renorm | Synced):
-                    known: list[Any] = [layer._buffers.get(name) for name in (*STATISTICS, "renorm_steps")]
-                    if isinstance(layer.statistics, Renorm) and all(t.isfinite().all() for t in known):
-                        layer.held = Running(*(t.clone() for t in known))  # what it corrects towards in training
-                    else:
-                        vars(layer)["_statistics"] = Batch()  # of this process alone, as it is
+                if isinstance(layer, FusedBatchNorm):
+                    layer.held = layer.statistics.known(layer)
+                    vars(layer)["_statistics"] = layer.statistics.in_recalibrate(layer.held)
             yield
         finally:
             for attached in held:
@@ -294,12 +289,11 @@ def _pool_over_ranks(estimate: Estimator, group: dist.ProcessGroup) -> None:
 
 def _write(layer: Any, population: Population) -> None:
     """The new statistics into the layer."""
-    tensors = counted(layer)
-    tensors.pop("renorm_steps", None)  # which no batch of these moved
-    let_go(*tensors.values())
-    if "num_batches_tracked" in tensors:
+    tensors = [place(layer, name).get(name) for name in (*STATISTICS, "num_batches_tracked")]
+    let_go(*(t for t in tensors if t is not None))
+    if tensors[-1] is not None:
         layer.reset_running_stats()
-        tensors["num_batches_tracked"].fill_(population.batches)
+        tensors[-1].fill_(population.batches)
     if isinstance(layer, FusedBatchNorm):
         layer.forget_skipped()
     layer.running_mean.copy_(population.mean_C)

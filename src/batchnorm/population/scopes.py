@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.nn.base import FusedBatchNorm, is_recomputing
-from batchnorm.nn.statistics import Running
-from batchnorm.nn.tracking import updates_running_statistics
+from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.nn.tracking import is_recomputing, updates_running_statistics
+from batchnorm.ops.arguments import Running
 from batchnorm.ops.running import blend_
 from batchnorm.population.attachments import ABSENT, Attached, own_now
 from batchnorm.population.estimators import Pooled, Population
@@ -201,8 +201,8 @@ class _Gathered:
         self.own = counted(layer)
         if self.guarded is not None:
             vars(layer).update(guarded=False, counts=[])
-        if "renorm_steps" in self.own:  # what Renorm goes on correcting towards
-            vars(layer)["held"] = Running(*(self.own[name].clone() for name in (*STATISTICS, "renorm_steps")))
+        if self.guarded is not None:
+            vars(layer)["held"] = layer.statistics.known(layer)  # what Renorm goes on correcting towards
         for name, t in self.own.items():
             place(layer, name)[name] = finite(t) if name in STATISTICS else t.clone()
         self.momentum = layer.momentum
@@ -241,12 +241,13 @@ def _move(layer: _BatchNorm, seen: Population) -> None:
     running: Any = layer
     mean, var = running.running_mean, running.running_var
     let_go(mean, var)
-    if "renorm_steps" in layer._buffers:
-        running.renorm_steps.add_(1)
+    if isinstance(layer, FusedBatchNorm):
+        layer.statistics.moved(layer, torch.tensor([seen.values]))
     unbiased_var_C = seen.unbiased_var_C if seen.values > 1 else var  # one value has none
     # torch's layers have no counter; nothing that is not finite enters them either.
     counter = layer.counter(mean) if isinstance(layer, FusedBatchNorm) else None
     skipped = torch.zeros_like(mean, dtype=torch.int64) if counter is None else counter
     batches = counted(layer).get("num_batches_tracked")
     momentum = 0.0 if layer.momentum is None and batches is None else layer.momentum
-    blend_(mean, var, batches, skipped, seen.mean_C.to(mean.device), unbiased_var_C.to(var.device), momentum)
+    running_statistics = Running(mean, var, batches, skipped, momentum)
+    blend_(running_statistics, seen.mean_C.to(mean.device), unbiased_var_C.to(var.device))

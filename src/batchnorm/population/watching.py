@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.utils import _pytree
 
-from batchnorm.nn.base import FusedBatchNorm, is_recomputing
-from batchnorm.nn.tracking import updates_running_statistics
+from batchnorm.nn.base import FusedBatchNorm
+from batchnorm.nn.tracking import is_recomputing, updates_running_statistics
 from batchnorm.population.attachments import Attached
 from batchnorm.population.estimators import Estimator
 
 STATISTICS = ("running_mean", "running_var")
-COUNTED = (*STATISTICS, "num_batches_tracked", "renorm_steps")  # what a batch changes
 _KNOWN = (_BatchNorm.forward, SyncBatchNorm.forward, FusedBatchNorm.forward)
 _DEPENDS = 0.01  # the share of the old statistics in new ones from which on they are no batch's
 
@@ -33,7 +32,8 @@ def place(layer: nn.Module, name: str) -> dict[str, Any]:
 
 def counted(layer: nn.Module) -> dict[str, Tensor]:
     """The tensors that a batch changes, as far as the layer has them: a count may be set to None, or deleted."""
-    held = {name: place(layer, name).get(name) for name in COUNTED}
+    of_source = layer.statistics.initial if isinstance(layer, FusedBatchNorm) else ()
+    held = {name: place(layer, name).get(name) for name in (*STATISTICS, "num_batches_tracked", *of_source)}
     return {name: t for name, t in held.items() if t is not None}
 
 

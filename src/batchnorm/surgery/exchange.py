@@ -11,7 +11,7 @@ from batchnorm.common.errors import one_line
 from batchnorm.nn import Ghost, Renorm
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.norm import AnyBatchNorm
-from batchnorm.nn.statistics import Statistics
+from batchnorm.nn.sources import Source
 from batchnorm.surgery.adopt import OURS, become_ours
 from batchnorm.surgery.checks import checked, hooked, only_copies_run, scripted
 from batchnorm.surgery.convert import Model
@@ -153,7 +153,7 @@ def renorm(layer: Any) -> nn.Module:
     return _with_statistics(layer, Renorm())
 
 
-def _with_statistics(layer: Any, source: Statistics) -> nn.Module:
+def _with_statistics(layer: Any, source: Source) -> nn.Module:
     """The same object, as a layer of ours with these training statistics."""
     if not isinstance(layer, FusedBatchNorm):
         vars(layer).pop("process_group", None)  # of a SyncBatchNorm

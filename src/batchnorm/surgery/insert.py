@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from batchnorm.common.errors import one_line
 from batchnorm.ops import split
-from batchnorm.ops.split import Moments
+from batchnorm.ops.arguments import Moments
 from batchnorm.population.batches import call_with_inputs, refuse_one_batch
 from batchnorm.surgery.affine import ROWS, affine_of
 from batchnorm.surgery.checks import AFFINE, checked, hooked, on_all_ranks, only_copies_run, scripted

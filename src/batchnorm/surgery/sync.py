@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.nn.base import FusedBatchNorm
 from batchnorm.nn.norm import AnyBatchNorm
-from batchnorm.nn.statistics import Batch, Synced
+from batchnorm.nn.sources import Batch, Synced
 from batchnorm.surgery.adopt import become_stock
 from batchnorm.surgery.checks import replaced, scripted
 from batchnorm.surgery.convert import OURS, Model, with_same_tensors

@@ -110,8 +110,8 @@ template <class Body> void for_each_group(const Tensor& x, int64_t size, int64_t
 
 // forward for each group: mu and var are (groups, C).
 std::tuple<Tensor, Tensor, Tensor> forward_groups(
-    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, int64_t size,
-    int64_t groups, double eps, int64_t activation, double a, double b) {
+    const Tensor& input, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
+    int64_t activation, double a, double b, int64_t size, int64_t groups) {
   check_input(input, activation), check_channels("weight", weight, input), check_channels("bias", bias, input);
   check_like("residual", residual, input), check_groups(input, size, groups);
   const Tensor x = dense(input), y = empty_as(x), mu = statistics_like(x, groups), var = statistics_like(x, groups);
@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor> gradient_sums(
 // dx and dresidual, with the given means of dz and of dz * xhat.
 std::tuple<Tensor, Tensor> input_gradient(
     const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
-    const MaybeTensor& kept, const Tensor& dz_mean, const Tensor& dz_xhat_mean, double eps, int64_t activation, double a, double b) {
+    const MaybeTensor& kept, double eps, int64_t activation, double a, double b, const Tensor& dz_mean, const Tensor& dz_xhat_mean) {
   const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, a, b);
   check_channels("mean", mu, x), check_channels("var", var, x);
   check_channels("dz_mean", dz_mean, x), check_channels("dz_xhat_mean", dz_xhat_mean, x);
@@ -288,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_groups(
     const Tensor& dy, const Tensor& x, const Tensor& mu, const Tensor& var, const MaybeTensor& weight, const MaybeTensor& bias,
-    const MaybeTensor& kept, int64_t size, int64_t groups, double eps, int64_t activation, double a, double b) {
+    const MaybeTensor& kept, double eps, int64_t activation, double a, double b, int64_t size, int64_t groups) {
   const Gradient given(dy, x, mu, var, weight, bias, kept, eps, activation, a, b);
   check_groups(x, size, groups), check_rows("mean", mu, x, groups), check_rows("var", var, x, groups);
   return gradients(given, size, groups, true);
@@ -300,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_groups(
 // batch enters in no channel and is not counted (`running.py` says why).
 void update_running_(
     const Tensor& running_mean, const Tensor& running_var, const MaybeTensor& batches, const MaybeTensor& skipped,
-    const Tensor& mu, const Tensor& var, int64_t values, std::optional<double> momentum) {
+    std::optional<double> momentum, const Tensor& mu, const Tensor& var, int64_t values) {
   check_channels("var", var, mu, 0), check_running(running_mean, running_var, batches, skipped, momentum, mu, 0);
   const double unbiased = double(values) / double(values - 1);
   const auto batch_mean = [&](int64_t c) { return number_at(mu.const_data_ptr(), type_of(mu), c); };
@@ -335,14 +335,14 @@ void update_running_(
 
 // forward, and the running statistics with it.
 std::tuple<Tensor, Tensor, Tensor> train(
-    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
-    const MaybeTensor& running_mean, const MaybeTensor& running_var, const MaybeTensor& batches, const MaybeTensor& skipped,
-    std::optional<double> momentum, double eps, int64_t activation, double a, double b) {
+    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, double eps,
+    int64_t activation, double a, double b, const MaybeTensor& running_mean, const MaybeTensor& running_var,
+    const MaybeTensor& batches, const MaybeTensor& skipped, std::optional<double> momentum) {
   check_input(x, activation), check_running(running_mean, running_var, batches, skipped, momentum, x, 1);
   auto results = forward(x, weight, bias, residual, eps, activation, a, b);
   const auto& [y, mu, var] = results;
   const int64_t values = x.size(1) ? x.numel() / x.size(1) : 0;
-  if (running_mean && running_var) update_running_(*running_mean, *running_var, batches, skipped, mu, var, values, momentum);
+  if (running_mean && running_var) update_running_(*running_mean, *running_var, batches, skipped, momentum, mu, var, values);
   else if (batches) ++*data_of<int64_t>(*batches);
   return results;
 }

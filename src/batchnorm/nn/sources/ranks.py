@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchnorm.ops import split
-from batchnorm.ops.split import Moments
+from batchnorm.ops.arguments import Moments
 
 _LOOK = 0.5  # seconds: how often a rank that waits looks whether another one has given up
 _ROLL_CALL = 3.0  # seconds for all to answer then: several looks
