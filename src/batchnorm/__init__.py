@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from batchnorm.functional import batch_norm
-from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d, Ghost, Renorm, Source, Synced
+from batchnorm.nn import Batch, BatchNorm1d, BatchNorm2d, BatchNorm3d, Domains, Ghost, Renorm, Source, Synced
 from batchnorm.population import accumulate_statistics, freeze, preserve_state, recalibrate, unfreeze
 from batchnorm.racing.contenders import Contender
 from batchnorm.racing.runner import race
@@ -18,6 +18,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Contender",
+    "Domains",
     "Ghost",
     "Recipe",
     "Renorm",
