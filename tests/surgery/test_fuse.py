@@ -638,3 +638,19 @@ def test_a_slope_that_is_trained_stays_where_it_is():
     assert type(fused[2]) is nn.PReLU
     assert fused.batchnorm_report[0].why.startswith("its output goes to 2, a PReLU: its slope is a parameter that is")
     same(model, fused, X)
+
+
+def test_how_often_the_model_runs_as_the_docstring_says(monkeypatch):
+    runs, forward = [], nn.Conv2d.forward
+
+    def counted(self, x):
+        runs.append(self.kernel_size)
+        return forward(self, x)
+
+    tail = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    model = shaken(nn.Sequential(Calls(F.relu), tail))
+    model[0].norm = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)).double()
+    monkeypatch.setattr(nn.Conv2d, "forward", counted)
+    fused = bn.from_torch(model, example=X)
+    assert {row.done for row in fused.batchnorm_report} == {"fused"}
+    assert [runs.count((size, size)) for size in (1, 3)] == [9, 15]

@@ -34,7 +34,9 @@ def from_torch(model: Model, example: Any = None) -> Model:
     autocast, without gradients, in inference mode or with another default dtype is left alone. Subclasses of torch's
     layers that do batch normalization and then call a child of theirs, an activation (timm's ``BatchNormAct2d``),
     become ours with that activation. Outputs and gradients are checked beside the old ones, of each new forward and of
-    the whole model. Copies run: the model given notices nothing.
+    the whole model. Copies run: the model given notices nothing. The model runs nine times, three of them to find out
+    what follows what, and six for the check: before and after, in eval, and in float64 in eval and in train; a module
+    whose forward is written anew six times more.
 
     ``batchnorm_report`` of the result has a row for each layer: what became of it, or why it was left alone. Code of
     others that folds or converts layers by their ``eps`` (a ``fuse()`` in the model's repository, torch's
