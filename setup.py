@@ -31,7 +31,7 @@ FILES = ["ops.cpp", "leaves_generic.cpp", *(FLAGS if X86 else [])]
 
 
 class BuildKernels(build_ext):
-    """Per-file flags, files side by side; torch's headers; a file name without the Python version, since no Python symbol is used."""
+    """Per-file flags, files side by side; torch's headers; a file name of no Python version, as no Python symbol is used."""
 
     def build_extension(self, extension: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -39,7 +39,7 @@ class BuildKernels(build_ext):
         extension.include_dirs += include_paths()
         extension.library_dirs += library_paths()
         compile_one, compile_all = self.compiler._compile, self.compiler.compile
-        pool, running = ThreadPoolExecutor(), []
+        pool, running = ThreadPoolExecutor(os.cpu_count()), []
 
         def start(obj, source, suffix, common, extra, macros):  # type: ignore[no-untyped-def]
             flags = [*extra, *FLAGS.get(Path(source).name, [])]
