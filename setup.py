@@ -31,7 +31,7 @@ FILES = ["ops.cpp", "leaves_generic.cpp", *(FLAGS if X86 else [])]
 
 
 class BuildKernels(build_ext):
-    """Per-file flags, files side by side; torch's headers; a file name of no Python version, as no Python symbol is used."""
+    """Per-file flags, files side by side; a file name of no Python version, as no Python symbol is used."""
 
     def build_extension(self, extension: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
