@@ -99,7 +99,7 @@ def test_the_command_prints_a_table_and_writes_json_and_plot(tmp_path, monkeypat
         (("--shape", "1,3"), "one value per channel"),
         (("--dtype", "int8"), "Known: float32"),
         (("--layout", "NHWC"), "Known: contiguous"),
-        (("--activation", "gelu"), "Known: none, relu"),
+        (("--activation", "softplus"), "Known: none, relu"),
         (("--network", "vgg"), "Known: resnet18"),
         (("--seconds", "0"), "must be above 0"),
         (("--table", "vgg"), "Known: cpu, resnet50-64"),

@@ -101,7 +101,10 @@ def test_a_subclass_that_only_has_other_defaults_is_torchs_layer():
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (BatchNormAct2d(4, nn.GELU()), "it has act, a GELU; build it as batch normalization with a module behind"),
+        (
+            BatchNormAct2d(4, nn.Softplus()),
+            "it has act, a Softplus; build it as batch normalization with a module behind",
+        ),
         (BatchNormAct2d(4, nn.ReLU(), nn.Dropout(0.1)), "it has drop, a Dropout; build it as"),
         (Functional(4), "it has no activation as a child; build it as"),
         (Scaled(4, nn.ReLU()), "it has scale; build it as"),

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
+from batchnorm.ops.activations import activation_named
 from tests.surgery.annotated import Annotated
 
 
@@ -229,7 +230,7 @@ def test_what_is_called_otherwise_in_train_or_looked_at_by_hooks():
 def test_a_forward_that_would_give_other_values_is_put_back(monkeypatch):
     from batchnorm.surgery import graph
 
-    monkeypatch.setattr(graph, "_activation_of", lambda module, node: "tanh")  # were it read wrongly
+    monkeypatch.setattr(graph, "_activation_of", lambda module, node: activation_named("tanh"))  # were it read wrongly
     model = shaken(nn.Sequential(Block()))
     fused = bn.from_torch(model, example=X)
     assert all("rewritten, gives other values" in row.why for row in fused.batchnorm_report)

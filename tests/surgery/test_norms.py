@@ -81,7 +81,7 @@ FOREIGN: dict[str, tuple[nn.Module, str]] = {
     "timm's with a parameter": (BatchNormAct2d(4, nn.PReLU(4)), "Sequential"),
     "timm's with apply_act=False": (BatchNormAct2d(4, nn.Identity()), "Identity"),
     "inplace_abn's": (ABN(4), "Rest"),
-    "inplace_abn's ELU": (ABN(4, "elu", 1.0), "ELU"),
+    "inplace_abn's ELU": (ABN(4, "elu", 1.0), "Rest"),
     "inplace_abn's identity": (ABN(4, "identity"), "Identity"),
     "frozen": (Frozen(4), "Identity"),
     "a subclass": (Plain(4), "Identity"),
