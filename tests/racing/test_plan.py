@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
 import batchnorm as bn
+from batchnorm.racing.choice import without_twins
 from batchnorm.racing.contenders import CONTENDERS, NORMALIZED, PLAIN
 from batchnorm.racing.errors import RaceError
 from batchnorm.racing.loading import load_task
 from batchnorm.racing.plan import as_planned, check_same, make_plan, read_plan
-from batchnorm.racing.rates import TUNED_FILE, read_tuned
+from batchnorm.racing.rates import TUNED_FILE, read_tuned, stored_speeds
 from batchnorm.racing.trainer import device_of
 from batchnorm.racing.trial import try_contenders
 
@@ -450,3 +451,12 @@ def test_a_class_of_an_interactive_session_can_be_raced(monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="source code not available"):
         inspect.getsourcefile(kind)
     assert len(plan(replace(toy.task(), model=kind), contenders=["baseline"]).sources) == 1
+
+
+def test_a_contender_in_the_baselines_own_budget_is_no_second_baseline() -> None:
+    """``short`` of the built-in mlp, whose stored budget is a whole number."""
+    rates = {"baseline": 0.2, "short": 0.2}
+    short = CONTENDERS["short"].at_speed(stored_speeds("mlp", "default")["short"])
+    left, twins = without_twins([CONTENDERS["baseline"], short], rates)
+    assert [c.name for c in left] == ["baseline"]
+    assert twins == ["short (here the same as baseline)"]

@@ -103,7 +103,7 @@ def test_a_subclass_that_only_has_other_defaults_is_torchs_layer():
     [
         (
             BatchNormAct2d(4, nn.Softplus()),
-            "it has act, a Softplus; build it as batch normalization with a module behind",
+            "it has act, a Softplus; build it as batch normalization",
         ),
         (BatchNormAct2d(4, nn.ReLU(), nn.Dropout(0.1)), "it has drop, a Dropout; build it as"),
         (Functional(4), "it has no activation as a child; build it as"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from batchnorm.nn.base import FusedBatchNorm
 
 # The attributes that a layer of ours has besides torch's.
-OWN = ("_statistics", "_told", "_frozen", "activation", "before_sync", "counts", "fused", "guarded", "held",
+OWN = ("_statistics", "_told", "_frozen", "activation", "before_sync", "counts", "fused", "g", "guarded", "held",
        "skipped_batches", "taken_from")  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def best_rate(scores: Mapping[str, Sequence[float]]) -> str:
 def stored_speeds(task: str, mode: str) -> dict[str, float]:
     """The budgets of contenders of a built-in task, as ``decay_speed``, chosen on held-out examples."""
     stored = json.loads(TUNED_FILE.read_text()).get(task, {})
-    return dict(stored.get(mode, {}).get("speeds", {}))
+    return {name: float(speed) for name, speed in stored.get(mode, {}).get("speeds", {}).items()}
 
 
 def read_tuned(task: str, mode: str, file: Path, batch_size: int) -> tuple[dict[str, float], dict[str, int]]:
