@@ -18,7 +18,7 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "every_second", "expande
 SLOPE = 0.2
 ACTIVATIONS = (
     None, "relu", "relu6", ("leaky_relu", SLOPE), "silu", "hardswish", "sigmoid", "tanh", "gelu", "gelu_tanh",
-    ("elu", 0.7), "mish", ("hardtanh", -1.25, 0.75),
+    ("elu", 0.7), "mish", ("hardtanh", -1.3, 0.7),
 )  # fmt: skip
 
 # Largest error against float64, in units of the dtype's eps and of the largest value of the channel.

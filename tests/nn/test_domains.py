@@ -94,6 +94,51 @@ def test_preserved_state_and_micro_batches_are_of_the_selected_domain():
         torch.testing.assert_close(one[1].running_mean, 0.1 * one[0](BATCHES[2]).mean((0, 2, 3)))
 
 
+def test_another_number_of_domains_keeps_those_that_there_are():
+    one = model()
+    for domain, x in enumerate(BATCHES):
+        with bn.Domains.select(one, domain):
+            one(x)
+    bn.Domains.select(one, 1)
+    means = [one[1].domain_mean[0].clone(), one[1].running_mean.clone()]
+    one[1].statistics = bn.Domains(4)
+    assert one[1].domain == 1
+    for domain, mean in enumerate(means):
+        with bn.Domains.select(one, domain):
+            assert torch.equal(one[1].running_mean, mean)
+    one[1].statistics = bn.Domains(2)
+    assert one[1].domain_mean.shape == (2, 4)
+    with pytest.raises(ValueError, match=r"domain 1 is selected, which Domains\(number=1\) has not"):
+        one[1].statistics = bn.Domains(1)
+
+
+def test_a_block_may_be_entered_again_and_end_without_the_source():
+    one = model()
+    first = bn.Domains.select(one, 1)
+    for _ in range(2):
+        with first:
+            assert one[1].domain == 1
+        assert one[1].domain == 0
+    with bn.Domains.select(one, 2):
+        one[1].statistics = bn.Batch()
+
+
+def test_statistics_of_several_domains_are_not_gathered_as_one():
+    one = model()
+
+    def selects(network, batch):
+        with bn.Domains.select(network, 1):
+            network(batch)
+
+    with pytest.raises(RuntimeError, match="select it around them"):
+        bn.recalibrate(one, BATCHES, forward=selects)
+    with pytest.raises(RuntimeError, match="select it around them"), bn.accumulate_statistics(one):
+        selects(one, BATCHES[0])
+    selects(one, BATCHES[0])
+    bn.recalibrate(one, BATCHES)
+    assert not one[1].gathering
+
+
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_mask_and_a_compiled_model(compile):
     one = bn.BatchNorm1d(3, statistics=bn.Domains(2))
@@ -124,6 +169,7 @@ def test_a_model_of_no_values_begins_with_those_of_a_new_layer():
         (lambda: bn.Domains.select(nn.Linear(2, 2), 0), ValueError, "no layer has statistics=Domains"),
         (lambda: bn.Domains.select(model(), 3), ValueError, "domains 0 to 2, got 3"),
         (lambda: bn.Domains.select(model(), 1.0), TypeError, "whole number, got 1.0"),
+        (lambda: bn.Domains.select(model(), torch.tensor(1.5)), TypeError, "whole number, got tensor"),
         (lambda: bn.to_torch(model()), ValueError, "which torch's does not have"),
     ],
 )
@@ -172,3 +218,26 @@ def test_a_source_of_a_users_own_keeps_state_in_the_layer():
     layer.statistics = bn.Batch()
     assert "slow_mean" not in layer.state_dict()
     layer.load_state_dict(again.state_dict())
+
+
+class Wrong(bn.Source):
+    def __init__(self, given, initial=()):
+        self.given, self.initial = given, dict.fromkeys(initial, 0)
+
+    def buffers(self, layer):
+        return {name: torch.zeros(3) for name in self.initial} if isinstance(self.initial, dict) else None
+
+    def normalize(self, x_NCS, affine, mask_N1S, known):
+        y, moments = super().normalize(x_NCS, affine, mask_N1S, known)
+        return {"y": y, "short": (y[:1], moments), "tuple": (y, tuple(moments)), "none": None}[self.given]
+
+
+@pytest.mark.parametrize("given", ["y", "short", "tuple", "none"])
+def test_a_source_that_returns_something_else_is_told_what(given):
+    with pytest.raises(TypeError, match=r"normalize of Wrong returns \(y, moments\), y of \(8, 3\)"):
+        bn.BatchNorm1d(3, statistics=Wrong(given))(torch.randn(8, 3))
+
+
+def test_a_source_takes_no_buffer_of_torchs():
+    with pytest.raises(ValueError, match="none of them torch's own; initial: running_mean, got running_mean"):
+        bn.BatchNorm1d(3, statistics=Wrong("y", ["running_mean"]))

@@ -35,6 +35,7 @@ class FusedBatchNorm(State):
     before_sync: type | None = None  # the class that ``revert_sync_batchnorm`` restores
     held: Any = None  # what the source knew before the running statistics went into use elsewhere
     counts: list[Tensor] | None = None  # where someone wants to know how many values a batch had
+    gathering = False  # ``recalibrate`` or ``accumulate_statistics`` makes one set of statistics of several batches
     fused = False  # the activation, or a residual, came from the network around it (``from_torch``)
     # Whose work the layer does: each gets it back by its ``hand_back()``, and must where it no longer ``is_there()``.
     taken_from: tuple[Any, ...] = ()

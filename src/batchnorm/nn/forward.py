@@ -12,9 +12,9 @@ from torch import Tensor
 
 from batchnorm.functional import as_mask, masked_in_eval, of_source, of_whole_batch
 from batchnorm.nn.freezing import STATISTICS
-from batchnorm.nn.sources import Batch
+from batchnorm.nn.sources import Batch, Source
 from batchnorm.ops.activations import NO_ACTIVATION
-from batchnorm.ops.arguments import Affine, Running
+from batchnorm.ops.arguments import Affine, Moments, Running
 from batchnorm.ops.repetition import in_backward, is_repeated, own_copies
 
 if TYPE_CHECKING:
@@ -70,6 +70,18 @@ def forward(layer: FusedBatchNorm, input: Tensor, residual: Tensor | None, mask:
     return y if behind is None else layer.g.in_place(y + behind)
 
 
+def _checked(source: Source, found: Any, x: Tensor) -> tuple[Tensor, Moments]:
+    """What a source gives, if it is what it should be."""
+    pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)
+    if not (pair and isinstance(found[1], Moments) and found[0].shape == x.shape):
+        got = f"y of {tuple(found[0].shape)} and a {type(found[1]).__name__}" if pair else f"a {type(found).__name__}"
+        raise TypeError(
+            f"normalize of {type(source).__name__} returns (y, moments), y of {tuple(x.shape)} and moments as "
+            f"self.moments(x) has them; got {got}."
+        )
+    return found
+
+
 def _with_source(
     layer: FusedBatchNorm, input: Tensor, affine: Affine, running: Running, mask: Tensor | None, updates: bool
 ) -> Tensor:
@@ -82,7 +94,7 @@ def _with_source(
     known = source.known(layer) if layer.held is None else layer.held
 
     def normalize(x: Tensor, affine: Affine, mask: Tensor | None) -> Any:
-        y, moments = source.normalize(x, affine, mask, known)
+        y, moments = _checked(source, source.normalize(x, affine, mask, known), x)
         if layer.counts is not None and (source.beyond_batch or mask is not None):
             layer.counts.append(moments.values)
         if updates:

@@ -25,6 +25,10 @@ def _needed(kind: type) -> str:
     return f"({', '.join(p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD)})"
 
 
+def _keys(brought: Any) -> str:
+    return ", ".join(map(str, brought)) if isinstance(brought, dict) else repr(brought)
+
+
 class State(Freezing, Skipping):
     """torch's layer and what ours keep besides: a source of statistics, what is frozen, what was skipped."""
 
@@ -41,6 +45,12 @@ class State(Freezing, Skipping):
             known = ", ".join(f"{kind.__name__}{_needed(kind)}" for kind in Source.__subclasses__())
             raise TypeError(f"statistics takes a value, {known}, or one of another Source, got {statistics!r}.")
         brought = statistics.buffers(self)
+        own = {"running_mean", "running_var", "num_batches_tracked"}
+        if not isinstance(brought, dict) or {*brought} & own or {*brought} - {*statistics.initial}:
+            raise ValueError(
+                f"buffers() of {type(statistics).__name__} gives a dict of the tensors that `initial` names, none of "
+                f"them torch's own; initial: {', '.join(statistics.initial) or 'nothing'}, got {_keys(brought)}."
+            )
         for name in self._statistics.initial:
             if name not in brought:
                 self._buffers.pop(name, None)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from batchnorm.nn.base import FusedBatchNorm
 
 # The attributes that a layer of ours has besides torch's.
-OWN = ("_statistics", "_told", "_frozen", "activation", "before_sync", "counts", "fused", "g", "guarded", "held",
-       "skipped_batches", "taken_from")  # fmt: skip
+OWN = ("_statistics", "_told", "_frozen", "activation", "before_sync", "counts", "fused", "g", "gathering", "guarded",
+       "held", "skipped_batches", "taken_from")  # fmt: skip
 
 
 def stock_class(layer: nn.Module) -> type[nn.Module] | None:

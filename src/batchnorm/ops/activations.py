@@ -186,8 +186,7 @@ _ROWS = (
         value=lambda z, a, b: torch.where(z > 0, z, a * torch.expm1(z.clamp(max=0))),
         derivative=lambda z, a, b: torch.where(z > 0, 1.0, a * torch.exp(z.clamp(max=0))),
         in_place=lambda y, a, b: F.elu(y, a),
-        result_tells=from_0_on,
-        from_result=lambda y, a, b: torch.where(y > 0, 1.0, y + a),
+        result_tells=never,  # y + a would cancel, and be nothing of a y in 16 bits
         parameters={"alpha": 1.0},
         kinks=lambda a, b: (0.0,),
     ),
@@ -205,6 +204,7 @@ _ROWS = (
         value=lambda z, a, b: F.hardtanh(z, a, b),
         derivative=lambda z, a, b: (z > a) & (z < b),
         in_place=lambda y, a, b: F.hardtanh(y, a, b),
+        result_tells=never,  # in 16 bits the bounds may be other numbers: y at one looks as if it were inside
         parameters={"min_val": -1.0, "max_val": 1.0},
         kinks=lambda a, b: (a, b),
     ),
@@ -282,7 +282,8 @@ def activation_of(module: nn.Module) -> Activation | None:
     """The activation that a module of torch's is; of a subclass, which may compute anything, None."""
     for row in _ROWS:
         if type(module) is row.module and all(getattr(module, k) == v for k, v in row.fixed.items()):
-            return activation_named(row.name, *(float(getattr(module, name)) for name in row.parameters))
+            values = [getattr(module, name) for name in row.parameters]  # a tensor may change unseen
+            return activation_named(row.name, *values) if all(isinstance(v, int | float) for v in values) else None
     return None
 
 

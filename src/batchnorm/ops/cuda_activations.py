@@ -80,9 +80,10 @@ def derivative(z, ACTIVATION: tl.constexpr, a, b):
     elif ACTIVATION == ELU:
         return tl.where(z > 0, 1.0, a * tl.exp(z))
     elif ACTIVATION == MISH:
-        e = tl.exp(tl.where(z > 20, 20.0, z))
+        x = tl.where(z > 20, 20.0, z)
+        e = tl.exp(x)
         n = e * (e + 2)
-        return n / (n + 2) + 4 * z * (e / (n + 2)) * ((e + 1) / (n + 2))
+        return n / (n + 2) + 4 * x * (e / (n + 2)) * ((e + 1) / (n + 2))
     else:
         tl.static_assert(ACTIVATION == HARDTANH)
         return tl.where((z > a) & (z < b), 1.0, 0.0)
@@ -95,8 +96,6 @@ def derivative_from_result(y, ACTIVATION: tl.constexpr, a, b):
         return y * (1 - y)
     elif ACTIVATION == TANH:
         return 1 - y * y
-    elif ACTIVATION == ELU:
-        return tl.where(y > 0, 1.0, y + a)
     else:
         return derivative(y, ACTIVATION, a, b)
 

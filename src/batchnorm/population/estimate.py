@@ -23,7 +23,7 @@ from batchnorm.population.snapshots import check_materialized, let_go, set_aside
 from batchnorm.population.watching import STATISTICS, OldStatistics, Watch, batch_in_buffers, counted, place
 
 # What is set on a layer meanwhile: copies that somebody makes have what the layer had.
-_SET = ("momentum", "guarded", "counts", "held", "_statistics", "_check_input_dim")
+_SET = ("momentum", "guarded", "counts", "gathering", "held", "_statistics", "_check_input_dim")
 
 
 class NoStatistics(ValueError):

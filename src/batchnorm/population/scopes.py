@@ -21,7 +21,7 @@ from batchnorm.population.watching import STATISTICS, Values, counted, finite, p
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_SETTINGS = ("guarded", "counts", "held")
+_SETTINGS = ("guarded", "counts", "gathering", "held")
 
 
 @contextmanager
@@ -154,6 +154,8 @@ class _Gathered:
     def hold(self) -> Attached:
         """From now on."""
         vars(self.layer)["eps"] = self.mark
+        if self.guarded is not None:
+            vars(self.layer)["gathering"] = True
         hooks = [
             self.layer.register_forward_pre_hook(self.before),
             self.layer.register_forward_hook(self.after, always_call=True),

@@ -50,11 +50,11 @@ def batch_in_buffers(layers: Sequence[Any]) -> Iterator[None]:
         for layer in layers:
             layer.momentum = 1.0
             if isinstance(layer, FusedBatchNorm):
-                layer.guarded, layer.counts = False, []
+                layer.guarded, layer.counts, layer.gathering = False, [], True
         yield
     finally:
         for layer, held in zip(layers, before, strict=True):
-            for name in ("momentum", "guarded", "counts"):
+            for name in ("momentum", "guarded", "counts", "gathering"):
                 vars(layer).pop(name, None)
                 if name in held:
                     vars(layer)[name] = held[name]

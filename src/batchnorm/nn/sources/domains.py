@@ -25,7 +25,10 @@ class Domains(Source):
     ``running_mean``, ``running_var`` and ``num_batches_tracked``, so that ``recalibrate``, ``freeze``, ``fold`` and
     torch's own tools work on that domain. The buffers ``domain_mean`` and ``domain_var``, (D, C), and
     ``domain_batches``, (D,), have those of all domains, the selected one's as they were when it was selected;
-    ``domain`` is its number. All of it is saved. Every domain begins with the statistics that the layer has.
+    ``domain`` is its number. All of it is saved. Every domain begins with the statistics that the layer has: load a
+    checkpoint of a network without domains first, then set ``statistics``. Select domain 0 before running statistics
+    are averaged over models (``AveragedModel(use_buffers=True)``), and run backward inside the block where activation
+    checkpointing computes it again.
 
     Args:
         number: how many domains, at least 1; the first is selected.
@@ -63,7 +66,15 @@ class Domains(Source):
         counted = torch.zeros((), dtype=torch.int64, device=layer.running_mean.device) if batches is None else batches
         each = {"domain_mean": layer.running_mean, "domain_var": layer.running_var, "domain_batches": counted}
         found = {name: t.detach().expand(self.number, *t.shape).clone() for name, t in each.items()}
-        return {"domain": torch.zeros_like(counted), **found}
+        if "domain" not in layer._buffers:
+            return {"domain": torch.zeros_like(counted, dtype=torch.int64), **found}
+        if int(layer.domain) >= self.number:
+            raise ValueError(f"domain {int(layer.domain)} is selected, which {self} has not: select another one first.")
+        _change(layer, layer.domain.clone())
+        for name, t in found.items():  # another number of domains: those that there are stay
+            rows = min(self.number, len(layer._buffers[name]))
+            t[:rows] = layer._buffers[name][:rows]
+        return {"domain": layer.domain.clone(), **found}
 
     @staticmethod
     def select(model: nn.Module, domain: int) -> Selected:
@@ -79,42 +90,61 @@ class Domains(Source):
         Raises:
             ValueError: no layer has ``statistics=Domains(...)``, or one has no such domain.
             TypeError: ``domain`` is not a whole number.
+            RuntimeError: inside ``accumulate_statistics`` or ``recalibrate``, which gather statistics of one domain.
         """
         layers: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "statistics", None), Domains)]
         if not layers:
             raise ValueError("no layer has statistics=Domains(n): set layer.statistics = batchnorm.Domains(n) first.")
-        if isinstance(domain, bool) or not hasattr(domain, "__index__"):
-            raise TypeError(f"a domain is a whole number, got {domain!r}.")
+        try:
+            domain = index(domain)
+        except TypeError:
+            raise TypeError(f"a domain is a whole number, got {domain!r}.") from None
+        if any(layer.gathering for layer in layers):
+            raise RuntimeError(
+                "a domain cannot be selected while recalibrate or accumulate_statistics gathers the statistics of one: "
+                "select it around them, for each domain."
+            )
         least = min(layer.statistics.number for layer in layers)
         if not 0 <= domain < least:
             raise ValueError(f"there are domains 0 to {least - 1}, got {domain}.")
-        before = [layer.domain.clone() for layer in layers]
-        for layer in layers:
-            _change(layer, torch.full_like(layer.domain, domain))
-        return Selected(layers, before)
+        selected = Selected(layers, domain)
+        selected.begin()
+        return selected
 
 
 class Selected:
     """A domain that is selected for a while; ended by ``with``, or never."""
 
-    def __init__(self, layers: list[Any], before: list[Tensor]) -> None:
-        self.layers, self.before = layers, before
+    def __init__(self, layers: list[Any], domain: int) -> None:
+        self.layers, self.domain = layers, domain
+        self.before: list[Tensor] | None = None
+
+    def begin(self) -> None:
+        """Select it."""
+        self.before = [layer.domain.clone() for layer in self.layers]
+        for layer in self.layers:
+            _change(layer, torch.full_like(layer.domain, self.domain))
 
     def __enter__(self) -> None:
-        pass
+        if self.before is None:  # the same in a second block
+            self.begin()
 
     def __exit__(self, *_: Any) -> None:
-        for layer, domain in zip(self.layers, self.before, strict=True):
-            _change(layer, domain.to(layer.domain.device))
+        before, self.before = self.before or (), None
+        for layer, domain in zip(self.layers, before, strict=True):
+            if isinstance(layer.statistics, Domains):  # it may have got another source inside
+                _change(layer, domain.to(layer.domain.device))
 
 
 @torch.no_grad()
 def _change(layer: Any, domain: Tensor) -> None:
     """Put the selected domain's statistics away and bring those of another; waits for no device."""
-    pairs = [(layer.running_mean, layer.domain_mean), (layer.running_var, layer.domain_var)]
-    if layer.num_batches_tracked is not None:
-        pairs.append((layer.num_batches_tracked, layer.domain_batches))
-    for now, of_all in pairs:
-        of_all.index_copy_(0, layer.domain.view(1), now[None].to(of_all.dtype))
-        now.copy_(of_all.index_select(0, domain.view(1))[0])
+    for now, of_all in (
+        (layer.running_mean, layer.domain_mean),
+        (layer.running_var, layer.domain_var),
+        (layer.num_batches_tracked, layer.domain_batches),
+    ):
+        if now is not None:
+            of_all.index_copy_(0, layer.domain.long().view(1), now[None].to(of_all.dtype))
+            now.copy_(of_all.index_select(0, domain.long().view(1))[0])
     layer.domain.copy_(domain)

@@ -23,7 +23,7 @@ class Source:
 
     Attributes:
         whole_batch: training normalizes by mean and biased variance of the whole batch, so that one kernel does it all
-            and ``normalize`` is not called without a mask.
+            and ``normalize``, ``after`` and ``moved`` are not called without a mask.
         beyond_batch: the moments are of other values too than those of the batch at hand: one value per channel may be
             enough.
         initial: names of the buffers that a layer gets from the source, each with the value of a layer that has seen

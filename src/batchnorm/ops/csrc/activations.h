@@ -95,7 +95,7 @@ template <> struct Row<Activation::relu> : SameSide<Activation::relu> {
   template <class A> static V<A> derivative(V<A> z, A, A) { return z > V<A>{} ? splat(A(1)) : V<A>{}; }
 };
 
-template <> struct Row<Activation::hardtanh> : SameSide<Activation::hardtanh> {
+template <> struct Row<Activation::hardtanh> {
   template <class A> static V<A> value(V<A> z, A a, A b) { return z <= splat(a) ? splat(a) : z > splat(b) ? splat(b) : z; }
   template <class A> static V<A> derivative(V<A> z, A a, A b) {
     return (z > splat(a)) & (z < splat(b)) ? splat(A(1)) : V<A>{};
@@ -164,18 +164,17 @@ template <> struct Row<Activation::elu> {
     return z > V<A>{} ? z : a * (A(2) * t / (A(1) - t));
   }
   template <class A> static V<A> derivative(V<A> z, A a, A) { return z > V<A>{} ? splat(A(1)) : a * exponential(z); }
-  template <class A> static V<A> from_result(V<A> y, A a, A) { return y > V<A>{} ? splat(A(1)) : y + a; }
 };
 
 template <> struct Row<Activation::mish> {  // z tanh(log(1 + e^z)) = z n / (n + 2), n = e^z (e^z + 2)
-  template <class A> static V<A> power(V<A> z) { return exponential(z > splat(A(20)) ? splat(A(20)) : z); }
+  template <class A> static V<A> bounded(V<A> z) { return z > splat(A(20)) ? splat(A(20)) : z; }  // there it is z
   template <class A> static V<A> value(V<A> z, A, A) {
-    const V<A> e = power<A>(z), n = e * (e + A(2));
+    const V<A> e = exponential(bounded<A>(z)), n = e * (e + A(2));
     return z * (n / (n + A(2)));
   }
   template <class A> static V<A> derivative(V<A> z, A, A) {
-    const V<A> e = power<A>(z), n = e * (e + A(2)), w = A(1) / (n + A(2));
-    return n * w + A(4) * z * (e * w) * ((e + A(1)) * w);
+    const V<A> x = bounded<A>(z), e = exponential(x), n = e * (e + A(2)), w = A(1) / (n + A(2));
+    return n * w + A(4) * x * (e * w) * ((e + A(1)) * w);
   }
 };
 

@@ -14,7 +14,7 @@ enum class Type { float32, float64, bfloat16, float16 };
 // activations.h.
 #define FOR_EACH_ACTIVATION(_) \
   _(none, always) _(relu, always) _(relu6, always) _(leaky_relu, from_0_on) _(silu, never) _(hardswish, never) \
-  _(sigmoid, always) _(tanh, always) _(gelu, never) _(gelu_tanh, never) _(elu, from_0_on) _(mish, never) _(hardtanh, always)
+  _(sigmoid, always) _(tanh, always) _(gelu, never) _(gelu_tanh, never) _(elu, never) _(mish, never) _(hardtanh, never)
 
 #define NAME(name, tells) name,
 enum class Activation { FOR_EACH_ACTIVATION(NAME) };
