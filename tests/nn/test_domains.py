@@ -220,6 +220,34 @@ def test_a_source_of_a_users_own_keeps_state_in_the_layer():
     layer.load_state_dict(again.state_dict())
 
 
+class Halves(bn.Source):
+    """The moments of the first half, for all."""
+
+    def normalize(self, x_NCS, affine, mask_N1S, known):
+        moments = self.moments(x_NCS[: len(x_NCS) // 2])
+        return self.apply(x_NCS, moments, affine), moments
+
+
+def test_the_gradient_of_a_users_source_is_that_of_its_equation():
+    layer = bn.BatchNorm1d(3, statistics=Halves(), activation="gelu").double()
+    x, r = (torch.randn(8, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    parameters = tuple(
+        p.detach().clone().requires_grad_() for p in (torch.rand(3).double() + 1, torch.randn(3).double())
+    )
+
+    def ours(x, r, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x, r))
+
+    def equation(x, r, weight, bias):
+        half = x[:4]
+        xhat = (x - half.mean(0)) / (half.var(0, correction=0) + layer.epsilon).sqrt()
+        return torch.nn.functional.gelu(weight * xhat + bias + r)
+
+    given, d_y = (x, r, *parameters), torch.randn(8, 3, dtype=torch.float64)
+    expected = torch.autograd.grad(equation(*given), given, d_y)
+    torch.testing.assert_close(torch.autograd.grad(ours(*given), given, d_y), expected)
+
+
 class Wrong(bn.Source):
     def __init__(self, given, initial=()):
         self.given, self.initial = given, dict.fromkeys(initial, 0)

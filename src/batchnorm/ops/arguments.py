@@ -16,7 +16,7 @@ from batchnorm.ops.activations import Activation
 class Affine(NamedTuple):
     """The step after the statistics: y = g(weight * xhat + bias + residual), with eps for xhat.
 
-    In backward ``residual_NCS`` is what ``kept`` says: y where that tells dg/dz, else the residual.
+    In backward ``residual_NCS`` is what ``autograd.keep`` kept: y where that tells dg/dz, else the residual.
     """
 
     weight_C: Tensor | None = None

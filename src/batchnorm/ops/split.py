@@ -30,7 +30,7 @@ Reduce = Callable[[Tensor], Tensor]
 def statistics(x_NCS: Tensor, mask_N1S: Tensor | None = None) -> tuple[Tensor, Moments]:
     """(x, its moments); with a mask, those of the places where it is True, and x with the others filled somehow."""
     if not runs_kernels():
-        return _plain_statistics(x_NCS, mask_N1S)
+        return differentiable_statistics(x_NCS, mask_N1S)
     if mask_N1S is None:
         mean_C, var_C = _piece("statistics", x_NCS)(x_NCS.detach())
         values = torch.full_like(mean_C[:1], x_NCS.numel() // max(x_NCS.shape[1], 1))
@@ -80,7 +80,11 @@ def by_moments(
         if mask_N1S is not None:
             affine = affine._replace(residual_NCS=affine.residual_NCS.where(mask_N1S, 0))  # type: ignore[union-attr]
     # Without kernels all of it is differentiable, the moments too.
-    y = _by_moments(x_NCS, *affine, *moments, mask_N1S, reduce) if runs_kernels() else _plain(x_NCS, moments, affine)
+    y = (
+        _by_moments(x_NCS, *affine, *moments, mask_N1S, reduce)
+        if runs_kernels()
+        else differentiable(x_NCS, moments, affine)
+    )
     return y if mask_N1S is None else y.where(mask_N1S, 0)
 
 
@@ -162,7 +166,7 @@ def _piece(name: str, x: Tensor) -> Any:
     return getattr(fallback, name)
 
 
-def _plain_statistics(x_NCS: Tensor, mask_N1S: Tensor | None) -> tuple[Tensor, Moments]:
+def differentiable_statistics(x_NCS: Tensor, mask_N1S: Tensor | None) -> tuple[Tensor, Moments]:
     """In torch's own ops, differentiable."""
     wide = reference.widen(x_NCS)
     mask = torch.ones_like(x_NCS[:, :1], dtype=torch.bool) if mask_N1S is None else mask_N1S
@@ -170,7 +174,7 @@ def _plain_statistics(x_NCS: Tensor, mask_N1S: Tensor | None) -> tuple[Tensor, M
     return filled_NCS, Moments(*reference.masked_statistics(wide, mask))
 
 
-def _plain(x_NCS: Tensor, moments: Moments, affine: Affine) -> Tensor:
+def differentiable(x_NCS: Tensor, moments: Moments, affine: Affine) -> Tensor:
     """y in torch's own ops, differentiable through the moments too."""
     wide = reference.widen(x_NCS)
     z = reference.normalize(wide, moments.mean_C, moments.var_C, affine.weight_C, affine.bias_C, affine.eps)
@@ -220,7 +224,7 @@ def differentiable_gradients(
     dy: Tensor, x: Tensor, mask: Tensor | None, affine: Affine
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias, dresidual in torch's own ops, the statistics too, for derivatives of them."""
-    mean_C, var_C, n = _plain_statistics(x, mask)[1]
+    mean_C, var_C, n = differentiable_statistics(x, mask)[1]
     given = (dy, x, mean_C, var_C, *affine)
     dz, dz_xhat = fallback.gradient_sums(*given)
     dx, dresidual = fallback.input_gradient(*given, dz / n.clamp(min=1), dz_xhat / n.clamp(min=1))

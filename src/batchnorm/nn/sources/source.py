@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from batchnorm.ops.arguments import Affine, Moments
-from batchnorm.ops.split import by_moments, of_batch, statistics
+from batchnorm.ops.split import differentiable, differentiable_statistics, of_batch
 
 
 class Source:
@@ -73,13 +73,20 @@ class Source:
 
     @staticmethod
     def moments(x_NCS: Tensor, mask_N1S: Tensor | None = None) -> Moments:
-        """Mean and biased variance of each channel, and of how many values."""
-        return statistics(x_NCS, mask_N1S)[1]
+        """Mean and biased variance of each channel, and of how many values; differentiable."""
+        return differentiable_statistics(x_NCS, mask_N1S)[1]
 
     @staticmethod
     def apply(x_NCS: Tensor, moments: Moments, affine: Affine, mask_N1S: Tensor | None = None) -> Tensor:
-        """y by these moments: xhat, weight, bias, residual and activation. The gradient takes them for those of x."""
-        return by_moments(x_NCS, moments, affine, mask_N1S)
+        """y by these moments: xhat, weight, bias, residual and activation; 0 where the mask is False.
+
+        In torch's own ops, so that the gradient is right whatever the moments are of: detach those that are constants.
+        """
+        if affine.residual_NCS is not None and mask_N1S is not None:
+            affine = affine._replace(residual_NCS=affine.residual_NCS.where(mask_N1S, 0))
+        x_NCS, affine = affine.in_one_dtype(x_NCS)
+        y = differentiable(x_NCS if mask_N1S is None else x_NCS.where(mask_N1S, 0), moments, affine)
+        return y if mask_N1S is None else y.where(mask_N1S, 0)
 
 
 def names_of_buffers() -> Iterator[str]:
