@@ -36,7 +36,8 @@ class BatchNorm1d(FusedBatchNorm, torch.nn.BatchNorm1d):
             "elu", "mish", "hardtanh", or the ``torch.nn`` module of one of them; ("leaky_relu", slope), ("elu", alpha),
             ("hardtanh", min, max) for other parameters than torch's defaults. Not in the state_dict, which is
             torch's.
-        statistics: where training statistics come from: ``Batch()``, ``Ghost(size)``, ``Renorm()``, ``Synced()``, ``Domains(n)``.
+        statistics: where training statistics come from: ``Batch()``, ``Ghost(size)``, ``Renorm()``, ``Synced()`` or
+            ``Domains(number)``.
 
     Raises:
         ValueError: another number of dimensions, one value per channel in train, an unknown activation, a residual or
